@@ -1,0 +1,96 @@
+//! Counters and drop reasons: index and metric name, defined once.
+
+/// Declares an enum whose discriminant is an index into a per-CPU array and whose name is the metric label.
+macro_rules! indexed {
+    ($(#[$meta:meta])* $name:ident { $($(#[$vmeta:meta])* $variant:ident = $label:literal,)+ }) => {
+        $(#[$meta])*
+        #[repr(u32)]
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum $name { $($(#[$vmeta])* $variant,)+ }
+
+        impl $name {
+            /// Every variant in index order.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)+];
+            /// How many there are.
+            pub const COUNT: usize = Self::ALL.len();
+            /// The metric label.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $label,)+ }
+            }
+        }
+    };
+}
+
+indexed! {
+    /// What the datapath counts for the whole node. Every packet moves exactly one of the first group (its verdict).
+    Counter {
+        /// Verdict: not ours, passed on untouched.
+        Passed = "passed",
+        /// Verdict of XDP: ours, left unmodified for the TC program of the same device.
+        ToTc = "to_tc",
+        /// Verdict: rewritten and sent out of the device it came in by.
+        Transmitted = "transmitted",
+        /// Verdict: rewritten and sent out of another device.
+        Redirected = "redirected",
+        /// Verdict of TC: rewritten and handed to the kernel's neighbour table to be sent.
+        ToNeighbour = "to_neighbour",
+        /// Verdict of TC: rewritten and delivered to a process of this node.
+        ToNode = "to_node",
+        /// Verdict: dropped; the reason is in `DROPS`.
+        Dropped = "dropped",
+        /// Flows created.
+        FlowsCreated = "flows_created",
+        /// Expired or closed flows replaced by a new flow that needed their place.
+        FlowsReclaimed = "flows_reclaimed",
+        /// Expired flows removed by the sweep.
+        FlowsExpired = "flows_expired",
+        /// SYNs sent to another backend because the first did not answer or refused.
+        Resteered = "resteered",
+        /// RSTs and ICMP errors of a refusing backend kept from the client while another backend is tried.
+        RefusalsHidden = "refusals_hidden",
+        /// RSTs sent to a peer on behalf of the service.
+        ResetsSent = "resets_sent",
+        /// ICMP echo requests to a VIP answered.
+        EchoReplies = "echo_replies",
+        /// ICMP errors translated.
+        IcmpTranslated = "icmp_translated",
+        /// "Fragmentation needed" and "packet too big" sent.
+        TooBigSent = "too_big_sent",
+        /// First fragments remembered.
+        FragmentsTracked = "fragments_tracked",
+        /// New flows that followed client-IP affinity.
+        AffinityHits = "affinity_hits",
+        /// Next hops of clients learnt anew.
+        HopsRelearned = "hops_relearned",
+        /// UDP flows moved away from a dead backend.
+        FlowsMoved = "flows_moved",
+    }
+}
+
+indexed! {
+    /// Why a packet was dropped.
+    DropReason {
+        /// The service has no backend that may take new flows.
+        NoBackend = "no_backend",
+        /// The service's allow or deny list refuses the client.
+        AclDenied = "acl_denied",
+        /// TCP, not a SYN, and no flow is known: no translation can exist.
+        NoFlow = "no_flow",
+        /// The flow table is full of live flows.
+        FlowTableFull = "flow_table_full",
+        /// No SNAT port towards the backend is free.
+        SnatPortsExhausted = "snat_ports_exhausted",
+        /// The flow's backend is gone.
+        BackendDead = "backend_dead",
+        /// The time to live or hop limit ran out.
+        TtlExpired = "ttl_expired",
+        /// Longer than the MTU of the device it must leave by.
+        MtuExceeded = "mtu_exceeded",
+        /// The kernel refused to change or send the packet.
+        RewriteFailed = "rewrite_failed",
+        /// A header of service traffic is cut short or contradicts itself.
+        Malformed = "malformed",
+        /// Hidden from the client because another backend is tried.
+        RefusalHidden = "refusal_hidden",
+    }
+}

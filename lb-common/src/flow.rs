@@ -1,0 +1,182 @@
+//! The 5-tuple and its hash, used by both sides.
+
+use crate::addr::{Addr4, Addr16, Be16};
+
+/// The address of one family as a flow sees it.
+pub trait Address: Copy + PartialEq + 'static {
+    /// Fills a `Flow` to the size its map wants.
+    type Pad: Copy + Default + 'static;
+    /// All zero.
+    const ZERO: Self;
+    /// Folds the address into a hash state.
+    fn mix(self, state: u32) -> u32;
+    /// Sum of the address's 16-bit words in memory order, unfolded (RFC 1071).
+    fn sum(self) -> u32;
+    /// As the 16-byte form of the map keys.
+    fn wide(self) -> Addr16;
+    /// From the 16-byte form; the caller knows the family.
+    fn from_wide(wide: Addr16) -> Self;
+}
+
+/// Key of `FLOWS4` and `FLOWS6`: one direction of one connection, as the packet carries it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FlowKey<A> {
+    /// Source address.
+    pub src: A,
+    /// Destination address.
+    pub dst: A,
+    /// Source port.
+    pub sport: Be16,
+    /// Destination port.
+    pub dport: Be16,
+    /// IP protocol number (6 or 17), a whole word so that no padding hides in the key.
+    pub proto: u32,
+}
+
+/// Key of an IPv4 flow.
+pub type FlowKey4 = FlowKey<Addr4>;
+/// Key of an IPv6 flow.
+pub type FlowKey6 = FlowKey<Addr16>;
+
+const _: () = assert!(size_of::<FlowKey4>() == 16);
+const _: () = assert!(size_of::<FlowKey6>() == 40);
+
+impl<A: Address> FlowKey<A> {
+    /// The other direction of the same tuple.
+    #[inline(always)]
+    pub const fn reversed(&self) -> Self {
+        Self {
+            src: self.dst,
+            dst: self.src,
+            sport: self.dport,
+            dport: self.sport,
+            proto: self.proto,
+        }
+    }
+
+    /// The ring hash of a flow. All nodes agree on it: it depends on the packet alone.
+    #[inline(always)]
+    pub fn hash(&self) -> u32 {
+        let state = self.dst.mix(self.src.mix(SEED ^ self.proto));
+        finish(step(state, (self.sport.0 as u32) << 16 | self.dport.0 as u32))
+    }
+}
+
+/// The ring hash of a client, for services with client-IP affinity.
+#[inline(always)]
+pub fn hash_client<A: Address>(client: A) -> u32 {
+    finish(client.mix(SEED))
+}
+
+/// The ring hash of try number `attempt` (0 is the first) of a flow whose hash is `hash`.
+#[inline(always)]
+pub const fn hash_attempt(hash: u32, attempt: u32) -> u32 {
+    if attempt == 0 {
+        hash
+    } else {
+        finish(step(hash, attempt))
+    }
+}
+
+/// Where the hash state starts.
+const SEED: u32 = 0x5745_4952;
+
+/// One 32-bit word into the state: the round of MurmurHash3 (public domain, A. Appleby).
+#[inline(always)]
+const fn step(state: u32, word: u32) -> u32 {
+    let k = word
+        .wrapping_mul(0xcc9e_2d51)
+        .rotate_left(15)
+        .wrapping_mul(0x1b87_3593);
+    (state ^ k)
+        .rotate_left(13)
+        .wrapping_mul(5)
+        .wrapping_add(0xe654_6b64)
+}
+
+/// The finalizer of MurmurHash3: every input bit reaches every output bit.
+#[inline(always)]
+const fn finish(mut h: u32) -> u32 {
+    h ^= h >> 16;
+    h = h.wrapping_mul(0x85eb_ca6b);
+    h ^= h >> 13;
+    h = h.wrapping_mul(0xc2b2_ae35);
+    h ^ (h >> 16)
+}
+
+/// The bit of `OURS` that stands for an address: word index and mask.
+#[inline(always)]
+pub fn ours_bit<A: Address>(addr: A) -> (u32, u64) {
+    // One multiplication is enough for a filter, and every packet pays for it.
+    let h = addr.fold().wrapping_mul(0x9e37_79b1) >> (32 - crate::limits::OURS_BITS);
+    (h >> 6, 1 << (h & 63))
+}
+
+/// Folding for [`ours_bit`], apart from [`Address`] so that only this module sees it.
+trait Fold {
+    fn fold(self) -> u32;
+}
+
+impl<A: Address> Fold for A {
+    #[inline(always)]
+    fn fold(self) -> u32 {
+        let w = self.wide().0;
+        w[0] ^ w[1].rotate_left(8) ^ w[2].rotate_left(16) ^ w[3]
+    }
+}
+
+// === impl Address ===
+
+impl Address for Addr4 {
+    type Pad = [u32; 4];
+    const ZERO: Self = Self(0);
+    #[inline(always)]
+    fn mix(self, state: u32) -> u32 {
+        step(state, self.0)
+    }
+    #[inline(always)]
+    fn sum(self) -> u32 {
+        (self.0 & 0xffff) + (self.0 >> 16)
+    }
+    #[inline(always)]
+    fn wide(self) -> Addr16 {
+        self.mapped()
+    }
+    #[inline(always)]
+    fn from_wide(wide: Addr16) -> Self {
+        Self(wide.0[3])
+    }
+}
+
+impl Address for Addr16 {
+    type Pad = [u32; 0];
+    const ZERO: Self = Self([0; 4]);
+    #[inline(always)]
+    fn mix(self, state: u32) -> u32 {
+        step(
+            step(step(step(state, self.0[0]), self.0[1]), self.0[2]),
+            self.0[3],
+        )
+    }
+    #[inline(always)]
+    fn sum(self) -> u32 {
+        let w = self.0;
+        (w[0] & 0xffff)
+            + (w[0] >> 16)
+            + (w[1] & 0xffff)
+            + (w[1] >> 16)
+            + (w[2] & 0xffff)
+            + (w[2] >> 16)
+            + (w[3] & 0xffff)
+            + (w[3] >> 16)
+    }
+    #[inline(always)]
+    fn wide(self) -> Addr16 {
+        self
+    }
+    #[inline(always)]
+    fn from_wide(wide: Addr16) -> Self {
+        wide
+    }
+}

@@ -1,0 +1,72 @@
+//! Every capacity and boundary number, defined once.
+//!
+//! Capacities of maps are defaults: the agent's `[limits]` may choose other sizes when the maps are first created.
+
+/// Services (VIP, port, protocol) that fit in `SERVICES`.
+pub const DEFAULT_SERVICES: u32 = 1024;
+/// Backend records in `BACKENDS`; id 0 is never a backend.
+pub const DEFAULT_BACKENDS: u32 = 16_384;
+/// Largest configurable number of backend records.
+pub const MAX_BACKENDS: u32 = 1 << 17;
+/// Entries of `FLOWS4`; one connection takes two (both directions).
+pub const DEFAULT_FLOW_ENTRIES: u32 = 1 << 18;
+/// Entries of `FLOWS6`; one connection takes two (both directions).
+pub const DEFAULT_FLOW6_ENTRIES: u32 = 1 << 16;
+/// Rows in `RINGS`. A service uses up to three ring copies: current, previous and the one being filled.
+pub const DEFAULT_RING_ROWS: u32 = 512;
+
+/// log2 of the entries in one row of `RINGS`.
+pub const RING_ROW_BITS: u32 = 14;
+/// Entries of one row of `RINGS`: the ring of a service with few backends.
+pub const RING_ROW: usize = 1 << RING_ROW_BITS;
+/// Rows of the ring of a service with many backends (2^16 entries).
+pub const RING_ROWS_LARGE: u32 = 4;
+/// From this many backends on, a service gets the large ring: 1 % disruption needs about 100 entries a backend.
+pub const LARGE_RING_FROM_BACKENDS: usize = 128;
+
+/// Network devices known to the datapath; slot 0 is the node itself.
+pub const MAX_DEVICES: u32 = 256;
+/// Source addresses for SNAT, of both families.
+pub const MAX_SNAT_ADDRESSES: u32 = 1024;
+/// Prefixes of all allow and deny lists together.
+pub const MAX_ACL_ENTRIES: u32 = 65_536;
+/// Clients remembered for client-IP affinity (LRU).
+pub const MAX_AFFINITY: u32 = 65_536;
+/// Datagrams whose later fragments may still come (LRU).
+pub const MAX_FRAGMENTS: u32 = 16_384;
+/// Bytes of the event ring buffer.
+pub const EVENTS_BYTES: u32 = 1 << 18;
+
+/// log2 of the bits in the `OURS` filter.
+pub const OURS_BITS: u32 = 16;
+/// 64-bit words of the `OURS` filter.
+pub const OURS_WORDS: usize = 1 << (OURS_BITS - 6);
+
+/// First SNAT port unless configured: below the default `net.ipv4.ip_local_port_range` (32768–60999).
+pub const DEFAULT_SNAT_PORT_MIN: u16 = 16_384;
+/// Last SNAT port unless configured.
+pub const DEFAULT_SNAT_PORT_MAX: u16 = 32_767;
+/// Ports tried for a new flow before it is dropped as `snat_ports_exhausted`.
+pub const SNAT_PROBES: u32 = 16;
+/// Other backends tried when a SYN goes unanswered or is refused.
+pub const MAX_RESTEERS: u32 = 3;
+/// VLAN tags looked through.
+pub const MAX_VLAN_TAGS: usize = 2;
+/// IPv6 extension headers looked through.
+pub const MAX_IPV6_EXTENSIONS: usize = 6;
+
+/// Default idle timeout of an established TCP flow, seconds.
+pub const DEFAULT_TCP_ESTABLISHED_S: u32 = 7_200;
+/// Default timeout of a TCP flow whose handshake is not finished, seconds.
+pub const DEFAULT_TCP_SYN_S: u32 = 60;
+/// Default timeout of a TCP flow closed by both sides or reset, seconds.
+pub const DEFAULT_TCP_CLOSING_S: u32 = 30;
+/// Default idle timeout of a UDP flow, seconds.
+pub const DEFAULT_UDP_S: u32 = 60;
+/// Longest configurable timeout, seconds: the flow clock is 32 bits of jiffies and compares by wrapping.
+pub const MAX_TIMEOUT_S: u32 = 7 * 86_400;
+/// Default drain deadline of a removed backend, seconds.
+pub const DEFAULT_DRAIN_S: u32 = 30;
+
+/// Oldest kernel release that is supported: (major, minor).
+pub const KERNEL_FLOOR: (u32, u32) = (6, 1);

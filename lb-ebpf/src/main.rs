@@ -1,0 +1,3 @@
+//! To come.
+#![allow(missing_docs, reason = "skeleton")]
+fn main() {}

@@ -1,0 +1,104 @@
+//! What the reconciler tells the world after every pass: one value, read by CLI, admin API and metrics.
+
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{BackendState, Rejection, ServiceAddress};
+
+/// The agent's state. Published on a `tokio::sync::watch` channel.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Status {
+    /// Version of the agent.
+    pub version: String,
+    /// Services in address order.
+    pub services: Vec<ServiceStatus>,
+    /// Sources in name order.
+    pub sources: Vec<SourceStatus>,
+    /// Everything refused.
+    pub rejections: Vec<Rejection>,
+    /// Programs by device.
+    pub attachments: Vec<AttachmentStatus>,
+    /// Faults of the agent itself: a failing map write, a missing sysctl.
+    pub faults: Vec<String>,
+    /// Every source has been read once (or its waiting time is over) and the maps hold the desired state.
+    pub ready: bool,
+    /// When the maps last changed.
+    pub last_commit: Option<SystemTime>,
+    /// How long the last pass took from the first waiting update to the last commit, microseconds.
+    pub last_commit_us: u64,
+    /// Ring commits since start.
+    pub commits: u64,
+}
+
+/// One service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServiceStatus {
+    /// Id in the maps.
+    pub id: u32,
+    /// Name for people.
+    pub name: String,
+    /// Address.
+    pub address: ServiceAddress,
+    /// Generation of its ring.
+    pub generation: u32,
+    /// Backends, leaving ones too.
+    pub backends: Vec<BackendStatus>,
+}
+
+/// One backend of one service.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BackendStatus {
+    /// Id in the maps.
+    pub id: u32,
+    /// Name for people.
+    pub name: String,
+    /// Address and port.
+    pub address: std::net::SocketAddr,
+    /// Weight.
+    pub weight: u32,
+    /// State.
+    pub state: BackendState,
+    /// No longer wished for: goes when its flows have ended or at the deadline.
+    pub leaving: bool,
+    /// Why it is in that state.
+    pub reason: String,
+    /// Since when.
+    pub since: SystemTime,
+    /// Where it is: `node`, `bridge docker0`, `remote eth0`, `remote eth0 (neighbour unknown)`, `no route`.
+    pub place: String,
+    /// End of draining.
+    pub drain_deadline: Option<SystemTime>,
+    /// Share of the ring, parts per 10,000.
+    pub ring_share: u32,
+    /// Live flows at the last sweep.
+    pub flows: u64,
+}
+
+/// One source.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SourceStatus {
+    /// Name.
+    pub name: String,
+    /// Connected now.
+    pub connected: bool,
+    /// Last sign of life.
+    pub last_heard: Option<SystemTime>,
+    /// Last complete list.
+    pub last_full_read: Option<SystemTime>,
+    /// What is wrong.
+    pub fault: Option<String>,
+    /// Objects it told of.
+    pub objects: usize,
+}
+
+/// The programs on one device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachmentStatus {
+    /// Interface name.
+    pub device: String,
+    /// `native`, `generic`, or `-`.
+    pub xdp: String,
+    /// `tcx`, `clsact`, or `-`.
+    pub tc: String,
+}
