@@ -12,7 +12,7 @@ pub trait Address: Copy + PartialEq + core::fmt::Debug + 'static {
     const V6: bool;
     /// Folds the address into a hash state.
     fn mix(self, state: u32) -> u32;
-    /// Sum of the address's 16-bit words in memory order, unfolded (RFC 1071).
+    /// Sum of the address's 16-bit words in memory order, folded to less than 2^18 (RFC 1071).
     fn sum(self) -> u32;
     /// As the 16-byte form of the map keys.
     fn wide(self) -> Addr16;
@@ -165,15 +165,10 @@ impl Address for Addr16 {
     }
     #[inline(always)]
     fn sum(self) -> u32 {
+        // Whole words first: carries out of the lower halves land in the upper ones, where folding wants them.
         let w = self.0;
-        (w[0] & 0xffff)
-            + (w[0] >> 16)
-            + (w[1] & 0xffff)
-            + (w[1] >> 16)
-            + (w[2] & 0xffff)
-            + (w[2] >> 16)
-            + (w[3] & 0xffff)
-            + (w[3] >> 16)
+        let sum = w[0] as u64 + w[1] as u64 + w[2] as u64 + w[3] as u64;
+        ((sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32)) as u32
     }
     #[inline(always)]
     fn wide(self) -> Addr16 {

@@ -3,7 +3,8 @@
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_md},
     helpers::{
-        bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_tail,
+        bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
+        bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
     },
 };
 use lb_ebpf::{
@@ -28,6 +29,17 @@ pub struct Skb<const EGRESS: bool> {
     skb: *mut __sk_buff,
 }
 
+/// The frame's bounds, read anew each time: kept in registers the compiler would widen them by an instruction that the
+/// verifier takes for arithmetic on a pointer.
+///
+/// # Safety
+/// Both point to the fields of the kernel's context.
+#[inline(always)]
+unsafe fn bounds(data: *const u32, end: *const u32) -> (usize, usize) {
+    // SAFETY: by the contract.
+    unsafe { (data.read_volatile() as usize, end.read_volatile() as usize) }
+}
+
 /// Bounds check of a piece of the frame, in the shape that the verifier follows.
 #[inline(always)]
 fn piece<H>(data: usize, end: usize, offset: usize) -> Option<*mut H> {
@@ -35,7 +47,11 @@ fn piece<H>(data: usize, end: usize, offset: usize) -> Option<*mut H> {
         return None;
     }
     let start = data + offset;
-    if start + size_of::<H>() > end { None } else { Some(start as *mut H) }
+    if start + size_of::<H>() > end {
+        None
+    } else {
+        Some(start as *mut H)
+    }
 }
 
 // === impl Xdp ===
@@ -49,7 +65,7 @@ impl Xdp {
     #[inline(always)]
     fn at<H: Header>(&self, offset: usize) -> Option<*mut H> {
         // SAFETY: the kernel's context of this program run.
-        let (data, end) = unsafe { ((*self.ctx).data as usize, (*self.ctx).data_end as usize) };
+        let (data, end) = unsafe { bounds(&raw const (*self.ctx).data, &raw const (*self.ctx).data_end) };
         piece(data, end, offset)
     }
 }
@@ -71,12 +87,6 @@ impl Packet for Xdp {
     }
 
     #[inline(always)]
-    fn len(&self) -> usize {
-        // SAFETY: the kernel's context of this program run.
-        unsafe { ((*self.ctx).data_end - (*self.ctx).data) as usize }
-    }
-
-    #[inline(always)]
     fn segment_size(&self) -> usize {
         0
     }
@@ -94,7 +104,9 @@ impl Packet for Xdp {
 
     #[inline(always)]
     fn fix_checksum(&mut self, offset: usize, pseudo: u16, other: u16, zero_is_none: bool) -> bool {
-        let Some(check) = self.get_mut::<u16>(offset) else { return false };
+        let Some(check) = self.get_mut::<u16>(offset) else {
+            return false;
+        };
         if zero_is_none && *check == 0 {
             return true;
         }
@@ -105,9 +117,11 @@ impl Packet for Xdp {
 
     #[inline(always)]
     fn truncate(&mut self, length: usize) -> bool {
-        let delta = length as i32 - self.len() as i32;
         // SAFETY: the kernel's context of this program run.
-        unsafe { bpf_xdp_adjust_tail(self.ctx, delta) == 0 }
+        unsafe {
+            let delta = length as i32 - bpf_xdp_get_buff_len(self.ctx) as i32;
+            bpf_xdp_adjust_tail(self.ctx, delta) == 0
+        }
     }
 
     #[inline(always)]
@@ -142,15 +156,15 @@ impl<const EGRESS: bool> Skb<EGRESS> {
     #[inline(always)]
     pub fn pull_headers(&mut self) -> bool {
         // SAFETY: the kernel's context of this program run.
-        let (linear, length) = unsafe { ((*self.skb).data_end - (*self.skb).data, (*self.skb).len) };
-        let wanted = if length < HEADERS { length } else { HEADERS };
-        linear >= wanted || self.pull(wanted as usize)
+        let length = unsafe { (*self.skb).len };
+        self.at::<u32>(HEADERS as usize).is_some()
+            || self.pull(if length < HEADERS { length } else { HEADERS } as usize)
     }
 
     #[inline(always)]
     fn at<H: Header>(&self, offset: usize) -> Option<*mut H> {
         // SAFETY: the kernel's context of this program run.
-        let (data, end) = unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) };
+        let (data, end) = unsafe { bounds(&raw const (*self.skb).data, &raw const (*self.skb).data_end) };
         piece(data, end, offset)
     }
 }
@@ -171,12 +185,6 @@ impl<const EGRESS: bool> Packet for Skb<EGRESS> {
     }
 
     #[inline(always)]
-    fn len(&self) -> usize {
-        // SAFETY: the kernel's context of this program run.
-        unsafe { (*self.skb).len as usize }
-    }
-
-    #[inline(always)]
     fn segment_size(&self) -> usize {
         // SAFETY: the kernel's context of this program run.
         unsafe { (*self.skb).gso_size as usize }
@@ -185,7 +193,13 @@ impl<const EGRESS: bool> Packet for Skb<EGRESS> {
     #[inline(always)]
     fn device(&self) -> u32 {
         // SAFETY: the kernel's context of this program run. At egress `ifindex` is the device the packet leaves by.
-        unsafe { if EGRESS { (*self.skb).ifindex } else { (*self.skb).ingress_ifindex } }
+        unsafe {
+            if EGRESS {
+                (*self.skb).ifindex
+            } else {
+                (*self.skb).ingress_ifindex
+            }
+        }
     }
 
     #[inline(always)]
@@ -196,7 +210,11 @@ impl<const EGRESS: bool> Packet for Skb<EGRESS> {
 
     #[inline(always)]
     fn fix_checksum(&mut self, offset: usize, pseudo: u16, other: u16, zero_is_none: bool) -> bool {
-        let mangled = if zero_is_none { BPF_F_MARK_MANGLED_0 as u64 } else { 0 };
+        let mangled = if zero_is_none {
+            BPF_F_MARK_MANGLED_0 as u64
+        } else {
+            0
+        };
         // SAFETY: the kernel's context of this program run; a size of 0 says that `to` is a difference.
         unsafe {
             (pseudo == 0

@@ -6,8 +6,8 @@ use lb_common::{
     flow::{FlowKey, hash_attempt, hash_client},
     limits::{RING_ROW_BITS, SNAT_PROBES},
     maps::{
-        ACL_ALLOW, ACL_DENY, Affinity, AffinityKey, Backend, Event, NO_RING, Service, ServiceKey, backend_flags,
-        backend_state, event_kind, flow_state, service_flags, vip_flags,
+        ACL_ALLOW, ACL_DENY, Affinity, AffinityKey, Backend, Event, NO_RING, Service, ServiceKey,
+        backend_flags, backend_state, event_kind, flow_state, service_flags, vip_flags,
     },
 };
 
@@ -17,9 +17,8 @@ use crate::{
     packet::{Hook, Packet},
     parse::Datagram,
     reply,
-    send::{self, Ip},
-    stats,
-    tables::{InsertError, Tables, Work, is_closed, is_expired, remove_pair},
+    send::{self, Ip, Kind},
+    tables::{Choice, InsertError, Tables, Work, is_closed, is_expired, remove_pair},
     tcp,
     verdict::Verdict,
 };
@@ -27,16 +26,18 @@ use crate::{
 /// Ring entries looked at for a backend that takes new flows. More than one only while the ring lags behind.
 const RING_TRIES: u32 = 8;
 
-/// A packet without a flow.
-#[inline(always)]
-pub fn unknown<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Datagram<A>) -> Verdict {
-    open(packet, tables, datagram, 0, 0)
-}
+/// Answer of [`open`] when the flow is there: the packet is now one of a known flow. (A service's packet is never
+/// passed once it got this far, so the value is free.)
+pub const CREATED: Verdict = Verdict::TO_NODE;
 
 /// The service of a forward key: its port's own, or the one of every port.
 #[inline(always)]
 pub fn find_service<'a, T: Tables + 'a, A: Ip>(tables: T, key: &FlowKey<A>) -> Option<&'a Service> {
-    let mut service = ServiceKey { vip: key.dst.wide(), port: key.dport, proto: key.proto as u16 };
+    let mut service = ServiceKey {
+        vip: key.dst.wide(),
+        port: key.dport,
+        proto: key.proto as u16,
+    };
     match tables.service(&service) {
         Some(found) => Some(found),
         None => {
@@ -55,13 +56,15 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     attempt: u32,
     avoid: u32,
 ) -> Verdict {
-    let key = datagram.key();
-    let Some(service) = find_service(tables, &key) else { return Verdict::PASS };
+    let key = &datagram.key;
+    let Some(service) = find_service(tables, key) else {
+        return Verdict::PASS;
+    };
     if datagram.header == 0 {
         // A later fragment of a datagram whose flow is not known any more.
         return Verdict::drop(DropReason::NoFlow, service.id);
     }
-    if datagram.proto == TCP {
+    if datagram.proto() == TCP {
         if datagram.header < 20 {
             return Verdict::drop(DropReason::Malformed, service.id);
         }
@@ -69,60 +72,68 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
             return stray(packet, tables, datagram, service);
         }
     }
-    let Some(hop) = client_hop(packet, tables) else { return Verdict::PASS };
-    if service.flags & service_flags::ACL != 0 && !admits(tables, service, &datagram.src.wide()) {
+    let Some(hop) = client_hop(packet, tables) else {
+        return Verdict::PASS;
+    };
+    if service.flags & service_flags::ACL != 0 && !admits(tables, service, &datagram.key.src.wide()) {
         return Verdict::drop(DropReason::AclDenied, service.id);
     }
-    let chosen = choose(tables, service, &key, attempt, avoid);
-    let (id, attempt) = (chosen as u32, (chosen >> 32) as u32);
-    let Some(backend) = tables.backend(id) else { return no_backend(packet, tables, datagram, service) };
-    if id == 0 {
+    let Some(work) = tables.work::<A>() else {
+        return Verdict::drop(DropReason::RewriteFailed, service.id);
+    };
+    work.choice.attempt = attempt;
+    if !choose(tables, service, key, avoid, &mut work.choice) {
         return no_backend(packet, tables, datagram, service);
     }
-    let way = send::to_backend::<P, T>(tables, backend);
-    if let Some(verdict) = send::refuse(packet, tables, datagram, way, service.id) {
-        return verdict;
+    let id = work.choice.backend;
+    let Some(backend) = tables.backend(id) else {
+        return no_backend(packet, tables, datagram, service);
+    };
+    if send::to_backend::<P, T>(tables, backend).kind == Kind::NeedTc {
+        return Verdict::TO_TC;
     }
-    let Some(work) = tables.work::<A>() else { return Verdict::drop(DropReason::RewriteFailed, service.id) };
-    prepare(tables, work, &key, service, backend);
     work.forward.backend = id;
     work.forward.hop = hop;
-    work.forward.state = attempt.min(flow_state::TRIES_MASK) << flow_state::TRIES_SHIFT;
+    work.forward.state = work.choice.attempt.min(flow_state::TRIES_MASK) << flow_state::TRIES_SHIFT;
+    prepare(tables, work, key, service, backend);
     let verdict = install(tables, work, service, backend);
-    if verdict != INSTALLED {
-        return verdict;
+    if verdict == CREATED {
+        record(tables, datagram, service, id, avoid);
     }
-    record(tables, datagram, service, id, avoid);
-    stats::from_client(tables, id, datagram.length);
-    send::send(packet, datagram, &work.forward, way)
+    verdict
 }
 
 /// The ring hash that a service uses for a flow.
 #[inline(always)]
 pub fn ring_hash<A: Ip>(service: &Service, key: &FlowKey<A>) -> u32 {
-    if service.flags & service_flags::AFFINITY != 0 { hash_client(key.src) } else { key.hash() }
-}
-
-/// Whether the service has a backend other than `avoid` for this packet.
-#[inline(never)]
-pub fn has_other<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, attempt: u32, avoid: u32) -> bool {
-    let key = datagram.key();
-    match find_service(tables, &key) {
-        Some(service) => select(tables, service, ring_hash(service, &key), attempt, avoid) != 0,
-        None => false,
+    if service.flags & service_flags::AFFINITY != 0 {
+        hash_client(key.src)
+    } else {
+        key.hash()
     }
 }
 
-/// Looks in the ring for a backend that takes new flows and is not `avoid`, from `attempt` on.
+/// Whether the service has a backend other than `avoid` for a flow, from `attempt` on.
+#[inline(never)]
+pub fn has_other<T: Tables, A: Ip>(tables: T, key: &FlowKey<A>, attempt: u32, avoid: u32) -> bool {
+    let (Some(service), Some(work)) = (find_service(tables, key), tables.work::<A>()) else {
+        return false;
+    };
+    work.choice.attempt = attempt;
+    select(tables, service, ring_hash(service, key), avoid, &mut work.choice)
+}
+
+/// Looks in the ring for a backend that takes new flows and is not `avoid`, from `choice.attempt` on.
 ///
-/// Returns the id in the low half and the attempt that found it in the high half, or 0.
+/// The answer is in `choice`, in map memory, where the verifier does not tell one attempt from the next.
 #[inline(never)]
-pub fn select<T: Tables>(tables: T, service: &Service, hash: u32, attempt: u32, avoid: u32) -> u64 {
+fn select<T: Tables>(tables: T, service: &Service, hash: u32, avoid: u32, choice: &mut Choice) -> bool {
     if service.ring_row == NO_RING {
-        return 0;
+        return false;
     }
-    for attempt in attempt..attempt + RING_TRIES {
-        let hash = hash_attempt(hash, attempt);
+    let first = choice.attempt;
+    for step in 0..RING_TRIES {
+        let hash = hash_attempt(hash, first + step);
         let row = service.ring_row + (hash >> RING_ROW_BITS & service.ring_mask);
         let id = tables.ring(row, hash);
         if id != 0
@@ -130,29 +141,41 @@ pub fn select<T: Tables>(tables: T, service: &Service, hash: u32, attempt: u32, 
             && let Some(backend) = tables.backend(id)
             && backend.state != backend_state::DEAD
         {
-            return id as u64 | (attempt as u64) << 32;
+            choice.backend = id;
+            choice.attempt = first + step;
+            return true;
         }
     }
-    0
+    false
 }
 
 /// Affinity first, then the ring.
 #[inline(always)]
-fn choose<T: Tables, A: Ip>(tables: T, service: &Service, key: &FlowKey<A>, attempt: u32, avoid: u32) -> u64 {
+fn choose<T: Tables, A: Ip>(
+    tables: T,
+    service: &Service,
+    key: &FlowKey<A>,
+    avoid: u32,
+    choice: &mut Choice,
+) -> bool {
     if service.flags & service_flags::AFFINITY != 0 {
         let known = remembered(tables, service, &key.src.wide());
         if known != 0 && known != avoid {
             tables.count(Counter::AffinityHits);
-            return known as u64 | (attempt as u64) << 32;
+            choice.backend = known;
+            return true;
         }
     }
-    select(tables, service, ring_hash(service, key), attempt, avoid)
+    select(tables, service, ring_hash(service, key), avoid, choice)
 }
 
 /// The backend that the client's earlier flows went to, if it still takes new ones; else 0.
 #[inline(never)]
 fn remembered<T: Tables>(tables: T, service: &Service, client: &Addr16) -> u32 {
-    let key = AffinityKey { client: *client, service: service.id };
+    let key = AffinityKey {
+        client: *client,
+        service: service.id,
+    };
     match tables.affinity(&key) {
         Some(known) => match tables.backend(known.backend) {
             Some(b) if b.epoch == known.epoch && b.state == backend_state::ACTIVE => known.backend,
@@ -192,7 +215,7 @@ fn stray<P: Packet, T: Tables, A: Ip>(
     service: &Service,
 ) -> Verdict {
     // On the node's own address it may be a connection that is older than the service.
-    match tables.vip(&datagram.dst.wide()) {
+    match tables.vip(&datagram.key.dst.wide()) {
         Some(vip) if vip.flags & vip_flags::ECHO != 0 => {}
         _ => return Verdict::PASS,
     }
@@ -210,7 +233,7 @@ fn no_backend<P: Packet, T: Tables, A: Ip>(
     datagram: &Datagram<A>,
     service: &Service,
 ) -> Verdict {
-    if datagram.proto == TCP && service.flags & service_flags::REFUSE_WHEN_EMPTY != 0 {
+    if datagram.proto() == TCP && service.flags & service_flags::REFUSE_WHEN_EMPTY != 0 {
         return reply::reset(packet, tables, datagram, service.id);
     }
     Verdict::drop(DropReason::NoBackend, service.id)
@@ -226,7 +249,11 @@ fn prepare<T: Tables, A: Ip>(
     backend: &Backend,
 ) {
     let now = tables.now();
-    let port = if backend.port.0 == 0 { key.dport } else { backend.port };
+    let port = if backend.port.0 == 0 {
+        key.dport
+    } else {
+        backend.port
+    };
     work.forward_key = *key;
     work.forward.dst = A::from_wide(backend.addr);
     work.forward.dport = port;
@@ -238,17 +265,15 @@ fn prepare<T: Tables, A: Ip>(
     work.reverse_key.src = work.forward.dst;
     work.reverse_key.sport = port;
     work.reverse_key.proto = key.proto;
+    work.reverse = work.forward;
+    work.reverse.src = key.dst;
+    work.reverse.dst = key.src;
 }
-
-/// Answer of [`install`] when both entries are in.
-const INSTALLED: Verdict = Verdict::PASS;
 
 /// Claims a source for the flow (the reverse entry arbitrates) and inserts the forward entry.
 #[inline(never)]
 fn install<T: Tables, A: Ip>(tables: T, work: &mut Work<A>, service: &Service, backend: &Backend) -> Verdict {
-    if let Some(old) = tables.flow(&work.forward_key) {
-        remove_pair(tables, &work.forward_key, old.flow());
-    }
+    forget(tables, &work.forward_key);
     let Some(settings) = tables.settings() else {
         return Verdict::drop(DropReason::RewriteFailed, service.id);
     };
@@ -272,12 +297,20 @@ fn install<T: Tables, A: Ip>(tables: T, work: &mut Work<A>, service: &Service, b
         let port = if probe == 0 && keep_own {
             own
         } else {
-            low + tables.next_port(work.forward.backend).checked_rem(range).unwrap_or(0)
+            low + tables
+                .next_port(work.forward.backend)
+                .checked_rem(range)
+                .unwrap_or(0)
         };
         if snat {
-            let turn = spread.wrapping_add(probe).checked_rem(backend.snat_count as u32).unwrap_or(0);
+            let turn = spread
+                .wrapping_add(probe)
+                .checked_rem(backend.snat_count as u32)
+                .unwrap_or(0);
             let index = backend.snat_first as u32 + turn;
-            let Some(address) = tables.snat_address(index) else { return exhausted };
+            let Some(address) = tables.snat_address(index) else {
+                return exhausted;
+            };
             work.forward.src = A::from_wide(*address);
         } else {
             work.forward.src = work.forward_key.src;
@@ -286,6 +319,7 @@ fn install<T: Tables, A: Ip>(tables: T, work: &mut Work<A>, service: &Service, b
         match claim(tables, work) {
             CLAIMED => return commit(tables, work),
             FULL => return Verdict::drop(DropReason::FlowTableFull, service.id),
+            _ if reclaim(tables, work) == CLAIMED => return commit(tables, work),
             _ => {}
         }
     }
@@ -299,32 +333,43 @@ const TAKEN: u32 = 1;
 /// The table is full.
 const FULL: u32 = 2;
 
-/// Inserts the reverse entry, in place of a finished flow if need be.
+/// Inserts the reverse entry.
 #[inline(never)]
 fn claim<T: Tables, A: Ip>(tables: T, work: &mut Work<A>) -> u32 {
-    let (key, forward) = (work.forward_key, &mut work.forward);
+    let Work {
+        forward_key: key,
+        reverse_key,
+        forward,
+        reverse,
+        ..
+    } = work;
     forward.addr_delta = csum::addr_delta((key.src, key.dst), (forward.src, forward.dst));
     forward.port_delta = csum::port_delta((key.sport, key.dport), (forward.sport, forward.dport));
-    work.reverse_key.dst = forward.src;
-    work.reverse_key.dport = forward.sport;
-    let forward = &work.forward;
-    work.reverse = *forward;
-    work.reverse.src = key.dst;
-    work.reverse.dst = key.src;
-    work.reverse.sport = key.dport;
-    work.reverse.dport = key.sport;
-    work.reverse.addr_delta = !forward.addr_delta;
-    work.reverse.port_delta = !forward.port_delta;
-    work.reverse.state |= flow_state::REVERSE;
+    reverse_key.dst = forward.src;
+    reverse_key.dport = forward.sport;
+    reverse.sport = key.dport;
+    reverse.dport = key.sport;
+    reverse.addr_delta = !forward.addr_delta;
+    reverse.port_delta = !forward.port_delta;
+    reverse.state = forward.state | flow_state::REVERSE;
     match tables.insert_flow(&work.reverse_key, &work.reverse) {
         Ok(()) => CLAIMED,
         Err(InsertError::Full) => FULL,
-        Err(InsertError::Exists) => reclaim(tables, work),
+        Err(InsertError::Exists) => TAKEN,
     }
 }
 
+/// Removes the flow that a tuple had.
+#[inline(never)]
+fn forget<T: Tables, A: Ip>(tables: T, key: &FlowKey<A>) -> u32 {
+    if let Some(old) = tables.flow(key) {
+        remove_pair(tables, key, old.flow());
+    }
+    0
+}
+
 /// Takes the place of the flow that has the reverse key, if that one is over.
-#[inline(always)]
+#[inline(never)]
 fn reclaim<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> u32 {
     let key = &work.reverse_key;
     let Some(old) = tables.flow(key) else { return TAKEN };
@@ -345,10 +390,10 @@ fn reclaim<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> u32 {
 }
 
 /// Inserts the forward entry; without it the reverse one must not stay.
-#[inline(always)]
+#[inline(never)]
 fn commit<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> Verdict {
     match tables.insert_flow(&work.forward_key, &work.forward) {
-        Ok(()) => INSTALLED,
+        Ok(()) => CREATED,
         Err(error) => {
             tables.remove_flow(&work.reverse_key);
             let reason = match error {
@@ -362,7 +407,13 @@ fn commit<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> Verdict {
 
 /// Counts a new flow, remembers the client's backend and tells who listens.
 #[inline(never)]
-fn record<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, service: &Service, id: u32, avoid: u32) -> u32 {
+fn record<T: Tables, A: Ip>(
+    tables: T,
+    datagram: &Datagram<A>,
+    service: &Service,
+    id: u32,
+    avoid: u32,
+) -> u32 {
     tables.count(Counter::FlowsCreated);
     if let Some(stats) = tables.backend_stats(id) {
         stats.flows += 1;
@@ -379,19 +430,32 @@ fn record<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, service: &Service
     if service.flags & service_flags::AFFINITY != 0
         && let Some(backend) = tables.backend(id)
     {
-        let key = AffinityKey { client: datagram.src.wide(), service: service.id };
-        tables.set_affinity(&key, &Affinity { backend: id, epoch: backend.epoch });
+        let key = AffinityKey {
+            client: datagram.key.src.wide(),
+            service: service.id,
+        };
+        tables.set_affinity(
+            &key,
+            &Affinity {
+                backend: id,
+                epoch: backend.epoch,
+            },
+        );
     }
     let sample = tables.settings().map_or(0, |s| s.event_sample);
     if sample != 0 && tables.random().checked_rem(sample) == Some(0) {
         tables.event(&Event {
-            client: datagram.src.wide(),
-            vip: datagram.dst.wide(),
-            client_port: datagram.sport,
-            vip_port: datagram.dport,
-            kind: if avoid == 0 { event_kind::NEW_FLOW } else { event_kind::RESTEER },
+            client: datagram.key.src.wide(),
+            vip: datagram.key.dst.wide(),
+            client_port: datagram.key.sport,
+            vip_port: datagram.key.dport,
+            kind: if avoid == 0 {
+                event_kind::NEW_FLOW
+            } else {
+                event_kind::RESTEER
+            },
             backend: id,
-            proto: datagram.proto as u32,
+            proto: datagram.proto() as u32,
             reason: 0,
             service: service.id,
         });

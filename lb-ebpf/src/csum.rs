@@ -19,6 +19,12 @@ pub const fn apply(check: u16, delta: u32) -> u16 {
     !fold(!check as u32 + fold(delta) as u32)
 }
 
+/// Unfolded sum of up to 2^16 words.
+#[inline(always)]
+pub fn sum(words: &[u16]) -> u32 {
+    words.iter().map(|word| *word as u32).sum()
+}
+
 /// Delta of one 16-bit word.
 #[inline(always)]
 pub const fn word_delta(old: u16, new: u16) -> u32 {

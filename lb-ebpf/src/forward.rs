@@ -42,8 +42,8 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
     if let Some(verdict) = send::refuse(packet, tables, datagram, way, service) {
         return verdict;
     }
-    if datagram.proto == TCP && tcp::is_transition(datagram.flags, flow.state) {
-        let verdict = transition(packet, tables, datagram, entry, backend);
+    if datagram.proto() == TCP && tcp::is_transition(datagram.flags, flow.state) {
+        let verdict = transition(tables, datagram, entry, backend);
         if verdict != CONTINUE {
             return verdict;
         }
@@ -64,8 +64,7 @@ const CONTINUE: Verdict = Verdict::PASS;
 
 /// SYN, FIN or RST of the client, or anything after a RST.
 #[inline(never)]
-fn transition<P: Packet, T: Tables, A: Ip>(
-    packet: &mut P,
+fn transition<T: Tables, A: Ip>(
     tables: T,
     datagram: &Datagram<A>,
     entry: &Entry<A>,
@@ -75,19 +74,19 @@ fn transition<P: Packet, T: Tables, A: Ip>(
     let state = flow.state;
     let answered = state & flow_state::ESTABLISHED != 0;
     if tcp::is_syn(datagram.flags) {
-        // The client begins anew on an old tuple, or its first backend is on its way out.
-        if is_closed(state) || backend.state != backend_state::ACTIVE {
-            return create::open(packet, tables, datagram, 0, 0);
+        // A copy made by the network is no retransmission: those come after 200 ms at the earliest (RFC 6298).
+        let waited = tables.now().wrapping_sub(flow.created) >= tables.ticks_per_second() / 5;
+        // The client begins anew on an old tuple, or its backend is on its way out.
+        if is_closed(state) || (backend.state != backend_state::ACTIVE && (answered || waited)) {
+            return Verdict::open(0, 0);
         }
         if !answered {
-            // A copy made by the network is no retransmission: those come after 200 ms at the earliest (RFC 6298).
-            let waited = tables.now().wrapping_sub(flow.created) >= tables.ticks_per_second() / 5;
             let attempt = (state >> flow_state::TRIES_SHIFT & flow_state::TRIES_MASK) + 1;
             if (waited || state & flow_state::REFUSED != 0)
                 && attempt <= lb_common::limits::MAX_RESTEERS
-                && create::has_other(tables, datagram, attempt, flow.backend)
+                && create::has_other(tables, &datagram.key, attempt, flow.backend)
             {
-                return create::open(packet, tables, datagram, attempt, flow.backend);
+                return Verdict::open(attempt, flow.backend);
             }
         }
     } else if state & flow_state::REFUSED != 0 && datagram.flags & TCP_RST != 0 {
@@ -101,7 +100,10 @@ fn transition<P: Packet, T: Tables, A: Ip>(
 /// Applies a packet's flags to both directions of its flow.
 #[inline(always)]
 pub fn apply<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, entry: &Entry<A>, from_backend: bool) {
-    let (sets, clears) = (tcp::sets(datagram.flags, from_backend), tcp::clears(datagram.flags, from_backend));
+    let (sets, clears) = (
+        tcp::sets(datagram.flags, from_backend),
+        tcp::clears(datagram.flags, from_backend),
+    );
     let state = entry.flow().state;
     if state & clears == 0 && state | sets == state {
         return;
@@ -124,10 +126,14 @@ fn orphan<P: Packet, T: Tables, A: Ip>(
     if datagram.header == 0 {
         return Verdict::drop(DropReason::BackendDead, service);
     }
-    if datagram.proto != TCP || tcp::is_syn(datagram.flags) {
-        return create::open(packet, tables, datagram, 0, 0);
+    if datagram.proto() != TCP {
+        tables.count(Counter::FlowsMoved);
+        return Verdict::open(0, 0);
     }
-    remove_pair(tables, &datagram.key(), entry.flow());
+    if tcp::is_syn(datagram.flags) {
+        return Verdict::open(0, 0);
+    }
+    remove_pair(tables, &datagram.key, entry.flow());
     if datagram.flags & TCP_RST != 0 {
         return Verdict::drop(DropReason::BackendDead, service);
     }
@@ -156,7 +162,7 @@ fn relearn<P: Packet, T: Tables, A: Ip>(
     {
         let hop = Hop::from_words(eth.src_high, eth.src_low, slot as u16);
         entry.set_hop(hop);
-        if let Some(partner) = tables.flow(&partner_key(entry.flow(), datagram.proto as u32)) {
+        if let Some(partner) = tables.flow(&partner_key(entry.flow(), datagram.proto() as u32)) {
             partner.set_hop(hop);
         }
         tables.count(Counter::HopsRelearned);

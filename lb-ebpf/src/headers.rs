@@ -233,7 +233,22 @@ macro_rules! headers {
     };
 }
 headers!(
-    Ethernet, VlanTag, Ipv4, Ipv6, Ipv6Fragment, Ipv6Extension, Ports, Tcp, Udp, Icmp, FlowKey4, FlowKey6, u16, u32
+    Ethernet,
+    VlanTag,
+    Ipv4,
+    Ipv6,
+    Ipv6Fragment,
+    Ipv6Extension,
+    Ports,
+    Tcp,
+    Udp,
+    Icmp,
+    FlowKey4,
+    FlowKey6,
+    u16,
+    u32,
+    [u16; 10],
+    [u16; 20]
 );
 
 const _: () = {

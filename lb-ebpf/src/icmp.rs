@@ -3,7 +3,7 @@
 use lb_common::{
     counter::{Counter, DropReason},
     flow::FlowKey,
-    maps::{backend_state, flow_state, vip_flags},
+    maps::{Flow, backend_state, flow_state, vip_flags},
 };
 
 use crate::{
@@ -13,29 +13,36 @@ use crate::{
         ICMPV6_ECHO, ICMPV6_PARAMETER, ICMPV6_UNREACHABLE, Icmp, Ports, TCP, UDP,
     },
     packet::Packet,
-    parse::{Datagram, Part},
-    reply,
-    reverse,
+    parse::{self, Datagram, Part},
+    reply, reverse,
     send::{self, Ip, Way},
-    tables::{Entry, Tables},
+    tables::{Entry, Tables, Work, partner_key},
     verdict::Verdict,
 };
 
 /// An ICMP packet from or to an address of ours.
 #[inline(never)]
 pub fn process<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Datagram<A>) -> Verdict {
-    let Some(icmp) = packet.get::<Icmp>(datagram.l4) else { return Verdict::PASS };
+    let Some(icmp) = packet.get::<Icmp>(datagram.l4) else {
+        return Verdict::PASS;
+    };
     let (kind, code) = (icmp.kind, icmp.code);
     if datagram.part != Part::Whole {
         return Verdict::PASS;
     }
     if kind == if A::V6 { ICMPV6_ECHO } else { ICMP_ECHO } {
-        return match tables.vip(&datagram.dst.wide()) {
+        return match tables.vip(&datagram.key.dst.wide()) {
             Some(vip) if vip.flags & vip_flags::ECHO != 0 => reply::echo(packet, tables, datagram),
             _ => Verdict::PASS,
         };
     }
-    if quotes::<A>(kind) { translate(packet, tables, datagram, refusal::<A>(kind, code)) } else { Verdict::PASS }
+    let Some(quote) = tables.quote::<A>() else {
+        return Verdict::PASS;
+    };
+    if !quotes::<A>(kind) || !read_quote(packet, datagram.l4 + size_of::<Icmp>(), quote) {
+        return Verdict::PASS;
+    }
+    translate(packet, tables, datagram, quote, refusal::<A>(kind, code))
 }
 
 /// Whether messages of this type carry the start of the packet they are about.
@@ -44,52 +51,65 @@ const fn quotes<A: Ip>(kind: u8) -> bool {
     if A::V6 {
         kind >= ICMPV6_UNREACHABLE && kind <= ICMPV6_PARAMETER
     } else {
-        matches!(kind, ICMP_UNREACHABLE | ICMP_QUENCH | ICMP_TIME_EXCEEDED | ICMP_PARAMETER)
+        matches!(
+            kind,
+            ICMP_UNREACHABLE | ICMP_QUENCH | ICMP_TIME_EXCEEDED | ICMP_PARAMETER
+        )
     }
 }
 
 /// Whether the message says that the destination does not serve.
 #[inline(always)]
 const fn refusal<A: Ip>(kind: u8, code: u8) -> bool {
-    if A::V6 { kind == ICMPV6_UNREACHABLE } else { kind == ICMP_UNREACHABLE && code != ICMP_CODE_TOO_BIG }
-}
-
-/// What the quoted packet tells.
-struct Quote<A> {
-    /// Its IP header and where its transport header is.
-    datagram: Datagram<A>,
-    /// Its ports.
-    ports: Ports,
+    if A::V6 {
+        kind == ICMPV6_UNREACHABLE
+    } else {
+        kind == ICMP_UNREACHABLE && code != ICMP_CODE_TOO_BIG
+    }
 }
 
 /// Reads the quoted packet: at least its IP header and eight bytes (RFC 792).
-#[inline(always)]
-fn quote<P: Packet, A: Ip>(packet: &P, offset: usize) -> Option<Quote<A>> {
-    let datagram = A::parse(packet, offset)?;
-    if datagram.part == Part::Later || (datagram.proto != TCP && datagram.proto != UDP) {
-        return None;
+#[inline(never)]
+fn read_quote<P: Packet, A: Ip>(packet: &P, offset: usize, quote: &mut Datagram<A>) -> bool {
+    match A::parse(packet, offset) {
+        Some(parsed) => *quote = parsed,
+        None => return false,
     }
-    let ports = *packet.get::<Ports>(datagram.l4)?;
-    Some(Quote { datagram, ports })
+    if !parse::extensions(packet, quote)
+        || quote.part == Part::Later
+        || (quote.proto() != TCP && quote.proto() != UDP)
+    {
+        return false;
+    }
+    let Some(ports) = packet.get::<Ports>(quote.l4) else {
+        return false;
+    };
+    quote.key.sport = ports.source;
+    quote.key.dport = ports.dest;
+    true
 }
 
-#[inline(always)]
+#[inline(never)]
 fn translate<P: Packet, T: Tables, A: Ip>(
     packet: &mut P,
     tables: T,
     datagram: &Datagram<A>,
+    quote: &mut Datagram<A>,
     refusal: bool,
 ) -> Verdict {
-    let Some(quote) = quote::<P, A>(packet, datagram.l4 + size_of::<Icmp>()) else { return Verdict::PASS };
     // The packet that the error is about went the other way.
-    let key = FlowKey {
-        src: quote.datagram.dst,
-        dst: quote.datagram.src,
-        sport: quote.ports.dest,
-        dport: quote.ports.source,
-        proto: quote.datagram.proto as u32,
+    let Some(Work {
+        forward_key: key,
+        reverse_key: original,
+        ..
+    }) = tables.work::<A>()
+    else {
+        return Verdict::PASS;
     };
-    let Some(entry) = tables.flow(&key) else { return Verdict::PASS };
+    *key = quote.key.reversed();
+    let Some(entry) = tables.flow(key) else {
+        return Verdict::PASS;
+    };
     let flow = entry.flow();
     let Some(way) = way(packet, tables, &entry) else {
         return Verdict::drop(DropReason::BackendDead, flow.service);
@@ -98,10 +118,12 @@ fn translate<P: Packet, T: Tables, A: Ip>(
         return verdict;
     }
     let unanswered = flow.state & (flow_state::REVERSE | flow_state::ESTABLISHED) == flow_state::REVERSE;
-    if refusal && unanswered && quote.datagram.proto == TCP && reverse::refuses(tables, &entry) {
+    if refusal && unanswered && quote.proto() == TCP && reverse::refuses(tables, &entry) {
         return Verdict::drop(DropReason::RefusalHidden, flow.service);
     }
-    if !rewrite(packet, datagram, &quote, &entry, way) {
+    *original = partner_key(flow, key.proto);
+    let quoted = rewrite_quote(packet, quote, original);
+    if quoted == FAILED || !rewrite(packet, datagram, quote, flow, way, quoted as u16) {
         return Verdict::drop(DropReason::RewriteFailed, flow.service);
     }
     tables.count(Counter::IcmpTranslated);
@@ -113,7 +135,12 @@ fn translate<P: Packet, T: Tables, A: Ip>(
 fn way<P: Packet, T: Tables, A: Ip>(packet: &P, tables: T, entry: &Entry<A>) -> Option<Way> {
     let flow = entry.flow();
     if flow.state & flow_state::REVERSE != 0 {
-        return Some(send::to_client(packet, tables, flow.hop, flow.state & flow_state::SNAT != 0));
+        return Some(send::to_client(
+            packet,
+            tables,
+            flow.hop,
+            flow.state & flow_state::SNAT != 0,
+        ));
     }
     let backend = tables.backend(flow.backend)?;
     if backend.epoch != flow.epoch || backend.state == backend_state::DEAD {
@@ -122,47 +149,68 @@ fn way<P: Packet, T: Tables, A: Ip>(packet: &P, tables: T, entry: &Entry<A>) -> 
     Some(send::to_backend::<P, T>(tables, backend))
 }
 
-/// Gives the quoted packet the addresses that its sender knows, and the error the addresses of its direction.
+/// Gives the error the addresses of its direction. `quoted` is the checksum delta of the quote.
 #[inline(always)]
 fn rewrite<P: Packet, A: Ip>(
     packet: &mut P,
     outer: &Datagram<A>,
-    quote: &Quote<A>,
-    entry: &Entry<A>,
+    quote: &mut Datagram<A>,
+    flow: &Flow<A>,
     way: Way,
+    quoted: u16,
 ) -> bool {
-    let (flow, inner) = (entry.flow(), &quote.datagram);
-    let addr_delta = csum::addr_delta((inner.src, inner.dst), (flow.dst, flow.src));
-    let port_delta =
-        csum::port_delta((quote.ports.source, quote.ports.dest), (flow.dport, flow.sport));
-    if !A::rewrite(packet, inner.l3, flow.dst, flow.src, addr_delta, false) {
-        return false;
+    // The quote has been dealt with: its room in map memory now holds the new addresses.
+    let new = &mut quote.key;
+    let hides_sender = flow.state & (flow_state::REVERSE | flow_state::SNAT) != 0;
+    new.src = if hides_sender { flow.src } else { outer.key.src };
+    new.dst = flow.dst;
+    let delta = addr_delta(&outer.key, new) as u16;
+    let pseudo = if A::V6 { delta } else { 0 };
+    send::set_macs(packet, way)
+        && A::rewrite(packet, outer.l3, new.src, new.dst, delta, way.is_hop())
+        && packet.fix_checksum(outer.l4 + 2, pseudo, quoted, false)
+}
+
+/// Checksum delta of two pairs of addresses; out of line for its many registers.
+#[inline(never)]
+fn addr_delta<A: Ip>(old: &FlowKey<A>, new: &FlowKey<A>) -> u32 {
+    csum::addr_delta((old.src, old.dst), (new.src, new.dst)) as u32
+}
+
+/// Answer of [`rewrite_quote`] when the quote is cut short.
+const FAILED: u32 = u32::MAX;
+
+/// Rewrites the quoted packet back to the `original` that its sender sent. Returns the checksum delta that this makes.
+#[inline(never)]
+fn rewrite_quote<P: Packet, A: Ip>(packet: &mut P, quote: &Datagram<A>, original: &FlowKey<A>) -> u32 {
+    let addr_delta = addr_delta(&quote.key, original) as u16;
+    let port_delta = csum::port_delta(
+        (quote.key.sport, quote.key.dport),
+        (original.sport, original.dport),
+    );
+    if !A::rewrite(packet, quote.l3, original.src, original.dst, addr_delta, false) {
+        return FAILED;
     }
-    let Some(ports) = packet.get_mut::<Ports>(inner.l4) else { return false };
-    ports.source = flow.dport;
-    ports.dest = flow.sport;
+    let Some(ports) = packet.get_mut::<Ports>(quote.l4) else {
+        return FAILED;
+    };
+    ports.source = original.sport;
+    ports.dest = original.dport;
     let both = addr_delta as u32 + port_delta as u32;
     // The quoted checksum may be cut off (eight bytes of TCP do not reach it) or absent (UDP).
-    let checked = match packet.get_mut::<u16>(inner.l4 + send::check_offset(inner.proto)) {
-        Some(check) if inner.proto == TCP || *check != 0 => {
+    let checked = match packet.get_mut::<u16>(quote.l4 + send::check_offset(quote.proto())) {
+        Some(check) if quote.proto() == TCP || *check != 0 => {
             *check = csum::apply(*check, both);
             true
         }
         _ => false,
     };
-    // Sum of what changed in the quote. Where the quote's own checksums follow, they take their part back.
-    let quoted = match (A::V6, checked) {
+    // Where the quote's own checksums follow, they take their part of the change back.
+    let delta = match (A::V6, checked) {
         (false, true) => !addr_delta,
         (false, false) => port_delta,
         (true, true) => 0,
         (true, false) => csum::fold(both),
     };
-    let hides_sender = flow.state & (flow_state::REVERSE | flow_state::SNAT) != 0;
-    let src = if hides_sender { flow.src } else { outer.src };
-    let outer_delta = csum::addr_delta((outer.src, outer.dst), (src, flow.dst));
-    let hops = matches!(way, Way::Device { .. } | Way::Neighbour { .. });
-    let pseudo = if A::V6 { outer_delta } else { 0 };
-    send::set_macs(packet, way)
-        && A::rewrite(packet, outer.l3, src, flow.dst, outer_delta, hops)
-        && packet.fix_checksum(outer.l4 + 2, pseudo, quoted, false)
+    delta as u32
 }

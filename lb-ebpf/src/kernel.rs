@@ -11,16 +11,19 @@ use lb_common::{
     flow::{Address, FlowKey, FlowKey4, FlowKey6},
     limits::RING_ROW,
     maps::{
-        AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6, FragmentKey,
-        FragmentPorts, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
+        AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6,
+        FragmentKey, FragmentPorts, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
     },
 };
-use lb_ebpf::tables::{Entry, InsertError, Tables, Work};
+use lb_ebpf::{
+    parse::Datagram,
+    tables::{Entry, InsertError, Scratch, Tables, Work},
+};
 
 use crate::maps::{
     ACL, AFFINITY, BACKEND_STATS, BACKENDS, CURSORS, DEVICE_SLOTS, DEVICES, DROPS, EVENTS, FLOWS4, FLOWS6,
-    FRAGMENTS, META, OURS, RINGS, SCRATCH4, SCRATCH6, SERVICE_STATS, SERVICES, SETTINGS, SNAT_ADDRESSES, STATS,
-    TIMEOUTS, VIPS,
+    FRAGMENTS, META, OURS, RINGS, SCRATCH4, SCRATCH6, SERVICE_STATS, SERVICES, SETTINGS, SNAT_ADDRESSES,
+    STATS, TIMEOUTS, VIPS,
 };
 
 /// `errno` of an insert whose key is there.
@@ -141,7 +144,13 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn acl(self, service: u32, client: &Addr16) -> u32 {
-        let key = Key::new(ACL_BITS, AclData { service, addr: *client });
+        let key = Key::new(
+            ACL_BITS,
+            AclData {
+                service,
+                addr: *client,
+            },
+        );
         ACL.get(&key).copied().unwrap_or(0)
     }
 
@@ -216,13 +225,21 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn frame<'a, A: Address>(self) -> Option<&'a mut Datagram<A>> {
+        // SAFETY: this CPU's own room, and a program is not entered twice on one CPU. Nothing else refers to `frame`.
+        unsafe { Some(&mut (*scratch::<A>()?).frame) }
+    }
+
+    #[inline(always)]
+    fn quote<'a, A: Address>(self) -> Option<&'a mut Datagram<A>> {
+        // SAFETY: as in `frame`, for another field.
+        unsafe { Some(&mut (*scratch::<A>()?).quote) }
+    }
+
+    #[inline(always)]
     fn work<'a, A: Address>(self) -> Option<&'a mut Work<A>> {
-        // SAFETY: as in `flow`; this CPU's own room, and a program is not entered twice on one CPU.
-        unsafe {
-            let work: *mut Work<A> =
-                if A::V6 { SCRATCH6.get_ptr_mut(0)?.cast() } else { SCRATCH4.get_ptr_mut(0)?.cast() };
-            Some(&mut *work)
-        }
+        // SAFETY: as in `frame`, for another field.
+        unsafe { Some(&mut (*scratch::<A>()?).work) }
     }
 
     #[inline(always)]
@@ -266,6 +283,16 @@ impl Tables for Kernel {
     fn event(self, event: &Event) {
         // A full buffer loses the event, which is a sample anyway.
         let _ = EVENTS.output(event, 0);
+    }
+}
+
+/// This CPU's scratch room for the family `A`.
+#[inline(always)]
+fn scratch<A: Address>() -> Option<*mut Scratch<A>> {
+    if A::V6 {
+        SCRATCH6.get_ptr_mut(0).map(|s| s.cast())
+    } else {
+        SCRATCH4.get_ptr_mut(0).map(|s| s.cast())
     }
 }
 

@@ -11,11 +11,12 @@ use lb_common::{
     flow::{FlowKey4, FlowKey6},
     limits,
     maps::{
-        AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Event, Flow4, Flow6, FragmentKey,
-        FragmentPorts, Meta, Ours, RingRow, Service, ServiceKey, ServiceStats, Settings, Stats, Timeouts, Vip,
+        AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Event, Flow4, Flow6,
+        FragmentKey, FragmentPorts, Meta, Ours, RingRow, Service, ServiceKey, ServiceStats, Settings, Stats,
+        Timeouts, Vip,
     },
 };
-use lb_ebpf::tables::Work;
+use lb_ebpf::tables::Scratch;
 
 /// Agent writes once. What the pinned maps are, and how fast the flow clock ticks.
 #[btf_map]
@@ -97,20 +98,22 @@ pub static DROPS: PerCpuArray<Drops, 1> = PerCpuArray::new();
 
 /// Programs write, agent reads, by backend id.
 #[btf_map]
-pub static BACKEND_STATS: PerCpuArray<BackendStats, { limits::DEFAULT_BACKENDS as usize }> = PerCpuArray::new();
+pub static BACKEND_STATS: PerCpuArray<BackendStats, { limits::DEFAULT_BACKENDS as usize }> =
+    PerCpuArray::new();
 
 /// Programs write, agent reads, by service id.
 #[btf_map]
-pub static SERVICE_STATS: PerCpuArray<ServiceStats, { limits::DEFAULT_SERVICES as usize }> = PerCpuArray::new();
+pub static SERVICE_STATS: PerCpuArray<ServiceStats, { limits::DEFAULT_SERVICES as usize }> =
+    PerCpuArray::new();
 
 /// Programs write, agent reads. Full: the event is lost, the packet is not.
 #[btf_map]
 pub static EVENTS: RingBuf<Event, { limits::EVENTS_BYTES as usize }> = RingBuf::new();
 
-/// Programs' own: room for the entries of a new flow, off the stack.
+/// Programs' own: the packet at hand and the entries of a new flow, off the stack.
 #[btf_map]
-pub static SCRATCH4: PerCpuArray<Work<Addr4>, 1> = PerCpuArray::new();
+pub static SCRATCH4: PerCpuArray<Scratch<Addr4>, 1> = PerCpuArray::new();
 
 /// See [`SCRATCH4`].
 #[btf_map]
-pub static SCRATCH6: PerCpuArray<Work<Addr16>, 1> = PerCpuArray::new();
+pub static SCRATCH6: PerCpuArray<Scratch<Addr16>, 1> = PerCpuArray::new();

@@ -28,9 +28,6 @@ pub trait Packet {
     /// Like [`Packet::get`], to write.
     fn get_mut<H: Header>(&mut self, offset: usize) -> Option<&mut H>;
 
-    /// Length of the frame, bytes.
-    fn len(&self) -> usize;
-
     /// Payload of one segment if the frame is several in one (GSO), else 0.
     fn segment_size(&self) -> usize;
 

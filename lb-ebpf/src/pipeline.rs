@@ -32,68 +32,102 @@ pub fn process<P: Packet, T: Tables>(packet: &mut P, tables: T) -> Verdict {
 #[inline(always)]
 fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> Verdict {
     match parse::ipv4(packet, l3) {
-        Some(mut datagram) if maybe_ours(tables, &datagram) => transport(packet, tables, &mut datagram, ICMP),
+        Some(datagram) if maybe_ours(tables, &datagram) => store(packet, tables, datagram),
         _ => Verdict::PASS,
     }
 }
 
 #[inline(never)]
 fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> Verdict {
-    match parse::ipv6(packet, l3) {
-        Some(mut datagram) if maybe_ours(tables, &datagram) => transport(packet, tables, &mut datagram, ICMPV6),
-        _ => Verdict::PASS,
+    let (Some(frame), Some(datagram)) = (tables.frame(), parse::ipv6(packet, l3)) else {
+        return Verdict::PASS;
+    };
+    // Stored before it is looked at: it is too large for registers and the stack is short.
+    *frame = datagram;
+    if maybe_ours(tables, frame) {
+        transport(packet, tables, frame)
+    } else {
+        Verdict::PASS
+    }
+}
+
+/// Puts what was parsed into map memory. There the verifier forgets which of the many ways of parsing led to it and
+/// walks the rest of the program once, not once per number of VLAN tags and extension headers.
+#[inline(always)]
+fn store<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: Datagram<A>) -> Verdict {
+    match tables.frame::<A>() {
+        Some(frame) => {
+            *frame = datagram;
+            transport(packet, tables, frame)
+        }
+        None => Verdict::PASS,
     }
 }
 
 /// The first question to every packet, and for most foreign ones the last.
 #[inline(always)]
 fn maybe_ours<T: Tables, A: Address>(tables: T, datagram: &Datagram<A>) -> bool {
-    let (word, mask) = ours_bit(datagram.dst);
+    let (word, mask) = ours_bit(datagram.key.dst);
     if tables.ours_word(word) & mask != 0 {
         return true;
     }
-    let (word, mask) = ours_bit(datagram.src);
+    let (word, mask) = ours_bit(datagram.key.src);
     tables.ours_word(word) & mask != 0
 }
 
-#[inline(always)]
-fn transport<P: Packet, T: Tables, A: Ip>(
-    packet: &mut P,
-    tables: T,
-    datagram: &mut Datagram<A>,
-    icmp_proto: u8,
-) -> Verdict {
+#[inline(never)]
+fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &mut Datagram<A>) -> Verdict {
+    let icmp_proto = if A::V6 { ICMPV6 } else { ICMP };
+    if !parse::extensions(packet, datagram) {
+        return Verdict::PASS;
+    }
     if datagram.part == Part::Later {
         if !recall_fragment(tables, datagram) {
             return Verdict::PASS;
         }
-    } else if datagram.proto == TCP {
-        let Some(tcp) = packet.get::<Tcp>(datagram.l4) else { return Verdict::PASS };
-        datagram.sport = tcp.ports.source;
-        datagram.dport = tcp.ports.dest;
+    } else if datagram.proto() == TCP {
+        let Some(tcp) = packet.get::<Tcp>(datagram.l4) else {
+            return Verdict::PASS;
+        };
+        datagram.key.sport = tcp.ports.source;
+        datagram.key.dport = tcp.ports.dest;
         datagram.flags = tcp.flags;
         datagram.header = (tcp.offset >> 4) * 4;
-    } else if datagram.proto == UDP {
-        let Some(udp) = packet.get::<Udp>(datagram.l4) else { return Verdict::PASS };
-        datagram.sport = udp.ports.source;
-        datagram.dport = udp.ports.dest;
+    } else if datagram.proto() == UDP {
+        let Some(udp) = packet.get::<Udp>(datagram.l4) else {
+            return Verdict::PASS;
+        };
+        datagram.key.sport = udp.ports.source;
+        datagram.key.dport = udp.ports.dest;
         datagram.header = size_of::<Udp>() as u8;
-    } else if datagram.proto == icmp_proto {
+    } else if datagram.proto() == icmp_proto {
         return icmp::process(packet, tables, datagram);
     } else {
         return Verdict::PASS;
     }
-    let verdict = match tables.flow(&datagram.key()) {
-        Some(entry) if entry.flow().state & flow_state::REVERSE == 0 => {
-            forward::known(packet, tables, datagram, &entry)
+    let mut verdict = known(packet, tables, datagram);
+    if let Some((attempt, avoid)) = verdict.opens() {
+        verdict = create::open(packet, tables, datagram, attempt, avoid);
+        if verdict == create::CREATED {
+            verdict = known(packet, tables, datagram);
         }
-        Some(entry) => reverse::known(packet, tables, datagram, &entry),
-        None => create::unknown(packet, tables, datagram),
-    };
+    }
     if datagram.part == Part::First {
         remember_fragment(tables, datagram, verdict);
     }
     verdict
+}
+
+/// Flow → rewrite, or the wish to open a flow.
+#[inline(never)]
+fn known<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Datagram<A>) -> Verdict {
+    match tables.flow(&datagram.key) {
+        Some(entry) if entry.flow().state & flow_state::REVERSE == 0 => {
+            forward::known(packet, tables, datagram, &entry)
+        }
+        Some(entry) => reverse::known(packet, tables, datagram, &entry),
+        None => Verdict::open(0, 0),
+    }
 }
 
 /// Gives a later fragment the ports of the first one. Without them it cannot be told whose it is.
@@ -101,8 +135,8 @@ fn transport<P: Packet, T: Tables, A: Ip>(
 fn recall_fragment<T: Tables, A: Address>(tables: T, datagram: &mut Datagram<A>) -> bool {
     match tables.fragment(&datagram.fragment_key()) {
         Some(ports) => {
-            datagram.sport = ports.sport;
-            datagram.dport = ports.dport;
+            datagram.key.sport = ports.sport;
+            datagram.key.dport = ports.dport;
             true
         }
         None => false,
@@ -113,7 +147,10 @@ fn recall_fragment<T: Tables, A: Address>(tables: T, datagram: &mut Datagram<A>)
 #[inline(never)]
 fn remember_fragment<T: Tables, A: Address>(tables: T, datagram: &Datagram<A>, verdict: Verdict) -> u32 {
     if verdict != Verdict::PASS && verdict != Verdict::TO_TC {
-        let ports = FragmentPorts { sport: datagram.sport, dport: datagram.dport };
+        let ports = FragmentPorts {
+            sport: datagram.key.sport,
+            dport: datagram.key.dport,
+        };
         tables.set_fragment(&datagram.fragment_key(), &ports);
         tables.count(lb_common::counter::Counter::FragmentsTracked);
     }

@@ -8,8 +8,8 @@ use lb_common::{
 use crate::{
     csum,
     headers::{
-        Ethernet, ICMP_CODE_TOO_BIG, ICMP_ECHO_REPLY, ICMP_UNREACHABLE, ICMPV6_ECHO_REPLY, ICMPV6_TOO_BIG, Icmp,
-        Ports, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Tcp,
+        Ethernet, ICMP_CODE_TOO_BIG, ICMP_ECHO_REPLY, ICMP_UNREACHABLE, ICMPV6_ECHO_REPLY, ICMPV6_TOO_BIG,
+        Icmp, Ports, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Tcp,
     },
     packet::{Hook, Packet},
     parse::Datagram,
@@ -29,7 +29,11 @@ fn back<P: Packet, T: Tables>(packet: &mut P, tables: T) -> Verdict {
     if P::HOOK == Hook::Egress {
         return Verdict::TO_NODE_BY_LOOPBACK;
     }
-    if P::HOOK == Hook::Ingress && tables.settings().is_some_and(|s| s.loopback_ifindex == packet.device()) {
+    if P::HOOK == Hook::Ingress
+        && tables
+            .settings()
+            .is_some_and(|s| s.loopback_ifindex == packet.device())
+    {
         return Verdict::TO_NODE;
     }
     match packet.get_mut::<Ethernet>(0) {
@@ -59,11 +63,13 @@ pub fn reset<P: Packet, T: Tables, A: Ip>(
     service: u32,
 ) -> Verdict {
     let failed = Verdict::drop(DropReason::RewriteFailed, service);
-    let Some(tcp) = packet.get::<Tcp>(datagram.l4) else { return failed };
+    let Some(tcp) = packet.get::<Tcp>(datagram.l4) else {
+        return failed;
+    };
     let (seq, ack, flags, check) = (u32::from_be(tcp.seq), tcp.ack, tcp.flags, tcp.check);
     let segment = datagram.length.wrapping_sub((datagram.l4 - datagram.l3) as u32);
     // Hardware will complete a checksum that holds the pseudo-header's sum alone: ours must then do likewise.
-    let pseudo = csum::pseudo_sum(datagram.src, datagram.dst, TCP, segment as u16);
+    let pseudo = csum::pseudo_sum(datagram.key.src, datagram.key.dst, TCP, segment as u16);
     let partial = P::HOOK != Hook::Xdp && check == csum::fold(pseudo);
     let answer = if flags & TCP_ACK != 0 {
         (ack, 0, TCP_RST)
@@ -74,13 +80,25 @@ pub fn reset<P: Packet, T: Tables, A: Ip>(
     };
     let l4 = datagram.l3 + A::HEADER;
     if !packet.truncate(l4 + size_of::<Tcp>())
-        || !A::write_header(packet, datagram.l3, datagram.dst, datagram.src, TCP, size_of::<Tcp>() as u16)
+        || !A::write_header(
+            packet,
+            datagram.l3,
+            datagram.key.dst,
+            datagram.key.src,
+            TCP,
+            size_of::<Tcp>() as u16,
+        )
     {
         return failed;
     }
-    let Some(tcp) = packet.get_mut::<Tcp>(l4) else { return failed };
+    let Some(tcp) = packet.get_mut::<Tcp>(l4) else {
+        return failed;
+    };
     *tcp = Tcp {
-        ports: Ports { source: datagram.dport, dest: datagram.sport },
+        ports: Ports {
+            source: datagram.key.dport,
+            dest: datagram.key.sport,
+        },
         seq: answer.0,
         ack: answer.1,
         offset: (size_of::<Tcp>() as u8 / 4) << 4,
@@ -89,8 +107,12 @@ pub fn reset<P: Packet, T: Tables, A: Ip>(
         check: 0,
         urgent: Be16(0),
     };
-    let pseudo = csum::pseudo_sum(datagram.dst, datagram.src, TCP, size_of::<Tcp>() as u16);
-    tcp.check = if partial { csum::fold(pseudo) } else { !csum::fold(pseudo + sum_tcp(tcp)) };
+    let pseudo = csum::pseudo_sum(datagram.key.dst, datagram.key.src, TCP, size_of::<Tcp>() as u16);
+    tcp.check = if partial {
+        csum::fold(pseudo)
+    } else {
+        !csum::fold(pseudo + sum_tcp(tcp))
+    };
     tables.count(Counter::ResetsSent);
     back(packet, tables)
 }
@@ -111,7 +133,9 @@ const fn sum_tcp(tcp: &Tcp) -> u32 {
 #[inline(always)]
 pub fn echo<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Datagram<A>) -> Verdict {
     let failed = Verdict::drop(DropReason::RewriteFailed, crate::verdict::NO_SERVICE);
-    let Some(icmp) = packet.get_mut::<Icmp>(datagram.l4) else { return failed };
+    let Some(icmp) = packet.get_mut::<Icmp>(datagram.l4) else {
+        return failed;
+    };
     let old = Be16::new((icmp.kind as u16) << 8).0;
     icmp.kind = if A::V6 { ICMPV6_ECHO_REPLY } else { ICMP_ECHO_REPLY };
     let new = Be16::new((icmp.kind as u16) << 8).0;
@@ -121,6 +145,14 @@ pub fn echo<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &D
     }
     tables.count(Counter::EchoReplies);
     back(packet, tables)
+}
+
+/// Unfolded sum of what [`too_big`] quotes.
+#[inline(never)]
+fn sum_quote<P: Packet, A: Ip>(packet: &P, offset: usize) -> u32 {
+    let header = A::sum_header(packet, offset).unwrap_or(0);
+    let transport = packet.get::<[u16; QUOTED_TRANSPORT / 2]>(offset + A::HEADER);
+    header + transport.map_or(0, |words| csum::sum(words))
 }
 
 /// Answers a packet that is longer than the device it must leave by (RFC 1191, RFC 8201). TC only.
@@ -138,34 +170,50 @@ pub fn too_big<P: Packet, T: Tables, A: Ip>(
         return dropped;
     }
     let added = A::HEADER + size_of::<Icmp>();
-    let Some(eth) = packet.get::<Ethernet>(0) else { return dropped };
+    let Some(eth) = packet.get::<Ethernet>(0) else {
+        return dropped;
+    };
     let mut eth = *eth;
     if !packet.truncate(L3 + A::HEADER + QUOTED_TRANSPORT) || !packet.grow_head(added) {
         return dropped;
     }
-    let Some(front) = packet.get_mut::<Ethernet>(0) else { return dropped };
+    let Some(front) = packet.get_mut::<Ethernet>(0) else {
+        return dropped;
+    };
     *front = core::mem::replace(&mut eth, *front);
-    let proto = if A::V6 { crate::headers::ICMPV6 } else { crate::headers::ICMP };
+    let proto = if A::V6 {
+        crate::headers::ICMPV6
+    } else {
+        crate::headers::ICMP
+    };
     let length = (size_of::<Icmp>() + A::HEADER + QUOTED_TRANSPORT) as u16;
-    if !A::write_header(packet, L3, datagram.dst, datagram.src, proto, length) {
+    if !A::write_header(packet, L3, datagram.key.dst, datagram.key.src, proto, length) {
         return dropped;
     }
     let l4 = L3 + A::HEADER;
-    let Some(icmp) = packet.get_mut::<Icmp>(l4) else { return dropped };
+    let Some(icmp) = packet.get_mut::<Icmp>(l4) else {
+        return dropped;
+    };
     *icmp = Icmp {
         kind: if A::V6 { ICMPV6_TOO_BIG } else { ICMP_UNREACHABLE },
         code: if A::V6 { 0 } else { ICMP_CODE_TOO_BIG },
         check: 0,
         rest: mtu.to_be(),
     };
-    let mut sum = if A::V6 { csum::pseudo_sum(datagram.dst, datagram.src, proto, length) } else { 0 };
-    for word in 0..(size_of::<Icmp>() + A::HEADER + QUOTED_TRANSPORT) / 2 {
-        match packet.get::<u16>(l4 + word * 2) {
-            Some(word) => sum += *word as u32,
-            None => return dropped,
-        }
+    let mut sum = if A::V6 {
+        csum::pseudo_sum(datagram.key.dst, datagram.key.src, proto, length)
+    } else {
+        0
+    };
+    sum += Be16::new((if A::V6 { ICMPV6_TOO_BIG } else { ICMP_UNREACHABLE } as u16) << 8).0 as u32;
+    if !A::V6 {
+        sum += Be16::new(ICMP_CODE_TOO_BIG as u16).0 as u32;
     }
-    let Some(icmp) = packet.get_mut::<Icmp>(l4) else { return dropped };
+    sum += (mtu.to_be() & 0xffff) + (mtu.to_be() >> 16);
+    sum += sum_quote::<P, A>(packet, l4 + size_of::<Icmp>());
+    let Some(icmp) = packet.get_mut::<Icmp>(l4) else {
+        return dropped;
+    };
     icmp.check = !csum::fold(sum);
     tables.count(Counter::TooBigSent);
     back(packet, tables)

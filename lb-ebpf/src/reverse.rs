@@ -12,7 +12,7 @@ use crate::{
     headers::{TCP, TCP_ACK, TCP_RST, Tcp},
     packet::Packet,
     parse::Datagram,
-    send::{self, Ip, Way},
+    send::{self, Ip, Kind},
     stats,
     tables::{Entry, Tables, is_closed, partner_key},
     tcp,
@@ -37,7 +37,7 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
         entry.set_last_seen(now);
     }
     stats::from_backend(tables, flow.backend, datagram.length);
-    if datagram.proto == TCP {
+    if datagram.proto() == TCP {
         if tcp::is_transition(datagram.flags, flow.state) {
             let refused = datagram.flags & TCP_RST != 0
                 && flow.state & flow_state::ESTABLISHED == 0
@@ -71,7 +71,7 @@ fn transition<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, entry: &Entry
 #[inline(never)]
 fn answered<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, entry: &Entry<A>) -> u32 {
     entry.update_state(true, flow_state::ESTABLISHED, 0);
-    if let Some(partner) = tables.flow(&partner_key(entry.flow(), datagram.proto as u32)) {
+    if let Some(partner) = tables.flow(&partner_key(entry.flow(), datagram.proto() as u32)) {
         partner.update_state(true, flow_state::ESTABLISHED, 0);
     }
     if let Some(stats) = tables.backend_stats(entry.flow().backend) {
@@ -93,11 +93,12 @@ pub fn refuses<T: Tables, A: Ip>(tables: T, entry: &Entry<A>) -> bool {
     }
     let forward = partner_key(flow, TCP as u32);
     let attempt = (flow.state >> flow_state::TRIES_SHIFT & flow_state::TRIES_MASK) + 1;
-    let Some(service) = create::find_service(tables, &forward) else { return false };
-    if create::select(tables, service, create::ring_hash(service, &forward), attempt, flow.backend) == 0 {
+    if !create::has_other(tables, &forward, attempt, flow.backend) {
         return false;
     }
-    let Some(partner) = tables.flow(&forward) else { return false };
+    let Some(partner) = tables.flow(&forward) else {
+        return false;
+    };
     entry.update_state(true, flow_state::REFUSED, 0);
     partner.update_state(true, flow_state::REFUSED, 0);
     tables.count(Counter::RefusalsHidden);
@@ -119,10 +120,12 @@ fn nudge<P: Packet, T: Tables, A: Ip>(
     let flow = entry.flow();
     let hidden = Verdict::drop(DropReason::RefusalHidden, flow.service);
     let way = send::to_client(packet, tables, flow.hop, flow.state & flow_state::SNAT != 0);
-    if datagram.flags & TCP_ACK == 0 || way == Way::NeedTc {
+    if datagram.flags & TCP_ACK == 0 || way.kind == Kind::NeedTc {
         return hidden;
     }
-    let Some(tcp) = packet.get_mut::<Tcp>(datagram.l4) else { return hidden };
+    let Some(tcp) = packet.get_mut::<Tcp>(datagram.l4) else {
+        return hidden;
+    };
     let (old_ack, old_flags) = (tcp.ack, word(tcp));
     tcp.ack = u32::from_be(old_ack).wrapping_sub(1).to_be();
     tcp.flags = TCP_ACK;

@@ -18,8 +18,29 @@ use crate::{
 };
 
 /// How a packet leaves.
+///
+/// A kind and always-set fields rather than an enum with contents: the compiler would leave the contents of the other
+/// variants unset in registers, and the verifier refuses to see such a register copied.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub struct Way {
+    /// The kind.
+    pub kind: Kind,
+    /// Interface index of the device, if the kind has one.
+    pub ifindex: u32,
+    /// Its MTU, bytes of IP.
+    pub mtu: u32,
+    /// Destination MAC, for [`Kind::Device`].
+    pub hop: Hop,
+    /// Source MAC in the same form, for [`Kind::Device`].
+    pub from: Hop,
+}
+
+/// The kinds of [`Way`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Kind {
+    /// The device is gone.
+    Nowhere,
     /// This body cannot send it: the TC program will.
     NeedTc,
     /// Up the stack from here.
@@ -28,26 +49,30 @@ pub enum Way {
     NodeByLoopback,
     /// The stack is sending it already (egress).
     Stack,
-    /// Out of a device with these MACs.
-    Device {
-        /// Interface index.
-        ifindex: u32,
-        /// Its MTU, bytes of IP.
-        mtu: u32,
-        /// Destination MAC.
-        hop: Hop,
-        /// Source MAC, in the same form.
-        from: Hop,
-    },
+    /// Out of a device with known MACs.
+    Device,
     /// Out of a device; the kernel resolves the neighbour.
-    Neighbour {
-        /// Interface index.
-        ifindex: u32,
-        /// Its MTU, bytes of IP.
-        mtu: u32,
-    },
-    /// The device is gone.
-    Nowhere,
+    Neighbour,
+}
+
+impl Way {
+    /// A way without a device.
+    #[inline(always)]
+    const fn plain(kind: Kind) -> Self {
+        Self {
+            kind,
+            ifindex: 0,
+            mtu: u32::MAX,
+            hop: Hop(0),
+            from: Hop(0),
+        }
+    }
+
+    /// Whether the packet makes a hop: one is taken from its time to live.
+    #[inline(always)]
+    pub const fn is_hop(&self) -> bool {
+        matches!(self.kind, Kind::Device | Kind::Neighbour)
+    }
 }
 
 /// The way to a backend.
@@ -55,14 +80,14 @@ pub enum Way {
 pub fn to_backend<P: Packet, T: Tables>(tables: T, backend: &Backend) -> Way {
     if backend.flags & backend_flags::NODE != 0 {
         return match P::HOOK {
-            Hook::Xdp => Way::NeedTc,
-            Hook::Ingress => Way::Node,
-            Hook::Egress => Way::NodeByLoopback,
+            Hook::Xdp => Way::plain(Kind::NeedTc),
+            Hook::Ingress => Way::plain(Kind::Node),
+            Hook::Egress => Way::plain(Kind::NodeByLoopback),
         };
     }
     match tables.device(backend.hop.slot() as u32) {
         Some(device) => by_device::<P>(device, backend.hop),
-        None => Way::Nowhere,
+        None => Way::plain(Kind::Nowhere),
     }
 }
 
@@ -70,34 +95,46 @@ pub fn to_backend<P: Packet, T: Tables>(tables: T, backend: &Backend) -> Way {
 #[inline(always)]
 pub fn to_client<P: Packet, T: Tables>(packet: &P, tables: T, hop: Hop, translated: bool) -> Way {
     if P::HOOK == Hook::Egress && !translated {
-        return Way::Stack;
+        return Way::plain(Kind::Stack);
     }
     if hop.slot() == 0 {
         return match P::HOOK {
-            Hook::Xdp => Way::NeedTc,
-            _ if tables.settings().is_some_and(|s| s.loopback_ifindex == packet.device()) => Way::Node,
-            _ => Way::NodeByLoopback,
+            Hook::Xdp => Way::plain(Kind::NeedTc),
+            _ if tables
+                .settings()
+                .is_some_and(|s| s.loopback_ifindex == packet.device()) =>
+            {
+                Way::plain(Kind::Node)
+            }
+            _ => Way::plain(Kind::NodeByLoopback),
         };
     }
     match tables.device(hop.slot() as u32) {
         Some(device) => by_device::<P>(device, hop),
-        None => Way::Nowhere,
+        None => Way::plain(Kind::Nowhere),
     }
 }
 
 #[inline(always)]
 fn by_device<P: Packet>(device: &Device, hop: Hop) -> Way {
     if device.ifindex == 0 {
-        return Way::Nowhere;
+        return Way::plain(Kind::Nowhere);
     }
     if P::HOOK == Hook::Xdp && (!hop.has_mac() || device.flags & device_flags::XDP == 0) {
-        return Way::NeedTc;
+        return Way::plain(Kind::NeedTc);
     }
-    if hop.has_mac() {
-        let from = Hop::from_words(device.mac_high, device.mac_low, 0);
-        Way::Device { ifindex: device.ifindex, mtu: device.mtu, hop, from }
+    let kind = if hop.has_mac() {
+        Kind::Device
     } else {
-        Way::Neighbour { ifindex: device.ifindex, mtu: device.mtu }
+        Kind::Neighbour
+    };
+    let from = Hop::from_words(device.mac_high, device.mac_low, 0);
+    Way {
+        kind,
+        ifindex: device.ifindex,
+        mtu: device.mtu,
+        hop,
+        from,
     }
 }
 
@@ -110,23 +147,23 @@ pub fn refuse<P: Packet, T: Tables, A: Ip>(
     way: Way,
     service: u32,
 ) -> Option<Verdict> {
-    let mtu = match way {
-        Way::NeedTc => return Some(Verdict::TO_TC),
-        Way::Nowhere => return Some(Verdict::drop(DropReason::RewriteFailed, service)),
-        Way::Node | Way::NodeByLoopback | Way::Stack => return None,
-        Way::Device { mtu, .. } | Way::Neighbour { mtu, .. } => mtu,
-    };
+    match way.kind {
+        Kind::NeedTc => return Some(Verdict::TO_TC),
+        Kind::Nowhere => return Some(Verdict::drop(DropReason::RewriteFailed, service)),
+        Kind::Node | Kind::NodeByLoopback | Kind::Stack => return None,
+        Kind::Device | Kind::Neighbour => {}
+    }
     if datagram.ttl <= 1 {
         return Some(Verdict::drop(DropReason::TtlExpired, service));
     }
-    if datagram.length > mtu {
+    if datagram.length > way.mtu {
         if P::HOOK == Hook::Xdp {
             return Some(Verdict::TO_TC);
         }
         let segment = packet.segment_size();
         let headers = datagram.l4 - datagram.l3 + datagram.header as usize;
-        if segment == 0 || headers + segment > mtu as usize {
-            return Some(reply::too_big(packet, tables, datagram, mtu, service));
+        if segment == 0 || headers + segment > way.mtu as usize {
+            return Some(reply::too_big(packet, tables, datagram, way.mtu, service));
         }
     }
     None
@@ -136,9 +173,15 @@ pub fn refuse<P: Packet, T: Tables, A: Ip>(
 #[inline(always)]
 pub fn send<P: Packet, A: Ip>(packet: &mut P, datagram: &Datagram<A>, flow: &Flow<A>, way: Way) -> Verdict {
     let failed = Verdict::drop(DropReason::RewriteFailed, flow.service);
-    let hops = matches!(way, Way::Device { .. } | Way::Neighbour { .. });
     if !set_macs(packet, way)
-        || !A::rewrite(packet, datagram.l3, flow.src, flow.dst, flow.addr_delta, hops)
+        || !A::rewrite(
+            packet,
+            datagram.l3,
+            flow.src,
+            flow.dst,
+            flow.addr_delta,
+            way.is_hop(),
+        )
         || (datagram.header != 0 && !rewrite_transport(packet, datagram, flow))
     {
         return failed;
@@ -149,37 +192,43 @@ pub fn send<P: Packet, A: Ip>(packet: &mut P, datagram: &Datagram<A>, flow: &Flo
 /// The verdict of a way.
 #[inline(always)]
 pub fn leave<P: Packet>(packet: &P, way: Way) -> Verdict {
-    match way {
-        Way::NeedTc => Verdict::TO_TC,
-        Way::Node => Verdict::TO_NODE,
-        Way::NodeByLoopback => Verdict::TO_NODE_BY_LOOPBACK,
-        Way::Stack => Verdict::TRANSMIT,
-        Way::Device { ifindex, .. } if P::HOOK != Hook::Egress && ifindex == packet.device() => Verdict::TRANSMIT,
-        Way::Device { ifindex, .. } => Verdict::redirect(ifindex),
-        Way::Neighbour { ifindex, .. } => Verdict::neighbour(ifindex),
-        Way::Nowhere => Verdict::drop(DropReason::RewriteFailed, crate::verdict::NO_SERVICE),
+    match way.kind {
+        Kind::NeedTc => Verdict::TO_TC,
+        Kind::Node => Verdict::TO_NODE,
+        Kind::NodeByLoopback => Verdict::TO_NODE_BY_LOOPBACK,
+        Kind::Stack => Verdict::TRANSMIT,
+        Kind::Device if P::HOOK != Hook::Egress && way.ifindex == packet.device() => Verdict::TRANSMIT,
+        Kind::Device => Verdict::redirect(way.ifindex),
+        Kind::Neighbour => Verdict::neighbour(way.ifindex),
+        Kind::Nowhere => Verdict::drop(DropReason::RewriteFailed, crate::verdict::NO_SERVICE),
     }
 }
 
 /// Writes the MACs, where the way knows them.
 #[inline(always)]
 pub fn set_macs<P: Packet>(packet: &mut P, way: Way) -> bool {
-    let Way::Device { hop, from, .. } = way else { return true };
-    let Some(ethernet) = packet.get_mut::<Ethernet>(0) else { return false };
-    ethernet.dst_high = hop.mac_high();
-    ethernet.dst_low = hop.mac_low();
-    ethernet.src_high = from.mac_high();
-    ethernet.src_low = from.mac_low();
+    if way.kind != Kind::Device {
+        return true;
+    }
+    let Some(ethernet) = packet.get_mut::<Ethernet>(0) else {
+        return false;
+    };
+    ethernet.dst_high = way.hop.mac_high();
+    ethernet.dst_low = way.hop.mac_low();
+    ethernet.src_high = way.from.mac_high();
+    ethernet.src_low = way.from.mac_low();
     true
 }
 
 #[inline(always)]
 fn rewrite_transport<P: Packet, A: Ip>(packet: &mut P, datagram: &Datagram<A>, flow: &Flow<A>) -> bool {
-    let Some(ports) = packet.get_mut::<Ports>(datagram.l4) else { return false };
+    let Some(ports) = packet.get_mut::<Ports>(datagram.l4) else {
+        return false;
+    };
     ports.source = flow.sport;
     ports.dest = flow.dport;
-    let offset = datagram.l4 + check_offset(datagram.proto);
-    packet.fix_checksum(offset, flow.addr_delta, flow.port_delta, datagram.proto == UDP)
+    let offset = datagram.l4 + check_offset(datagram.proto());
+    packet.fix_checksum(offset, flow.addr_delta, flow.port_delta, datagram.proto() == UDP)
 }
 
 /// Where the checksum is in a TCP or UDP header.
@@ -197,7 +246,17 @@ pub trait Ip: Address {
     fn parse<P: Packet>(packet: &P, l3: usize) -> Option<Datagram<Self>>;
 
     /// Writes a whole header for a packet of our own with `length` bytes after it.
-    fn write_header<P: Packet>(packet: &mut P, l3: usize, src: Self, dst: Self, proto: u8, length: u16) -> bool;
+    fn write_header<P: Packet>(
+        packet: &mut P,
+        l3: usize,
+        src: Self,
+        dst: Self,
+        proto: u8,
+        length: u16,
+    ) -> bool;
+
+    /// Unfolded sum of the words of a header without options.
+    fn sum_header<P: Packet>(packet: &P, l3: usize) -> Option<u32>;
 
     /// Swaps source and destination and sets the time to live.
     fn turn<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> bool;
@@ -206,15 +265,31 @@ pub trait Ip: Address {
     fn may_not_fragment<P: Packet>(packet: &P, l3: usize) -> bool;
 
     /// Writes the addresses; `hops` takes one from the time to live.
-    fn rewrite<P: Packet>(packet: &mut P, l3: usize, src: Self, dst: Self, addr_delta: u16, hops: bool) -> bool;
+    fn rewrite<P: Packet>(
+        packet: &mut P,
+        l3: usize,
+        src: Self,
+        dst: Self,
+        addr_delta: u16,
+        hops: bool,
+    ) -> bool;
 }
 
 impl Ip for Addr4 {
     const HEADER: usize = size_of::<Ipv4>();
 
     #[inline(always)]
-    fn rewrite<P: Packet>(packet: &mut P, l3: usize, src: Self, dst: Self, addr_delta: u16, hops: bool) -> bool {
-        let Some(ip) = packet.get_mut::<Ipv4>(l3) else { return false };
+    fn rewrite<P: Packet>(
+        packet: &mut P,
+        l3: usize,
+        src: Self,
+        dst: Self,
+        addr_delta: u16,
+        hops: bool,
+    ) -> bool {
+        let Some(ip) = packet.get_mut::<Ipv4>(l3) else {
+            return false;
+        };
         let mut delta = addr_delta as u32;
         if hops {
             ip.ttl = ip.ttl.wrapping_sub(1);
@@ -232,8 +307,17 @@ impl Ip for Addr4 {
     }
 
     #[inline(always)]
-    fn write_header<P: Packet>(packet: &mut P, l3: usize, src: Self, dst: Self, proto: u8, length: u16) -> bool {
-        let Some(ip) = packet.get_mut::<Ipv4>(l3) else { return false };
+    fn write_header<P: Packet>(
+        packet: &mut P,
+        l3: usize,
+        src: Self,
+        dst: Self,
+        proto: u8,
+        length: u16,
+    ) -> bool {
+        let Some(ip) = packet.get_mut::<Ipv4>(l3) else {
+            return false;
+        };
         let total = length + Self::HEADER as u16;
         *ip = Ipv4 {
             version_ihl: 0x45,
@@ -256,8 +340,15 @@ impl Ip for Addr4 {
     }
 
     #[inline(always)]
+    fn sum_header<P: Packet>(packet: &P, l3: usize) -> Option<u32> {
+        packet.get::<[u16; 10]>(l3).map(|words| csum::sum(words))
+    }
+
+    #[inline(always)]
     fn turn<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> bool {
-        let Some(ip) = packet.get_mut::<Ipv4>(l3) else { return false };
+        let Some(ip) = packet.get_mut::<Ipv4>(l3) else {
+            return false;
+        };
         let old = Be16::new((ip.ttl as u16) << 8).0;
         ip.ttl = ttl;
         ip.check = csum::apply(ip.check, csum::word_delta(old, Be16::new((ttl as u16) << 8).0));
@@ -267,7 +358,9 @@ impl Ip for Addr4 {
 
     #[inline(always)]
     fn may_not_fragment<P: Packet>(packet: &P, l3: usize) -> bool {
-        packet.get::<Ipv4>(l3).is_some_and(|ip| ip.fragment.0 & IPV4_DF.0 != 0)
+        packet
+            .get::<Ipv4>(l3)
+            .is_some_and(|ip| ip.fragment.0 & IPV4_DF.0 != 0)
     }
 }
 
@@ -276,7 +369,9 @@ impl Ip for Addr16 {
 
     #[inline(always)]
     fn rewrite<P: Packet>(packet: &mut P, l3: usize, src: Self, dst: Self, _delta: u16, hops: bool) -> bool {
-        let Some(ip) = packet.get_mut::<Ipv6>(l3) else { return false };
+        let Some(ip) = packet.get_mut::<Ipv6>(l3) else {
+            return false;
+        };
         if hops {
             ip.hop_limit = ip.hop_limit.wrapping_sub(1);
         }
@@ -291,8 +386,17 @@ impl Ip for Addr16 {
     }
 
     #[inline(always)]
-    fn write_header<P: Packet>(packet: &mut P, l3: usize, src: Self, dst: Self, proto: u8, length: u16) -> bool {
-        let Some(ip) = packet.get_mut::<Ipv6>(l3) else { return false };
+    fn write_header<P: Packet>(
+        packet: &mut P,
+        l3: usize,
+        src: Self,
+        dst: Self,
+        proto: u8,
+        length: u16,
+    ) -> bool {
+        let Some(ip) = packet.get_mut::<Ipv6>(l3) else {
+            return false;
+        };
         *ip = Ipv6 {
             version_flow: [0x60, 0, 0, 0],
             payload_length: Be16::new(length),
@@ -305,8 +409,15 @@ impl Ip for Addr16 {
     }
 
     #[inline(always)]
+    fn sum_header<P: Packet>(packet: &P, l3: usize) -> Option<u32> {
+        packet.get::<[u16; 20]>(l3).map(|words| csum::sum(words))
+    }
+
+    #[inline(always)]
     fn turn<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> bool {
-        let Some(ip) = packet.get_mut::<Ipv6>(l3) else { return false };
+        let Some(ip) = packet.get_mut::<Ipv6>(l3) else {
+            return false;
+        };
         ip.hop_limit = ttl;
         (ip.src, ip.dst) = (ip.dst, ip.src);
         true

@@ -23,7 +23,9 @@ pub const HEADER: usize = 8;
 /// See the module.
 #[inline(always)]
 pub fn run<P: Packet, T: Tables>(packet: &P, tables: T) -> u32 {
-    let (Some(family), Some(count)) = (packet.get::<u32>(0), packet.get::<u32>(4)) else { return 0 };
+    let (Some(family), Some(count)) = (packet.get::<u32>(0), packet.get::<u32>(4)) else {
+        return 0;
+    };
     match (*family, *count) {
         (_, 0) => tables.now(),
         (4, count) => expire::<P, T, Addr4>(packet, tables, count),
@@ -43,7 +45,9 @@ where
         if index >= count as usize {
             break;
         }
-        let Some(key) = packet.get::<FlowKey<A>>(HEADER + index * size_of::<FlowKey<A>>()) else { break };
+        let Some(key) = packet.get::<FlowKey<A>>(HEADER + index * size_of::<FlowKey<A>>()) else {
+            break;
+        };
         let key = *key;
         if let Some(entry) = tables.flow(&key)
             && is_expired(tables, entry.flow(), key.proto, now)

@@ -5,10 +5,12 @@ use lb_common::{
     counter::Counter,
     flow::{Address, FlowKey},
     maps::{
-        Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, FragmentKey, FragmentPorts, Service,
-        ServiceKey, ServiceStats, Settings, Timeouts, Vip, flow_state,
+        Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, FragmentKey, FragmentPorts,
+        Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip, flow_state,
     },
 };
+
+use crate::parse::Datagram;
 
 /// Why an insert failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,10 +24,22 @@ pub enum InsertError {
 /// A flow entry in its map. The entry may change or be reused by another CPU at any time, as any map value may.
 pub struct Entry<A: Address>(*mut Flow<A>);
 
+/// A backend chosen for a new flow.
+#[derive(Clone, Copy, Debug, Default)]
+#[repr(C)]
+pub struct Choice {
+    /// Its id.
+    pub backend: u32,
+    /// The attempt that found it: 0, or the number of re-steers.
+    pub attempt: u32,
+}
+
 /// Room for the two entries of a new flow, off the 512-byte stack.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct Work<A: Address> {
+    /// The backend that was chosen.
+    pub choice: Choice,
     /// Key of the forward entry.
     pub forward_key: FlowKey<A>,
     /// Key of the reverse entry.
@@ -34,6 +48,18 @@ pub struct Work<A: Address> {
     pub forward: Flow<A>,
     /// The reverse entry.
     pub reverse: Flow<A>,
+}
+
+/// This CPU's scratch room: the value of `SCRATCH4` and `SCRATCH6`.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct Scratch<A: Address> {
+    /// The packet at hand.
+    pub frame: Datagram<A>,
+    /// The packet that it quotes (ICMP errors).
+    pub quote: Datagram<A>,
+    /// The flow being made.
+    pub work: Work<A>,
 }
 
 /// The maps.
@@ -46,23 +72,37 @@ pub trait Tables: Copy {
     /// Word of the `OURS` filter.
     fn ours_word(self, word: u32) -> u64;
     /// `SETTINGS`.
-    fn settings<'a>(self) -> Option<&'a Settings> where Self: 'a;
+    fn settings<'a>(self) -> Option<&'a Settings>
+    where
+        Self: 'a;
     /// `VIPS`.
-    fn vip<'a>(self, addr: &Addr16) -> Option<&'a Vip> where Self: 'a;
+    fn vip<'a>(self, addr: &Addr16) -> Option<&'a Vip>
+    where
+        Self: 'a;
     /// `SERVICES`.
-    fn service<'a>(self, key: &ServiceKey) -> Option<&'a Service> where Self: 'a;
+    fn service<'a>(self, key: &ServiceKey) -> Option<&'a Service>
+    where
+        Self: 'a;
     /// `TIMEOUTS`.
-    fn timeouts<'a>(self, service: u32) -> Option<&'a Timeouts> where Self: 'a;
+    fn timeouts<'a>(self, service: u32) -> Option<&'a Timeouts>
+    where
+        Self: 'a;
     /// Backend id in a row of `RINGS`; `index` is taken modulo the row's length.
     fn ring(self, row: u32, index: u32) -> u32;
     /// `BACKENDS`.
-    fn backend<'a>(self, id: u32) -> Option<&'a Backend> where Self: 'a;
+    fn backend<'a>(self, id: u32) -> Option<&'a Backend>
+    where
+        Self: 'a;
     /// `DEVICES`.
-    fn device<'a>(self, slot: u32) -> Option<&'a Device> where Self: 'a;
+    fn device<'a>(self, slot: u32) -> Option<&'a Device>
+    where
+        Self: 'a;
     /// `DEVICE_SLOTS`.
     fn device_slot(self, ifindex: u32) -> Option<u32>;
     /// `SNAT_ADDRESSES`.
-    fn snat_address<'a>(self, index: u32) -> Option<&'a Addr16> where Self: 'a;
+    fn snat_address<'a>(self, index: u32) -> Option<&'a Addr16>
+    where
+        Self: 'a;
     /// Next value of the backend's port cursor on this CPU; starts differ between CPUs.
     fn next_port(self, backend: u32) -> u32;
     /// `ACL`: the action of the longest prefix, or 0.
@@ -81,16 +121,30 @@ pub trait Tables: Copy {
     fn insert_flow<A: Address>(self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), InsertError>;
     /// Removes a flow.
     fn remove_flow<A: Address>(self, key: &FlowKey<A>);
-    /// Scratch room of this CPU.
-    fn work<'a, A: Address>(self) -> Option<&'a mut Work<A>> where Self: 'a;
+    /// This CPU's room for the packet at hand.
+    fn frame<'a, A: Address>(self) -> Option<&'a mut Datagram<A>>
+    where
+        Self: 'a;
+    /// This CPU's room for the packet that the one at hand quotes.
+    fn quote<'a, A: Address>(self) -> Option<&'a mut Datagram<A>>
+    where
+        Self: 'a;
+    /// This CPU's room for a new flow.
+    fn work<'a, A: Address>(self) -> Option<&'a mut Work<A>>
+    where
+        Self: 'a;
     /// Adds one to a counter.
     fn count(self, counter: Counter);
     /// Adds one to a drop reason of the node; `reason` is an index of [`DropReason`].
     fn count_drop(self, reason: u32);
     /// Statistics of a backend on this CPU.
-    fn backend_stats<'a>(self, id: u32) -> Option<&'a mut BackendStats> where Self: 'a;
+    fn backend_stats<'a>(self, id: u32) -> Option<&'a mut BackendStats>
+    where
+        Self: 'a;
     /// Statistics of a service on this CPU.
-    fn service_stats<'a>(self, id: u32) -> Option<&'a mut ServiceStats> where Self: 'a;
+    fn service_stats<'a>(self, id: u32) -> Option<&'a mut ServiceStats>
+    where
+        Self: 'a;
     /// A random number, for sampling.
     fn random(self) -> u32;
     /// Sends an event.
@@ -122,7 +176,11 @@ impl<A: Address> Entry<A> {
     pub fn update_state(&self, by_backend: bool, sets: u32, clears: u32) {
         let shift = if by_backend { 8 } else { 16 };
         let byte = ((self.flow().state & !clears | sets) >> shift) as u8;
-        let index = if cfg!(target_endian = "little") { shift / 8 } else { 3 - shift / 8 };
+        let index = if cfg!(target_endian = "little") {
+            shift / 8
+        } else {
+            3 - shift / 8
+        };
         // SAFETY: as in `flow`; one byte inside the `state` word.
         unsafe { (&raw mut (*self.0).state).cast::<u8>().add(index).write(byte) }
     }
@@ -147,7 +205,13 @@ impl<A: Address> Entry<A> {
 /// The key of the other direction of a flow.
 #[inline(always)]
 pub fn partner_key<A: Address>(flow: &Flow<A>, proto: u32) -> FlowKey<A> {
-    FlowKey { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport, proto }
+    FlowKey {
+        src: flow.dst,
+        dst: flow.src,
+        sport: flow.dport,
+        dport: flow.sport,
+        proto,
+    }
 }
 
 /// Whether a TCP flow is over: closed by both sides, or reset.
@@ -175,7 +239,11 @@ pub fn timeout(timeouts: &Timeouts, state: u32, proto: u32) -> u32 {
 #[inline(always)]
 pub fn is_idle<A: Address, T: Tables>(tables: T, flow: &Flow<A>, proto: u32, now: u32) -> bool {
     match tables.timeouts(flow.service) {
-        Some(timeouts) => now.wrapping_sub(flow.last_seen) > timeout(timeouts, flow.state, proto),
+        // Another CPU may have stamped the entry after this one read the clock: such an age is "negative".
+        Some(timeouts) => {
+            let age = now.wrapping_sub(flow.last_seen);
+            age > timeout(timeouts, flow.state, proto) && age < 1 << 31
+        }
         None => true,
     }
 }
@@ -199,4 +267,3 @@ pub fn remove_pair<A: Address, T: Tables>(tables: T, key: &FlowKey<A>, flow: &Fl
     tables.remove_flow(key);
     tables.remove_flow(&partner);
 }
-

@@ -14,11 +14,19 @@ pub const fn is_syn(flags: u8) -> bool {
 #[inline(always)]
 pub const fn sets(flags: u8, from_backend: bool) -> u32 {
     if flags & TCP_RST != 0 {
-        return if from_backend { state::RESET_BACKEND } else { state::RESET_CLIENT };
+        return if from_backend {
+            state::RESET_BACKEND
+        } else {
+            state::RESET_CLIENT
+        };
     }
     let mut bits = 0;
     if flags & TCP_FIN != 0 {
-        bits |= if from_backend { state::FIN_BACKEND } else { state::FIN_CLIENT };
+        bits |= if from_backend {
+            state::FIN_BACKEND
+        } else {
+            state::FIN_CLIENT
+        };
     }
     if from_backend && flags & (TCP_SYN | TCP_ACK) == TCP_SYN | TCP_ACK {
         bits |= state::ESTABLISHED;
@@ -33,7 +41,11 @@ pub const fn clears(flags: u8, from_backend: bool) -> u32 {
     if flags & TCP_RST != 0 || flags & TCP_ACK == 0 {
         return 0;
     }
-    if from_backend { state::RESET_BACKEND | state::REFUSED } else { state::RESET_CLIENT }
+    if from_backend {
+        state::RESET_BACKEND | state::REFUSED
+    } else {
+        state::RESET_CLIENT
+    }
 }
 
 /// Whether a packet of these flags may change the state at all: all others take the short way.
@@ -47,7 +59,9 @@ mod tests {
     use super::*;
 
     fn run(steps: &[(u8, bool)]) -> u32 {
-        steps.iter().fold(0, |s, &(flags, backend)| (s & !clears(flags, backend)) | sets(flags, backend))
+        steps.iter().fold(0, |s, &(flags, backend)| {
+            (s & !clears(flags, backend)) | sets(flags, backend)
+        })
     }
     const SYN_ACK: u8 = TCP_SYN | TCP_ACK;
     const FIN_ACK: u8 = TCP_FIN | TCP_ACK;
@@ -95,7 +109,10 @@ mod tests {
     #[test]
     fn plain_segments_take_the_short_way() {
         assert!(!is_transition(TCP_ACK, state::ESTABLISHED));
-        assert!(!is_transition(TCP_ACK | 0x08, state::ESTABLISHED | state::FIN_CLIENT));
+        assert!(!is_transition(
+            TCP_ACK | 0x08,
+            state::ESTABLISHED | state::FIN_CLIENT
+        ));
         for flags in [TCP_SYN, FIN_ACK, TCP_RST] {
             assert!(is_transition(flags, state::ESTABLISHED));
         }

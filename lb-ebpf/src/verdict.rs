@@ -35,6 +35,9 @@ pub enum Action {
     Drop(u32, u32),
 }
 
+/// Kind of [`Verdict::open`].
+const OPEN: u64 = 8;
+
 impl Verdict {
     /// See [`Action::Pass`].
     pub const PASS: Self = Self(0);
@@ -65,6 +68,22 @@ impl Verdict {
         Self(7 | (reason as u64) << 8 | (service as u64) << 32)
     }
 
+    /// Inside the pipeline: a flow must be made first. `attempt` counts re-steers, `avoid` is the backend that failed.
+    #[inline(always)]
+    pub const fn open(attempt: u32, avoid: u32) -> Self {
+        Self(OPEN | (attempt as u64) << 8 | (avoid as u64) << 32)
+    }
+
+    /// Attempt and backend to avoid of [`Verdict::open`].
+    #[inline(always)]
+    pub const fn opens(self) -> Option<(u32, u32)> {
+        if self.0 & 0xff == OPEN {
+            Some(((self.0 >> 8) as u32 & 0xff, (self.0 >> 32) as u32))
+        } else {
+            None
+        }
+    }
+
     /// The readable form.
     #[inline(always)]
     pub const fn action(self) -> Action {
@@ -77,7 +96,9 @@ impl Verdict {
             4 => Action::Neighbour(high),
             5 => Action::ToNode,
             6 => Action::ToNodeByLoopback,
-            _ => Action::Drop((self.0 >> 8) as u32 & 0xff, high),
+            7 => Action::Drop((self.0 >> 8) as u32 & 0xff, high),
+            // `open` does not leave the pipeline.
+            _ => Action::Pass,
         }
     }
 }
