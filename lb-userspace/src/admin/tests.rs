@@ -1,0 +1,315 @@
+//! The API over a real Unix socket, fed by real channels.
+
+use std::sync::Mutex;
+
+use super::{
+    api::{Counters, Done, DrainRequest, EventRecord, FlowList, Reading},
+    client::{Client, ClientError},
+    flows::FlowFilter,
+    *,
+};
+
+/// Answers with the fixture's numbers and remembers what flows were asked for.
+#[derive(Default)]
+struct Fixed {
+    asked: Mutex<Option<FlowFilter>>,
+}
+
+impl Readings for Fixed {
+    fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Reading, MapError> {
+        assert_eq!((services, backends), (&[1, 2][..], &[11, 12, 13, 21, 22][..]));
+        Ok(fixture::reading(5))
+    }
+
+    fn flows(&self, filter: &FlowFilter) -> Result<FlowList, MapError> {
+        *self.asked.lock().unwrap() = Some(filter.clone());
+        let row = api::FlowRow {
+            protocol: crate::model::Protocol::Tcp,
+            client: "192.0.2.7:4000".parse().unwrap(),
+            vip: "10.0.0.1:80".parse().unwrap(),
+            backend: "172.17.0.2:8080".parse().unwrap(),
+            snat: None,
+            service_id: 1,
+            backend_id: 11,
+            service: String::new(),
+            backend_name: String::new(),
+            state: "established".into(),
+            age_s: 9,
+            idle_s: 1,
+        };
+        Ok(FlowList {
+            flows: vec![row],
+            more: false,
+        })
+    }
+}
+
+/// A serving API and the agent's ends of its channels.
+struct Agent {
+    client: Client,
+    metrics: SocketAddr,
+    status: watch::Sender<Status>,
+    commands: mpsc::Receiver<Request>,
+    events: broadcast::Sender<maps::Event>,
+    readings: Arc<Fixed>,
+    stop: CancellationToken,
+    serving: tokio::task::JoinHandle<Result<(), AdminError>>,
+    dir: tempfile::TempDir,
+}
+
+async fn agent() -> Agent {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        socket: dir.path().join("weir.sock"),
+        group: None,
+        metrics: Some("127.0.0.1:0".parse().unwrap()),
+    };
+    let (status, receiver) = watch::channel(fixture::status());
+    let (sender, commands) = mpsc::channel(4);
+    let (events, _) = broadcast::channel(4);
+    let (readings, stop) = (Arc::new(Fixed::default()), CancellationToken::new());
+    let context = Context {
+        status: receiver,
+        readings: readings.clone(),
+        commands: sender,
+        events: events.clone(),
+        started: Instant::now(),
+        stop: stop.clone(),
+    };
+    let admin = Admin::bind(&options).await.unwrap();
+    let metrics = admin.metrics_address().unwrap();
+    let serving = tokio::spawn(admin.serve(context));
+    let client = Client::new(&options.socket);
+    Agent {
+        client,
+        metrics,
+        status,
+        commands,
+        events,
+        readings,
+        stop,
+        serving,
+        dir,
+    }
+}
+
+/// One HTTP/1.0 call over TCP: the whole answer.
+async fn tcp(address: SocketAddr, request: &str) -> String {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+    stream
+        .write_all(format!("{request} HTTP/1.0\r\n\r\n").as_bytes())
+        .await
+        .unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    answer
+}
+
+#[tokio::test]
+async fn status_and_counters_arrive_as_they_were() {
+    let agent = agent().await;
+    let status: Status = agent.client.get("/v1/status").await.unwrap();
+    assert_eq!(
+        serde_json::to_value(&status).unwrap(),
+        serde_json::to_value(fixture::status()).unwrap()
+    );
+    let counters: Counters = agent.client.get("/v1/counters").await.unwrap();
+    assert_eq!(counters.backends[&11].packets_in, 1_050);
+    assert_eq!(counters.drops["no_flow"], 12);
+    agent.status.send_modify(|s| s.services.clear());
+    let status: Status = agent.client.get("/v1/status").await.unwrap();
+    assert!(status.services.is_empty());
+}
+
+#[tokio::test]
+async fn flows_are_filtered_by_name_and_named() {
+    let agent = agent().await;
+    let list: FlowList = agent
+        .client
+        .get("/v1/flows?service=web&backend=web%2Fweb-1&limit=7")
+        .await
+        .unwrap();
+    assert_eq!(
+        (
+            list.flows[0].service.as_str(),
+            list.flows[0].backend_name.as_str()
+        ),
+        ("web", "web-1")
+    );
+    let filter = FlowFilter {
+        services: Some([1].into()),
+        client: None,
+        backends: Some([11].into()),
+        limit: 7,
+    };
+    assert_eq!(*agent.readings.asked.lock().unwrap(), Some(filter));
+    for wrong in [
+        "/v1/flows?service=nothing",
+        "/v1/flows?client=nobody",
+        "/v1/flows?colour=red",
+    ] {
+        let refused = agent.client.get::<FlowList>(wrong).await;
+        assert!(
+            matches!(refused, Err(ClientError::Refused(_))),
+            "{wrong}: {refused:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_drain_reaches_the_reconciler_and_its_answer_the_caller() {
+    let mut agent = agent().await;
+    let body = DrainRequest {
+        backend: "web-2".into(),
+        deadline_ms: Some(1_500),
+        all: false,
+    };
+    let call = tokio::spawn({
+        let client = agent.client.clone();
+        async move { client.post::<Done>("/v1/drain", &body).await }
+    });
+    let request = agent.commands.recv().await.unwrap();
+    let expected = Command::Drain {
+        service: fixture::status().services[0].address,
+        backend: "172.17.0.3:8080".parse().unwrap(),
+        deadline: Some(Duration::from_millis(1_500)),
+    };
+    assert_eq!(request.command, expected);
+    request.done.send(Ok(())).unwrap();
+    assert_eq!(call.await.unwrap().unwrap().backends[0].id, 12);
+}
+
+#[tokio::test]
+async fn failures_and_ambiguity_come_back_with_a_remedy() {
+    let mut agent = agent().await;
+    let body = |backend: &str| DrainRequest {
+        backend: backend.into(),
+        deadline_ms: None,
+        all: false,
+    };
+    let ambiguous = agent
+        .client
+        .post::<Done>("/v1/drain", &body("web-1"))
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(
+        ambiguous.contains("--all") && ambiguous.contains("#11") && ambiguous.contains("#22"),
+        "{ambiguous}"
+    );
+    let call = tokio::spawn({
+        let (client, body) = (agent.client.clone(), body("web-2"));
+        async move { client.post::<Done>("/v1/undrain", &body).await }
+    });
+    agent
+        .commands
+        .recv()
+        .await
+        .unwrap()
+        .done
+        .send(Err("map BACKENDS: busy".into()))
+        .unwrap();
+    assert!(
+        call.await
+            .unwrap()
+            .unwrap_err()
+            .to_string()
+            .contains("map BACKENDS: busy")
+    );
+    drop(agent.commands);
+    let gone = agent
+        .client
+        .post::<Done>("/v1/resync", &())
+        .await
+        .unwrap_err()
+        .to_string();
+    assert!(gone.contains("reconciler has ended"), "{gone}");
+}
+
+#[tokio::test]
+async fn tcp_serves_metrics_and_health_but_changes_nothing() {
+    let agent = agent().await;
+    let metrics = tcp(agent.metrics, "GET /metrics").await;
+    assert!(
+        metrics.contains("text/plain; version=0.0.4") && metrics.contains("weir_ready 1"),
+        "{metrics}"
+    );
+    assert!(tcp(agent.metrics, "GET /healthz").await.contains("200 OK"));
+    assert!(tcp(agent.metrics, "GET /readyz").await.contains("200 OK"));
+    for call in [
+        "POST /v1/drain",
+        "POST /v1/undrain",
+        "POST /v1/resync",
+        "GET /v1/flows",
+        "GET /v1/status",
+    ] {
+        assert!(tcp(agent.metrics, call).await.contains("404 Not Found"), "{call}");
+    }
+}
+
+#[tokio::test]
+async fn an_agent_that_is_not_ready_says_why() {
+    let agent = agent().await;
+    agent.status.send_modify(|status| {
+        status.ready = false;
+        status.sources[0].last_full_read = None;
+        status.sources[0].fault = Some("no such file: /run/docker.sock".into());
+    });
+    let answer = tcp(agent.metrics, "GET /readyz").await;
+    assert!(
+        answer.contains("503") && answer.contains("source docker: no such file"),
+        "{answer}"
+    );
+    let Agent { status, metrics, .. } = agent;
+    drop(status);
+    let answer = tcp(metrics, "GET /healthz").await;
+    assert!(answer.contains("503"), "{answer}");
+}
+
+#[tokio::test]
+async fn events_stream_until_the_agent_stops_which_removes_the_socket() {
+    let agent = agent().await;
+    let (seen, mut records) = mpsc::unbounded_channel::<EventRecord>();
+    let follower = tokio::spawn({
+        let client = agent.client.clone();
+        async move { client.follow("/v1/events", |r| seen.send(r).is_ok()).await }
+    });
+    let event = maps::Event {
+        kind: maps::event_kind::RESTEER,
+        service: 1,
+        backend: 12,
+        ..Default::default()
+    };
+    // Nobody hears an event before the stream is open: send until somebody does.
+    while agent.events.send(event).is_err() {
+        tokio::task::yield_now().await;
+    }
+    let record = records.recv().await.unwrap();
+    assert_eq!(
+        (record.kind.as_str(), record.service.as_deref()),
+        ("resteer", Some("web"))
+    );
+    agent.stop.cancel();
+    follower.await.unwrap().unwrap();
+    agent.serving.await.unwrap().unwrap();
+    assert_eq!(std::fs::read_dir(agent.dir.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_second_agent_is_refused_and_a_missing_one_is_told_how_to_start() {
+    let agent = agent().await;
+    let options = Options {
+        socket: agent.dir.path().join("weir.sock"),
+        group: None,
+        metrics: None,
+    };
+    let refused = Admin::bind(&options).await.unwrap_err().to_string();
+    assert!(refused.contains("an agent already answers"), "{refused}");
+    let nobody = Client::new(&agent.dir.path().join("other.sock"));
+    let error = nobody.get::<Status>("/v1/status").await.unwrap_err().to_string();
+    assert!(
+        error.contains("not running") && error.contains("weir run --config"),
+        "{error}"
+    );
+}
