@@ -1,5 +1,16 @@
 //! The kernel side as the reconciler sees it: a few map operations behind a trait.
 
+pub mod attach;
+pub mod batch;
+pub mod bpf;
+pub mod counters;
+pub mod flows;
+pub mod load;
+pub mod preflight;
+pub mod shape;
+pub mod state;
+pub mod sweep;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
