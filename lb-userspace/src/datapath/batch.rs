@@ -5,7 +5,7 @@ use std::{
     io,
     marker::PhantomData,
     mem::MaybeUninit,
-    os::fd::{AsFd as _, AsRawFd as _},
+    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
     path::Path,
 };
 
@@ -25,6 +25,8 @@ const NEXT_KEY: libc::c_long = 4;
 const LOOKUP_BATCH: libc::c_long = 24;
 /// `BPF_MAP_UPDATE_BATCH`.
 const UPDATE_BATCH: libc::c_long = 26;
+/// `BPF_PROG_TEST_RUN`.
+const TEST_RUN: libc::c_long = 10;
 /// Longest key of all maps, bytes: the size of a batch position.
 const POSITION_BYTES: usize = 64;
 
@@ -49,6 +51,36 @@ struct BatchAttr {
     map_fd: u32,
     elem_flags: u64,
     flags: u64,
+}
+
+/// The head of the `bpf_attr` of a test run; the kernel takes the rest as zero.
+#[repr(C)]
+struct RunAttr {
+    prog_fd: u32,
+    retval: u32,
+    data_size_in: u32,
+    data_size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+}
+
+/// Runs an XDP program once on `packet` (64 bytes at least), which stays as it is; the program's return value.
+pub fn run_program(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
+    let mut attr = RunAttr {
+        prog_fd: program.as_raw_fd() as u32,
+        retval: 0,
+        data_size_in: packet.len() as u32,
+        data_size_out: 0,
+        data_in: packet.as_ptr() as u64,
+        data_out: 0,
+        repeat: 1,
+        duration: 0,
+    };
+    // SAFETY: `data_in` is `data_size_in` readable bytes that live through the call; nothing else is an address.
+    unsafe { bpf(TEST_RUN, &mut attr) }?;
+    Ok(attr.retval)
 }
 
 /// bpf(2).

@@ -3,15 +3,16 @@
 
 use std::{
     collections::BTreeMap,
+    io,
+    os::fd::AsFd as _,
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
 
 use aya::{
-    Pod, TestRun as _, TestRunOptions,
-    programs::{ProgramError, Xdp},
+    Pod,
+    programs::{ProgramError, ProgramFd, ProgramInfo},
 };
-use aya::programs::xdp::XdpAttachType;
 use lb_common::{
     addr::{Addr4, Addr16},
     flow::{Address, FlowKey},
@@ -21,7 +22,7 @@ use tokio::{sync::watch, task::JoinError};
 
 use super::{
     MapError,
-    batch::{Cursor, Table},
+    batch::{Cursor, Table, run_program},
     load::{Pins, SWEEP_PROGRAM},
 };
 
@@ -62,8 +63,11 @@ pub enum SweepError {
     #[error(transparent)]
     Map(#[from] MapError),
     /// The kernel program.
-    #[error("program {SWEEP_PROGRAM}: {0}")]
+    #[error("program {SWEEP_PROGRAM} is not pinned: {0}")]
     Program(#[from] ProgramError),
+    /// The kernel program could not be run.
+    #[error("program {SWEEP_PROGRAM} could not be run: {0}")]
+    Run(#[from] io::Error),
     /// The flow clock runs at no rate that Linux has.
     #[error("the flow clock advanced {ticks} ticks in {elapsed:?}: no known rate; is the machine overloaded?")]
     Rate {
@@ -80,14 +84,14 @@ pub enum SweepError {
 /// Runs sweeps over the pinned maps of one load.
 #[derive(Debug)]
 pub struct Sweeper {
-    program: Xdp,
+    program: ProgramFd,
     maps: PathBuf,
 }
 
 impl Sweeper {
     /// Opens the pinned program and, once per set of maps, measures the rate of the flow clock (takes 60 ms).
     pub fn open(pins: &Pins) -> Result<Self, SweepError> {
-        let program = Xdp::from_pin(pins.programs().join(SWEEP_PROGRAM), XdpAttachType::Interface)?;
+        let program = ProgramInfo::from_pin(pins.programs().join(SWEEP_PROGRAM))?.fd()?;
         let sweeper = Self { program, maps: pins.maps() };
         let table: Table<u32, Meta> = Table::open(&sweeper.maps, "META")?;
         let meta = table.get(&0)?.unwrap_or_default();
@@ -109,9 +113,14 @@ impl Sweeper {
         Ok(table.get(&0)?.unwrap_or_default().hz)
     }
 
-    fn run(&self, packet: &[u8]) -> Result<u32, ProgramError> {
-        let options = TestRunOptions { data_in: Some(packet), ..TestRunOptions::new() };
-        Ok(self.program.test_run(options)?.return_value)
+    fn run(&self, packet: &[u8]) -> io::Result<u32> {
+        loop {
+            match run_program(self.program.as_fd(), packet) {
+                // A signal, or another test run on this CPU.
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {}
+                result => return result,
+            }
+        }
     }
 
     fn calibrate(&self) -> Result<u32, SweepError> {
