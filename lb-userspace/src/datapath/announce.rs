@@ -49,7 +49,9 @@ pub async fn apply(
     }
     for (device, address) in wanted {
         let Some(link) = devices.get(device.as_str()) else {
-            faults.push(format!("VIP {address}: interface {device} does not exist: correct `announce.interface`"));
+            faults.push(format!(
+                "VIP {address}: interface {device} does not exist: correct `announce.interface`"
+            ));
             continue;
         };
         match netlink::add_address(handle, link.ifindex, *address).await {
@@ -60,7 +62,9 @@ pub async fn apply(
                     set.insert((device.clone(), *address));
                 }));
                 if let Err(e) = tell_neighbours(link, *address) {
-                    faults.push(format!("VIP {address} on {device}: neighbours could not be told: {e}"));
+                    faults.push(format!(
+                        "VIP {address} on {device}: neighbours could not be told: {e}"
+                    ));
                 }
             }
             Err(e) => faults.push(format!("VIP {address} on {device}: {e}")),
@@ -70,7 +74,10 @@ pub async fn apply(
 }
 
 fn record(state: &StateFile, change: impl FnOnce(&mut BTreeSet<(String, IpAddr)>)) -> Option<String> {
-    state.update(|changes| change(&mut changes.addresses)).err().map(|e| format!("state file: {e}"))
+    state
+        .update(|changes| change(&mut changes.addresses))
+        .err()
+        .map(|e| format!("state file: {e}"))
 }
 
 /// Sends a gratuitous ARP request or an unsolicited neighbour advertisement, so that no one keeps an old MAC.
@@ -127,7 +134,10 @@ fn checksum(src: Ipv6Addr, dst: Ipv6Addr, body: &[u8]) -> u16 {
     bytes.extend((body.len() as u32).to_be_bytes());
     bytes.extend([0, 0, 0, ICMPV6]);
     bytes.extend(body);
-    let mut sum: u32 = bytes.chunks(2).map(|w| u32::from(w[0]) << 8 | u32::from(*w.get(1).unwrap_or(&0))).sum();
+    let mut sum: u32 = bytes
+        .chunks(2)
+        .map(|w| u32::from(w[0]) << 8 | u32::from(*w.get(1).unwrap_or(&0)))
+        .sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);
     }
@@ -160,7 +170,11 @@ fn send_frame(ifindex: u32, frame: &[u8]) -> io::Result<()> {
             size_of::<libc::sockaddr_ll>() as libc::socklen_t,
         )
     };
-    if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if sent < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -172,7 +186,10 @@ mod tests {
         let frame = gratuitous_arp([2, 0, 0, 0, 0, 9], Ipv4Addr::new(10, 0, 0, 7));
         assert_eq!(frame.len(), 42);
         assert_eq!(frame[12..22], [8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
-        assert_eq!((&frame[28..32], &frame[38..42]), (&[10, 0, 0, 7][..], &[10, 0, 0, 7][..]));
+        assert_eq!(
+            (&frame[28..32], &frame[38..42]),
+            (&[10, 0, 0, 7][..], &[10, 0, 0, 7][..])
+        );
     }
 
     #[test]

@@ -107,11 +107,19 @@ impl Attacher {
     /// Of programs just loaded; attaches nothing.
     pub fn new(loaded: Loaded, state: StateFile, choice: TcChoice) -> Self {
         let tcx = match choice {
-            TcChoice::Auto => KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0)),
+            TcChoice::Auto => {
+                KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+            }
             TcChoice::Tcx => true,
             TcChoice::Clsact => false,
         };
-        Self { ebpf: loaded.ebpf, pins: loaded.pins, state, tcx, attached: BTreeMap::new() }
+        Self {
+            ebpf: loaded.ebpf,
+            pins: loaded.pins,
+            state,
+            tcx,
+            attached: BTreeMap::new(),
+        }
     }
 
     /// What is where, by interface index.
@@ -138,12 +146,23 @@ impl Attacher {
 
     /// Forgets a device: takes our programs off it if it still exists, and removes the pins.
     pub fn forget(&mut self, ifindex: u32) {
-        self.attached.remove(&ifindex);
+        let status = self.attached.remove(&ifindex);
         for path in self.link_pins(ifindex) {
             if let Err(e) = fs::remove_file(&path)
                 && e.kind() != io::ErrorKind::NotFound
             {
                 tracing::warn!(path = %path.display(), error = %e, "link pin could not be removed");
+            }
+        }
+        // Filters are gone with their device; on a device that stays they are taken off by name.
+        if let Some(status) = status.filter(|_| !self.tcx) {
+            for (direction, name) in [
+                (TcAttachType::Ingress, TC_INGRESS_PROGRAM),
+                (TcAttachType::Egress, TC_EGRESS_PROGRAM),
+            ] {
+                if let Err(e) = tc::qdisc_detach_program(&status.device, direction, name) {
+                    tracing::debug!(device = %status.device, error = %e, "no filter to remove");
+                }
             }
         }
     }
@@ -158,7 +177,10 @@ impl Attacher {
     }
 
     fn link_pins(&self, ifindex: u32) -> Vec<PathBuf> {
-        ["xdp_native", "xdp_generic", "tc_ingress", "tc_egress"].iter().map(|kind| self.link(kind, ifindex)).collect()
+        ["xdp_native", "xdp_generic", "tc_ingress", "tc_egress"]
+            .iter()
+            .map(|kind| self.link(kind, ifindex))
+            .collect()
     }
 
     fn link(&self, kind: &str, ifindex: u32) -> PathBuf {
@@ -166,8 +188,15 @@ impl Attacher {
     }
 
     /// Attaches XDP as wished; which mode it became.
-    fn attach_xdp(&mut self, wish: &DeviceWish, warnings: &mut Vec<String>) -> Result<&'static str, AttachError> {
-        let (native, generic) = (self.link("xdp_native", wish.ifindex), self.link("xdp_generic", wish.ifindex));
+    fn attach_xdp(
+        &mut self,
+        wish: &DeviceWish,
+        warnings: &mut Vec<String>,
+    ) -> Result<&'static str, AttachError> {
+        let (native, generic) = (
+            self.link("xdp_native", wish.ifindex),
+            self.link("xdp_generic", wish.ifindex),
+        );
         // A device has room for one XDP program: the mode that is not wanted goes first.
         let unwanted: &[&PathBuf] = match wish.xdp {
             XdpChoice::Off => &[&native, &generic],
@@ -199,11 +228,13 @@ impl Attacher {
                 }
                 Err(e) => warnings.push(format!(
                     "device {}: native XDP is not possible ({}): generic XDP is used, which is slower",
-                    wish.name, root(&e)
+                    wish.name,
+                    root(&e)
                 )),
             }
         }
-        let link = new_xdp(program, wish.ifindex, XdpMode::Skb).map_err(|e| refused(wish, "generic XDP", e))?;
+        let link =
+            new_xdp(program, wish.ifindex, XdpMode::Skb).map_err(|e| refused(wish, "generic XDP", e))?;
         pin(link, &generic, wish).map(|()| "generic")
     }
 
@@ -224,7 +255,11 @@ impl Attacher {
         }
         let _absent = fs::remove_file(&path);
         let id = program
-            .attach_with_options(&wish.name, direction, TcAttachOptions::TcxOrder(LinkOrder::first()))
+            .attach_with_options(
+                &wish.name,
+                direction,
+                TcAttachOptions::TcxOrder(LinkOrder::first()),
+            )
             .map_err(|e| refused(wish, kind, e))?;
         let link = program.take_link(id).map_err(|e| refused(wish, kind, e))?;
         let link = FdLink::try_from(link).map_err(|e| refused(wish, kind, no_link(e)))?;
@@ -232,7 +267,12 @@ impl Attacher {
     }
 
     /// The way of kernels before 6.6: a filter lives on the device, not in a link, so it needs no pin.
-    fn attach_filter(&mut self, wish: &DeviceWish, direction: TcAttachType, name: &'static str) -> Result<(), AttachError> {
+    fn attach_filter(
+        &mut self,
+        wish: &DeviceWish,
+        direction: TcAttachType,
+        name: &'static str,
+    ) -> Result<(), AttachError> {
         let what = "TC filter";
         let own_qdisc = match tc::qdisc_add_clsact(&wish.name) {
             Ok(()) => true,
@@ -245,7 +285,11 @@ impl Attacher {
             .update(|changes| {
                 changes.clsact.insert(wish.name.clone(), own_qdisc);
             })
-            .map_err(|source| AttachError::Pin { device: wish.name.clone(), path: "state file".into(), source })?;
+            .map_err(|source| AttachError::Pin {
+                device: wish.name.clone(),
+                path: "state file".into(),
+                source,
+            })?;
         let program = program::<SchedClassifier>(&mut self.ebpf, name, wish)?;
         let old = SchedClassifierLink::attached(&wish.name, direction, FILTER_PRIORITY, FILTER_HANDLE, None)
             .map_err(|e| refused(wish, what, ProgramError::IOError(e)))?;
@@ -253,7 +297,11 @@ impl Attacher {
             Ok(id) => id,
             // There is none to replace.
             Err(_) => {
-                let options = NlOptions { priority: FILTER_PRIORITY, handle: FILTER_HANDLE, classid: None };
+                let options = NlOptions {
+                    priority: FILTER_PRIORITY,
+                    handle: FILTER_HANDLE,
+                    classid: None,
+                };
                 program
                     .attach_with_options(&wish.name, direction, TcAttachOptions::Netlink(options))
                     .map_err(|e| refused(wish, what, e))?
@@ -271,7 +319,11 @@ pub(super) fn ifindex_of(path: &Path) -> Option<u32> {
 }
 
 fn refused(wish: &DeviceWish, what: &'static str, source: ProgramError) -> AttachError {
-    AttachError::Program { device: wish.name.clone(), what, source: Box::new(source) }
+    AttachError::Program {
+        device: wish.name.clone(),
+        what,
+        source: Box::new(source),
+    }
 }
 
 /// The last cause of an error: the kernel's own word.
@@ -293,12 +345,16 @@ where
     &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
 {
     let missing = || ProgramError::IOError(io::Error::new(io::ErrorKind::NotFound, name));
-    let program = ebpf.program_mut(name).ok_or_else(|| refused(wish, "program", missing()))?;
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| refused(wish, "program", missing()))?;
     program.try_into().map_err(|e| refused(wish, "program", e))
 }
 
 fn pinned(path: &Path) -> Option<FdLink> {
-    path.exists().then(|| PinnedLink::from_pin(path).ok().map(FdLink::from)).flatten()
+    path.exists()
+        .then(|| PinnedLink::from_pin(path).ok().map(FdLink::from))
+        .flatten()
 }
 
 fn pin(link: FdLink, path: &Path, wish: &DeviceWish) -> Result<(), AttachError> {

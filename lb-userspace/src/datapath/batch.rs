@@ -91,7 +91,11 @@ unsafe fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<()> {
     // SAFETY: `attr` is a live, initialized prefix of `union bpf_attr` of the size given; the caller answers for the
     // addresses in it.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<A>()) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
 }
 
 /// A pinned map with keys `K` and values `V`.
@@ -128,7 +132,11 @@ impl Cursor {
 impl<K: Pod, V: Pod> Table<K, V> {
     /// Opens the pin of `name` in `directory`. A map of other key or value sizes is refused (`EINVAL`).
     pub fn open(directory: &Path, name: &'static str) -> Result<Self, MapError> {
-        let kernel = |source| MapError::Kernel { map: name, operation: "open", source };
+        let kernel = |source| MapError::Kernel {
+            map: name,
+            operation: "open",
+            source,
+        };
         let map = MapData::from_pin(directory.join(name)).map_err(|e| kernel(io::Error::other(e)))?;
         let info = map.info().map_err(|e| kernel(io::Error::other(e)))?;
         if info.key_size() as usize != size_of::<K>() || info.value_size() as usize != size_of::<V>() {
@@ -136,11 +144,19 @@ impl<K: Pod, V: Pod> Table<K, V> {
                 io::ErrorKind::InvalidInput,
                 format!(
                     "keys of {} and values of {} bytes, {} and {} expected: run `weir detach`",
-                    info.key_size(), info.value_size(), size_of::<K>(), size_of::<V>()
+                    info.key_size(),
+                    info.value_size(),
+                    size_of::<K>(),
+                    size_of::<V>()
                 ),
             )));
         }
-        Ok(Self { map, name, capacity: info.max_entries(), types: PhantomData })
+        Ok(Self {
+            map,
+            name,
+            capacity: info.max_entries(),
+            types: PhantomData,
+        })
     }
 
     fn fd(&self) -> u32 {
@@ -150,9 +166,17 @@ impl<K: Pod, V: Pod> Table<K, V> {
     fn error(&self, operation: &'static str, source: io::Error) -> MapError {
         if source.raw_os_error() == Some(libc::E2BIG) || source.raw_os_error() == Some(libc::ENOSPC) {
             let setting = shape::find(self.name).map_or("services", |shape| shape.size.setting());
-            return MapError::Full { map: self.name, capacity: self.capacity, setting };
+            return MapError::Full {
+                map: self.name,
+                capacity: self.capacity,
+                setting,
+            };
         }
-        MapError::Kernel { map: self.name, operation, source }
+        MapError::Kernel {
+            map: self.name,
+            operation,
+            source,
+        }
     }
 
     /// The value of `key`, if there is one.
@@ -206,14 +230,23 @@ impl<K: Pod, V: Pod> Table<K, V> {
 
     /// The next entries of a walk, appended to `keys` and `values`; false when the walk is over. Entries that
     /// change meanwhile may be missed or seen twice. For a full walk of an array use [`Table::range`].
-    pub fn next_chunk(&self, cursor: &mut Cursor, keys: &mut Vec<K>, values: &mut Vec<V>) -> Result<bool, MapError> {
+    pub fn next_chunk(
+        &self,
+        cursor: &mut Cursor,
+        keys: &mut Vec<K>,
+        values: &mut Vec<V>,
+    ) -> Result<bool, MapError> {
         const { assert!(size_of::<K>() <= POSITION_BYTES) };
         while !cursor.done {
             let mut out = [0_u8; POSITION_BYTES];
             keys.reserve(cursor.chunk);
             values.reserve(cursor.chunk);
             let mut attr = BatchAttr {
-                in_batch: if cursor.started { cursor.position.as_ptr() as u64 } else { 0 },
+                in_batch: if cursor.started {
+                    cursor.position.as_ptr() as u64
+                } else {
+                    0
+                },
                 out_batch: out.as_mut_ptr() as u64,
                 keys: keys.spare_capacity_mut().as_mut_ptr() as u64,
                 values: values.spare_capacity_mut().as_mut_ptr() as u64,
@@ -233,7 +266,9 @@ impl<K: Pod, V: Pod> Table<K, V> {
                     continue;
                 }
                 None | Some(libc::ENOENT) => {}
-                Some(_) => return Err(self.error("batch lookup", error.unwrap_or_else(io::Error::last_os_error))),
+                Some(_) => {
+                    return Err(self.error("batch lookup", error.unwrap_or_else(io::Error::last_os_error)));
+                }
             }
             let filled = attr.count as usize;
             // SAFETY: the kernel wrote `count` (≤ chunk) keys and values into the spare room.
@@ -317,7 +352,11 @@ fn array_range(fd: u32, first: u32, count: u32, stride: usize) -> io::Result<Vec
         let before = (first + done).wrapping_sub(1);
         let mut out = 0_u32;
         let mut attr = BatchAttr {
-            in_batch: if first + done == 0 { 0 } else { std::ptr::from_ref(&before) as u64 },
+            in_batch: if first + done == 0 {
+                0
+            } else {
+                std::ptr::from_ref(&before) as u64
+            },
             out_batch: std::ptr::from_mut(&mut out) as u64,
             keys: keys[done as usize..].as_mut_ptr() as u64,
             values: values[done as usize * words..].as_mut_ptr() as u64,
@@ -351,9 +390,12 @@ impl<V: Pod> Table<u32, V> {
         let stride = size_of::<V>().next_multiple_of(8);
         if stride != size_of::<V>() {
             // The kernel packs batch values without gaps: only whole words can be read as words.
-            return (first..first + count).filter_map(|index| self.get(&index).transpose()).collect();
+            return (first..first + count)
+                .filter_map(|index| self.get(&index).transpose())
+                .collect();
         }
-        let words = array_range(self.fd(), first, count, stride).map_err(|e| self.error("batch lookup", e))?;
+        let words =
+            array_range(self.fd(), first, count, stride).map_err(|e| self.error("batch lookup", e))?;
         Ok(words.chunks_exact(stride / 8).map(read_pod).collect())
     }
 }
@@ -376,7 +418,11 @@ impl<V: Pod> PerCpuTable<V> {
     /// Opens the pin of `name` in `directory`.
     pub fn open(directory: &Path, name: &'static str) -> Result<Self, MapError> {
         let inner = Table::open(directory, name)?;
-        let cpus = nr_cpus().map_err(|(_, source)| MapError::Kernel { map: name, operation: "count CPUs", source })?;
+        let cpus = nr_cpus().map_err(|(_, source)| MapError::Kernel {
+            map: name,
+            operation: "count CPUs",
+            source,
+        })?;
         Ok(Self { inner, cpus })
     }
 

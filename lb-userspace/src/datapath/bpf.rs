@@ -10,11 +10,7 @@ use lb_common::{
     maps::{AclData, Backend, Device, NO_RING, Ours, RingRow, Service, ServiceKey, Settings, Timeouts, Vip},
 };
 
-use super::{
-    Capacities, Dump, MapError, MapOp, Maps,
-    batch::Table,
-    shape::AclKey,
-};
+use super::{Capacities, Dump, MapError, MapOp, Maps, batch::Table, shape::AclKey};
 
 /// Bits of the service id in front of an ACL prefix.
 const ACL_SERVICE_BITS: u32 = 32;
@@ -44,7 +40,10 @@ pub struct KernelMaps {
 impl KernelMaps {
     /// Opens the pins in `maps` (`Pins::maps`).
     pub fn open(maps: &Path) -> Result<Self, MapError> {
-        use lb_common::{flow::{FlowKey4, FlowKey6}, maps::{Flow4, Flow6}};
+        use lb_common::{
+            flow::{FlowKey4, FlowKey6},
+            maps::{Flow4, Flow6},
+        };
         Ok(Self {
             services: Table::open(maps, "SERVICES")?,
             rings: Table::open(maps, "RINGS")?,
@@ -65,7 +64,12 @@ impl KernelMaps {
     /// `DEVICES` in use, by slot: what a new agent needs to keep slots stable.
     pub fn devices(&self) -> Result<BTreeMap<u16, Device>, MapError> {
         let all = self.devices.range(0, self.devices.capacity)?;
-        Ok(all.into_iter().zip(0_u16..).filter(|(d, _)| d.ifindex != 0).map(|(d, slot)| (slot, d)).collect())
+        Ok(all
+            .into_iter()
+            .zip(0_u16..)
+            .filter(|(d, _)| d.ifindex != 0)
+            .map(|(d, slot)| (slot, d))
+            .collect())
     }
 
     fn put_device(&self, slot: u16, device: &Device) -> Result<(), MapError> {
@@ -89,10 +93,15 @@ impl KernelMaps {
             return Err(MapError::Kernel {
                 map: "RINGS",
                 operation: "update",
-                source: io::Error::new(io::ErrorKind::InvalidInput, format!("{} entries are no whole rows", ring.len())),
+                source: io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("{} entries are no whole rows", ring.len()),
+                ),
             });
         }
-        let mut value = Box::new(RingRow { backends: [0; RING_ROW] });
+        let mut value = Box::new(RingRow {
+            backends: [0; RING_ROW],
+        });
         for (index, part) in (row..).zip(ring.chunks_exact(RING_ROW)) {
             value.backends.copy_from_slice(part);
             self.rings.put(&index, &value)?;
@@ -127,7 +136,9 @@ impl KernelMaps {
 
 /// The whole filter from the addresses that packets of ours carry.
 pub fn ours(addresses: &[IpAddr]) -> Box<Ours> {
-    let mut filter = Box::new(Ours { words: [0; OURS_WORDS] });
+    let mut filter = Box::new(Ours {
+        words: [0; OURS_WORDS],
+    });
     for address in addresses {
         let (word, mask) = match address {
             IpAddr::V4(v4) => flow::ours_bit(Addr4::from_octets(v4.octets())),
@@ -147,7 +158,10 @@ pub fn acl_key(service: u32, prefix: IpNet) -> AclKey {
     };
     AclKey {
         prefix_bits: ACL_SERVICE_BITS + bits,
-        data: AclData { service, addr: prefix.addr().into() },
+        data: AclData {
+            service,
+            addr: prefix.addr().into(),
+        },
     }
 }
 
@@ -173,7 +187,11 @@ impl Maps for KernelMaps {
             }
             MapOp::PutBackend { id, backend } => self.backends.put(id, backend),
             MapOp::PutTimeouts { service, timeouts } => self.timeouts.put(service, timeouts),
-            MapOp::PutAcl { service, prefix, action } => self.acl.put(&acl_key(*service, *prefix), action),
+            MapOp::PutAcl {
+                service,
+                prefix,
+                action,
+            } => self.acl.put(&acl_key(*service, *prefix), action),
             MapOp::DelAcl { service, prefix } => self.acl.remove(&acl_key(*service, *prefix)).map(drop),
             MapOp::PutRing { row, ring } => self.put_ring(*row, ring),
             MapOp::PutOurs { addresses } => self.ours.put(&0, &ours(addresses)),
@@ -195,7 +213,12 @@ impl Maps for KernelMaps {
                 .iter()
                 .filter_map(|(key, action)| Some((acl_prefix(key)?, *action)))
                 .collect(),
-            vips: self.vips.all()?.into_iter().map(|(vip, value)| (vip.into(), value)).collect(),
+            vips: self
+                .vips
+                .all()?
+                .into_iter()
+                .map(|(vip, value)| (vip.into(), value))
+                .collect(),
             devices: self.devices()?,
             snat_addresses: self
                 .snat_addresses
@@ -217,7 +240,8 @@ impl Maps for KernelMaps {
                 (service.previous_row, service.previous_mask),
             ] {
                 if row != NO_RING && !dump.rings.contains_key(&row) {
-                    dump.rings.insert(row, self.read_ring(row, mask.saturating_add(1))?);
+                    dump.rings
+                        .insert(row, self.read_ring(row, mask.saturating_add(1))?);
                 }
             }
         }
@@ -243,12 +267,22 @@ mod tests {
 
     #[test]
     fn acl_keys_round_trip() {
-        for text in ["10.1.2.0/24", "0.0.0.0/0", "10.1.2.3/32", "2001:db8::/32", "::/0", "::1/128"] {
+        for text in [
+            "10.1.2.0/24",
+            "0.0.0.0/0",
+            "10.1.2.3/32",
+            "2001:db8::/32",
+            "::/0",
+            "::1/128",
+        ] {
             let prefix: IpNet = text.parse().unwrap();
             assert_eq!(acl_prefix(&acl_key(7, prefix)), Some((7, prefix)), "{text}");
         }
         // Host bits do not make another key.
-        assert_eq!(acl_key(1, "10.1.2.3/8".parse().unwrap()), acl_key(1, "10.0.0.0/8".parse().unwrap()));
+        assert_eq!(
+            acl_key(1, "10.1.2.3/8".parse().unwrap()),
+            acl_key(1, "10.0.0.0/8".parse().unwrap())
+        );
     }
 
     #[test]

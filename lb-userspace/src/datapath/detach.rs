@@ -29,8 +29,8 @@ pub async fn detach(pin: &Path, state: &Path) -> io::Result<DetachReport> {
     let handle = netlink::connect()?;
     // First the way of the packets, then what the packets needed.
     for version in entries(pin).map_err(io::Error::other)? {
-        let ours = version.file_name().and_then(|name| name.to_str());
-        if !ours.is_some_and(|name| name.strip_prefix('v').is_some_and(|n| n.parse::<u32>().is_ok())) {
+        let number = version.file_name().and_then(|name| name.to_str()?.strip_prefix('v')?.parse::<u32>().ok());
+        if number.is_none() {
             continue;
         }
         for part in ["links", "programs", "maps"] {
@@ -54,7 +54,10 @@ pub async fn detach(pin: &Path, state: &Path) -> io::Result<DetachReport> {
 
 /// Removes the files of a directory and the directory; how many there were.
 fn remove_directory(directory: &Path) -> Result<usize, LoadError> {
-    let failed = |source| LoadError::Pin { path: directory.to_owned(), source };
+    let failed = |source| LoadError::Pin {
+        path: directory.to_owned(),
+        source,
+    };
     let files = entries(directory)?;
     for file in &files {
         fs::remove_file(file).map_err(failed)?;
@@ -74,12 +77,17 @@ async fn undo(handle: &Handle, state: &StateFile, report: &mut DetachReport) {
     // What was on a device that is gone went with it.
     let devices = netlink::by_name(&links);
     for (device, own_qdisc) in &changes.clsact {
-        let Some(link) = devices.get(device.as_str()) else { continue };
-        for (direction, name) in
-            [(TcAttachType::Ingress, TC_INGRESS_PROGRAM), (TcAttachType::Egress, TC_EGRESS_PROGRAM)]
-        {
+        let Some(link) = devices.get(device.as_str()) else {
+            continue;
+        };
+        for (direction, name) in [
+            (TcAttachType::Ingress, TC_INGRESS_PROGRAM),
+            (TcAttachType::Egress, TC_EGRESS_PROGRAM),
+        ] {
             match tc::qdisc_detach_program(device, direction, name) {
-                Ok(()) => report.done.push(format!("device {device}: filter {name} removed")),
+                Ok(()) => report
+                    .done
+                    .push(format!("device {device}: filter {name} removed")),
                 Err(TcError::IoError(e)) if e.kind() == io::ErrorKind::NotFound => {}
                 Err(e) => report.faults.push(format!("device {device}: filter {name}: {e}")),
             }
@@ -87,29 +95,41 @@ async fn undo(handle: &Handle, state: &StateFile, report: &mut DetachReport) {
         if *own_qdisc {
             match netlink::remove_empty_clsact(handle, link.ifindex).await {
                 Ok(true) => report.done.push(format!("device {device}: clsact qdisc removed")),
-                Ok(false) => report.done.push(format!("device {device}: clsact qdisc kept, others use it")),
+                Ok(false) => report
+                    .done
+                    .push(format!("device {device}: clsact qdisc kept, others use it")),
                 Err(e) => report.faults.push(format!("device {device}: {e}")),
             }
         }
     }
     for (device, address) in &changes.addresses {
-        let Some(link) = devices.get(device.as_str()) else { continue };
+        let Some(link) = devices.get(device.as_str()) else {
+            continue;
+        };
         match netlink::remove_address(handle, link.ifindex, *address).await {
-            Ok(()) => report.done.push(format!("device {device}: address {address} removed")),
+            Ok(()) => report
+                .done
+                .push(format!("device {device}: address {address} removed")),
             Err(e) => report.faults.push(format!("device {device}: {e}")),
         }
     }
     for (device, address) in &changes.neighbours {
-        let Some(link) = devices.get(device.as_str()) else { continue };
+        let Some(link) = devices.get(device.as_str()) else {
+            continue;
+        };
         match netlink::remove_neighbour(handle, link.ifindex, *address).await {
-            Ok(()) => report.done.push(format!("device {device}: neighbour {address} removed")),
+            Ok(()) => report
+                .done
+                .push(format!("device {device}: neighbour {address} removed")),
             Err(e) => report.faults.push(format!("device {device}: {e}")),
         }
     }
     for (name, before) in &changes.sysctls {
         match sysctl::restore(name, before) {
             Ok(()) => report.done.push(format!("sysctl {name} restored")),
-            Err(e) => report.faults.push(format!("sysctl {name}: {e}: it was `{before}`")),
+            Err(e) => report
+                .faults
+                .push(format!("sysctl {name}: {e}: it was `{before}`")),
         }
     }
 }

@@ -58,7 +58,10 @@ pub struct FlowLine {
 /// Up to `limit` connections that pass `filter`, and how many passed in all.
 pub fn list(pins: &Pins, filter: &FlowFilter, limit: usize) -> Result<(Vec<FlowLine>, u64), SweepError> {
     let sweeper = Sweeper::open(pins)?;
-    let clock = Clock { now: sweeper.now()?, hz: sweeper.hz()?.max(1) };
+    let clock = Clock {
+        now: sweeper.now()?,
+        hz: sweeper.hz()?.max(1),
+    };
     let (mut lines, mut count) = (Vec::new(), 0);
     family::<Addr4>(pins, "FLOWS4", filter, limit, clock, &mut lines, &mut count)?;
     family::<Addr16>(pins, "FLOWS6", filter, limit, clock, &mut lines, &mut count)?;
@@ -113,7 +116,9 @@ where
 }
 
 fn passes<A: Address>(filter: &FlowFilter, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
-    filter.client.is_none_or(|client| IpAddr::from(key.src.wide()) == client)
+    filter
+        .client
+        .is_none_or(|client| IpAddr::from(key.src.wide()) == client)
         && filter.service.is_none_or(|id| id == flow.service)
         && filter.backend.is_none_or(|id| id == flow.backend)
 }

@@ -38,7 +38,9 @@ pub struct Pins {
 impl Pins {
     /// Under `pin` (`/sys/fs/bpf/weir` unless configured).
     pub fn new(pin: &Path) -> Self {
-        Self { root: pin.join(format!("v{SCHEMA}")) }
+        Self {
+            root: pin.join(format!("v{SCHEMA}")),
+        }
     }
     /// The directory of this schema.
     pub fn root(&self) -> &Path {
@@ -122,7 +124,7 @@ pub struct Loaded {
     pub warnings: Vec<String>,
 }
 
-/// Makes or adopts the maps and loads the programs. Packets go on being handled by the programs of an earlier
+/// Makes or adopts the maps and loads the programs of `object` (an ELF file, aligned to 8 bytes). Packets go on being handled by the programs of an earlier
 /// agent until [`super::attach::Attacher`] replaces them.
 pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadError> {
     if object.is_empty() {
@@ -130,7 +132,10 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
     }
     let pins = Pins::new(pin);
     for directory in [pins.maps(), pins.programs(), pins.links()] {
-        fs::create_dir_all(&directory).map_err(|source| LoadError::Pin { path: directory, source })?;
+        fs::create_dir_all(&directory).map_err(|source| LoadError::Pin {
+            path: directory,
+            source,
+        })?;
     }
     let adopted = adopt(&pins)?;
     let mut loader = EbpfLoader::new();
@@ -142,8 +147,7 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
         }
     }
     loader.map_max_entries("EVENTS", sizes.events_bytes);
-    // A copy, because the parser wants the file aligned and an embedded slice need not be.
-    let mut ebpf = loader.load(&object.to_vec()).map_err(Box::new)?;
+    let mut ebpf = loader.load(object).map_err(Box::new)?;
     let mut warnings = Vec::new();
     for shape in SHAPES {
         let path = maps.join(shape.name);
@@ -158,7 +162,9 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
         if let Some(wanted) = wanted.filter(|wanted| *wanted != info.max_entries()) {
             warnings.push(format!(
                 "map {} keeps its {} entries: {wanted} (limits.{}) takes effect after `weir detach`",
-                shape.name, info.max_entries(), shape.size.setting()
+                shape.name,
+                info.max_entries(),
+                shape.size.setting()
             ));
         }
     }
@@ -168,20 +174,38 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
     let meta: Table<u32, Meta> = Table::open(&maps, "META")?;
     let hz = meta.get(&0)?.map_or(0, |m| m.hz);
     // Last of all: a set of maps without this stamp is known to be incomplete.
-    meta.put(&0, &Meta { schema: SCHEMA, abi: ABI_VERSION, hz, _pad: 0 })?;
-    Ok(Loaded { ebpf, pins, adopted, warnings })
+    meta.put(
+        &0,
+        &Meta {
+            schema: SCHEMA,
+            abi: ABI_VERSION,
+            hz,
+            _pad: 0,
+        },
+    )?;
+    Ok(Loaded {
+        ebpf,
+        pins,
+        adopted,
+        warnings,
+    })
 }
 
 /// Whether there is a complete set of maps to adopt. Remains of a start that was cut short are removed.
 fn adopt(pins: &Pins) -> Result<bool, LoadError> {
     let maps = pins.maps();
-    let incompatible = |fault: String| LoadError::Incompatible { pins: pins.root().to_owned(), fault };
+    let incompatible = |fault: String| LoadError::Incompatible {
+        pins: pins.root().to_owned(),
+        fault,
+    };
     let stamp = match MapInfo::from_pin(maps.join("META")) {
         Ok(info) => {
             if let Some(fault) = shape::find("META").and_then(|shape| mismatch(shape, &info)) {
                 return Err(incompatible(fault));
             }
-            Table::<u32, Meta>::open(&maps, "META")?.get(&0)?.unwrap_or_default()
+            Table::<u32, Meta>::open(&maps, "META")?
+                .get(&0)?
+                .unwrap_or_default()
         }
         Err(_) => Meta::default(),
     };
@@ -193,7 +217,9 @@ fn adopt(pins: &Pins) -> Result<bool, LoadError> {
             }
             return Ok(false);
         }
-        return Err(incompatible("programs are attached, but the maps are incomplete".to_owned()));
+        return Err(incompatible(
+            "programs are attached, but the maps are incomplete".to_owned(),
+        ));
     }
     if (stamp.schema, stamp.abi) != (SCHEMA, ABI_VERSION) {
         return Err(incompatible(format!(
@@ -217,7 +243,12 @@ fn mismatch(shape: &shape::Shape, info: &MapInfo) -> Option<String> {
     if kind != Some(shape.kind) || info.key_size() != shape.key || info.value_size() != shape.value {
         return Some(format!(
             "map {} is {kind:?} with keys of {} and values of {} bytes, expected {:?}, {} and {}",
-            shape.name, info.key_size(), info.value_size(), shape.kind, shape.key, shape.value
+            shape.name,
+            info.key_size(),
+            info.value_size(),
+            shape.kind,
+            shape.key,
+            shape.value
         ));
     }
     None
@@ -226,31 +257,48 @@ fn mismatch(shape: &shape::Shape, info: &MapInfo) -> Option<String> {
 fn load_program(ebpf: &mut Ebpf, name: &'static str, pins: &Pins) -> Result<(), LoadError> {
     let missing = || LoadError::Object(format!("program {name} is missing or of another type"));
     let program = ebpf.program_mut(name).ok_or_else(missing)?;
-    let refused = |source| LoadError::Program { name, source: Box::new(source) };
+    let refused = |source| LoadError::Program {
+        name,
+        source: Box::new(source),
+    };
     match program {
         Program::Xdp(xdp) => xdp.load().map_err(refused)?,
         Program::SchedClassifier(tc) => tc.load().map_err(refused)?,
         _ => return Err(missing()),
     }
-    let (path, fresh) = (pins.programs().join(name), pins.programs().join(format!("{name}_new")));
+    let (path, fresh) = (
+        pins.programs().join(name),
+        pins.programs().join(format!("{name}_new")),
+    );
     remove_if_there(&fresh)?;
-    program.pin(&fresh).map_err(|e| LoadError::Pin { path: fresh.clone(), source: io::Error::other(e) })?;
+    program.pin(&fresh).map_err(|e| LoadError::Pin {
+        path: fresh.clone(),
+        source: io::Error::other(e),
+    })?;
     fs::rename(&fresh, &path).map_err(|source| LoadError::Pin { path, source })
 }
 
 /// Removes a file; a missing one is fine.
 fn remove_if_there(path: &Path) -> Result<(), LoadError> {
     match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(LoadError::Pin { path: path.to_owned(), source: e }),
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(LoadError::Pin {
+            path: path.to_owned(),
+            source: e,
+        }),
         _ => Ok(()),
     }
 }
 
 /// The files of a directory; none when it does not exist.
 pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, LoadError> {
-    let failed = |source| LoadError::Pin { path: directory.to_owned(), source };
+    let failed = |source| LoadError::Pin {
+        path: directory.to_owned(),
+        source,
+    };
     match fs::read_dir(directory) {
-        Ok(found) => found.map(|entry| entry.map(|e| e.path()).map_err(failed)).collect(),
+        Ok(found) => found
+            .map(|entry| entry.map(|e| e.path()).map_err(failed))
+            .collect(),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
         Err(e) => Err(failed(e)),
     }

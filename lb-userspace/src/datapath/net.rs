@@ -138,10 +138,16 @@ pub async fn run(task: NetTask) -> std::io::Result<()> {
                 }
             }
         }
-        let (config, wanted) = (config.borrow_and_update().clone(), wanted.borrow_and_update().clone());
+        let (config, wanted) = (
+            config.borrow_and_update().clone(),
+            wanted.borrow_and_update().clone(),
+        );
         if let Err(e) = follower.refresh(&config, &wanted).await {
             tracing::warn!(error = %e, "the network could not be read");
-            follower.task.report.send_modify(|report| report.faults = vec![e.to_string()]);
+            follower
+                .task
+                .report
+                .send_modify(|report| report.faults = vec![e.to_string()]);
         }
     }
 }
@@ -159,7 +165,10 @@ impl Follower {
         for name in &config.interfaces {
             let found = match name {
                 InterfaceName::Auto => netlink::default_device(&self.handle).await?,
-                InterfaceName::Named(name) => links.iter().find(|link| link.name == *name).map(|link| link.ifindex),
+                InterfaceName::Named(name) => links
+                    .iter()
+                    .find(|link| link.name == *name)
+                    .map(|link| link.ifindex),
             };
             match (found, name) {
                 (Some(ifindex), _) => {
@@ -189,7 +198,13 @@ impl Follower {
         self.attach(&view, config.xdp);
         for (wish, fault) in self.carried.values() {
             faults.extend(fault.clone());
-            faults.extend(self.attach_warnings.get(&wish.ifindex).into_iter().flatten().cloned());
+            faults.extend(
+                self.attach_warnings
+                    .get(&wish.ifindex)
+                    .into_iter()
+                    .flatten()
+                    .cloned(),
+            );
             if view.uplinks.contains(&wish.ifindex) {
                 faults.extend(sysctl::rp_filter_warning(&wish.name));
             }
@@ -204,11 +219,17 @@ impl Follower {
         }
         faults.extend(self.manage(hops, &view).await);
         let topology = self.topology(&view, places);
-        self.task.topology.send_if_modified(|current| replace(current, topology));
+        self.task
+            .topology
+            .send_if_modified(|current| replace(current, topology));
         let attachments = self.task.attacher.attached().values().cloned().collect();
         let report = NetReport { attachments, faults };
         self.task.report.send_if_modified(|current| {
-            for fault in report.faults.iter().filter(|fault| !current.faults.contains(fault)) {
+            for fault in report
+                .faults
+                .iter()
+                .filter(|fault| !current.faults.contains(fault))
+            {
                 tracing::warn!("{fault}");
             }
             replace(current, report)
@@ -226,7 +247,11 @@ impl Follower {
                 let wish = DeviceWish {
                     ifindex: link.ifindex,
                     name: link.name.clone(),
-                    xdp: if uplink && !link.loopback { xdp } else { XdpChoice::Off },
+                    xdp: if uplink && !link.loopback {
+                        xdp
+                    } else {
+                        XdpChoice::Off
+                    },
                     egress: !link.loopback,
                 };
                 (uplink || link.bridge || link.loopback).then_some((link.ifindex, wish))
@@ -234,7 +259,10 @@ impl Follower {
             .collect();
         let mut unwanted: BTreeSet<u32> = self.task.attacher.pinned_devices().into_iter().collect();
         unwanted.extend(self.carried.keys());
-        for ifindex in unwanted.into_iter().filter(|ifindex| !wishes.contains_key(ifindex)) {
+        for ifindex in unwanted
+            .into_iter()
+            .filter(|ifindex| !wishes.contains_key(ifindex))
+        {
             tracing::info!(ifindex, "device is gone or no longer configured");
             self.task.attacher.forget(ifindex);
             self.carried.remove(&ifindex);
@@ -242,7 +270,11 @@ impl Follower {
         }
         self.slots.retain(|ifindex| wishes.contains_key(&ifindex));
         for (ifindex, wish) in wishes {
-            if self.carried.get(&ifindex).is_some_and(|(carried, _)| *carried == wish) {
+            if self
+                .carried
+                .get(&ifindex)
+                .is_some_and(|(carried, _)| *carried == wish)
+            {
                 continue;
             }
             let fault = match self.task.attacher.attach(&wish) {
@@ -256,7 +288,10 @@ impl Follower {
             self.carried.insert(ifindex, (wish, fault));
         }
         for (wish, fault) in self.carried.values_mut() {
-            let loopback = view.links.iter().any(|link| link.ifindex == wish.ifindex && link.loopback);
+            let loopback = view
+                .links
+                .iter()
+                .any(|link| link.ifindex == wish.ifindex && link.loopback);
             if !loopback && self.slots.assign(wish.ifindex).is_none() {
                 *fault = Some(format!("device {}: no slot is left: too many bridges", wish.name));
             }
@@ -288,7 +323,9 @@ impl Follower {
         let Some((slot, device)) = self.slots.get(route.ifindex).zip(device) else {
             // Replies would come in where no program of ours sees them.
             let name = device.map_or("?", |link| link.name.as_str());
-            faults.push(format!("backend {address}: its route leaves by {name}, which is not in `interfaces`: add it"));
+            faults.push(format!(
+                "backend {address}: its route leaves by {name}, which is not in `interfaces`: add it"
+            ));
             return Ok((Place::Unroutable, None));
         };
         // On an uplink that is a bridge there are other machines, not containers of this node.
@@ -308,7 +345,10 @@ impl Follower {
     async fn manage(&mut self, hops: BTreeSet<(u32, IpAddr)>, view: &View) -> Vec<String> {
         let mut faults = Vec::new();
         let name = |ifindex: u32| {
-            view.links.iter().find(|link| link.ifindex == ifindex).map_or(String::new(), |link| link.name.clone())
+            view.links
+                .iter()
+                .find(|link| link.ifindex == ifindex)
+                .map_or(String::new(), |link| link.name.clone())
         };
         let record = |state: &StateFile, add: bool, hop: &(u32, IpAddr)| {
             let entry = (name(hop.0), hop.1);
@@ -327,19 +367,28 @@ impl Follower {
             }
             let result = netlink::manage_neighbour(&self.handle, hop.0, hop.1).await;
             faults.extend(result.err().map(|e| format!("device {}: {e}", name(hop.0))));
-            faults.extend(record(&self.task.state, true, hop).err().map(|e| format!("state file: {e}")));
+            faults.extend(
+                record(&self.task.state, true, hop)
+                    .err()
+                    .map(|e| format!("state file: {e}")),
+            );
             self.managed.insert(*hop);
         }
         let ours: BTreeSet<_> = self.task.state.get().neighbours;
         for link in &view.links {
             let of_link = ours.iter().filter(|(device, _)| *device == link.name);
-            self.managed.extend(of_link.map(|(_, address)| (link.ifindex, *address)));
+            self.managed
+                .extend(of_link.map(|(_, address)| (link.ifindex, *address)));
         }
         for hop in self.managed.difference(&hops).copied().collect::<Vec<_>>() {
             self.managed.remove(&hop);
             let result = netlink::remove_neighbour(&self.handle, hop.0, hop.1).await;
             faults.extend(result.err().map(|e| e.to_string()));
-            faults.extend(record(&self.task.state, false, &hop).err().map(|e| format!("state file: {e}")));
+            faults.extend(
+                record(&self.task.state, false, &hop)
+                    .err()
+                    .map(|e| format!("state file: {e}")),
+            );
         }
         faults
     }
@@ -347,14 +396,22 @@ impl Follower {
     fn topology(&self, view: &View, places: BTreeMap<IpAddr, Place>) -> Topology {
         let announced = self.task.state.get().addresses;
         // A VIP that we announce is no address of the node's own: it must not become a source of translation.
-        let own: Vec<&OwnAddress> =
-            view.addresses.iter().filter(|own| !announced.iter().any(|(_, vip)| *vip == own.address)).collect();
+        let own: Vec<&OwnAddress> = view
+            .addresses
+            .iter()
+            .filter(|own| !announced.iter().any(|(_, vip)| *vip == own.address))
+            .collect();
         let devices = view
             .links
             .iter()
             .filter_map(|link| {
                 let slot = self.slots.get(link.ifindex)?;
-                let xdp = self.task.attacher.attached().get(&link.ifindex).is_some_and(|a| a.xdp != "-");
+                let xdp = self
+                    .task
+                    .attacher
+                    .attached()
+                    .get(&link.ifindex)
+                    .is_some_and(|a| a.xdp != "-");
                 let info = DeviceInfo {
                     name: link.name.clone(),
                     ifindex: link.ifindex,
@@ -364,7 +421,9 @@ impl Follower {
                     bridge: link.bridge,
                     addresses: own
                         .iter()
-                        .filter(|own| own.ifindex == link.ifindex && !own.unusable && !link_local(own.address))
+                        .filter(|own| {
+                            own.ifindex == link.ifindex && !own.unusable && !link_local(own.address)
+                        })
                         .map(|own| own.address)
                         .collect(),
                 };
@@ -375,7 +434,12 @@ impl Follower {
         node_addresses.sort_unstable();
         node_addresses.dedup();
         let loopback = view.links.iter().find(|link| link.loopback);
-        Topology { devices, places, node_addresses, loopback_ifindex: loopback.map_or(0, |link| link.ifindex) }
+        Topology {
+            devices,
+            places,
+            node_addresses,
+            loopback_ifindex: loopback.map_or(0, |link| link.ifindex),
+        }
     }
 }
 

@@ -127,9 +127,7 @@ pub fn monitor() -> io::Result<mpsc::UnboundedReceiver<Change>> {
         while let Some((message, _)) = messages.next().await {
             use rtnetlink::packet_core::NetlinkPayload::InnerMessage;
             let change = match message.payload {
-                InnerMessage(
-                    RouteNetlinkMessage::NewNeighbour(n) | RouteNetlinkMessage::DelNeighbour(n),
-                ) => {
+                InnerMessage(RouteNetlinkMessage::NewNeighbour(n) | RouteNetlinkMessage::DelNeighbour(n)) => {
                     // Forwarding entries of bridges come by the same way and say nothing of addresses.
                     if n.header.family == AddressFamily::Bridge {
                         continue;
@@ -149,7 +147,13 @@ pub fn monitor() -> io::Result<mpsc::UnboundedReceiver<Change>> {
 
 /// Every device of the namespace.
 pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
-    let messages: Vec<_> = handle.link().get().execute().try_collect().await.map_err(failed("list links"))?;
+    let messages: Vec<_> = handle
+        .link()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(failed("list links"))?;
     Ok(messages
         .into_iter()
         .map(|message| {
@@ -167,7 +171,9 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
                     LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                     LinkAttribute::Address(bytes) => link.mac = bytes.try_into().unwrap_or_default(),
                     LinkAttribute::LinkInfo(infos) => {
-                        link.bridge = infos.iter().any(|i| matches!(i, LinkInfo::Kind(InfoKind::Bridge)));
+                        link.bridge = infos
+                            .iter()
+                            .any(|i| matches!(i, LinkInfo::Kind(InfoKind::Bridge)));
                     }
                     _ => {}
                 }
@@ -179,8 +185,13 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
 
 /// Every address of the namespace.
 pub async fn addresses(handle: &Handle) -> Result<Vec<OwnAddress>, NetlinkError> {
-    let messages: Vec<_> =
-        handle.address().get().execute().try_collect().await.map_err(failed("list addresses"))?;
+    let messages: Vec<_> = handle
+        .address()
+        .get()
+        .execute()
+        .try_collect()
+        .await
+        .map_err(failed("list addresses"))?;
     Ok(messages
         .into_iter()
         .filter_map(|message| {
@@ -198,7 +209,8 @@ pub async fn addresses(handle: &Handle) -> Result<Vec<OwnAddress>, NetlinkError>
                 ifindex: message.header.index,
                 // On point-to-point links the plain attribute is the peer's.
                 address: local.or(other)?,
-                unusable: flags.intersects(AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated),
+                unusable: flags
+                    .intersects(AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated),
             })
         })
         .collect())
@@ -209,7 +221,11 @@ pub async fn neighbours(handle: &Handle) -> Result<HashMap<(u32, IpAddr), Neighb
     let mut table = HashMap::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let request = handle.neighbours().get().set_address_family(family);
-        let messages: Vec<_> = request.execute().try_collect().await.map_err(failed("list neighbours"))?;
+        let messages: Vec<_> = request
+            .execute()
+            .try_collect()
+            .await
+            .map_err(failed("list neighbours"))?;
         table.extend(messages.into_iter().filter_map(neighbour));
     }
     Ok(table)
@@ -225,7 +241,10 @@ fn neighbour(message: NeighbourMessage) -> Option<((u32, IpAddr), Neighbour)> {
             | NeighbourState::Permanent
             | NeighbourState::Noarp
     );
-    let permanent = matches!(message.header.state, NeighbourState::Permanent | NeighbourState::Noarp);
+    let permanent = matches!(
+        message.header.state,
+        NeighbourState::Permanent | NeighbourState::Noarp
+    );
     let (mut address, mut mac, mut managed) = (None, None, false);
     for attribute in message.attributes {
         match attribute {
@@ -237,14 +256,31 @@ fn neighbour(message: NeighbourMessage) -> Option<((u32, IpAddr), Neighbour)> {
         }
     }
     let mac = mac.filter(|mac: &[u8; 6]| usable && *mac != [0; 6]);
-    Some(((message.header.ifindex, address?), Neighbour { mac, managed, permanent }))
+    Some((
+        (message.header.ifindex, address?),
+        Neighbour {
+            mac,
+            managed,
+            permanent,
+        },
+    ))
 }
 
 /// Makes the kernel resolve an address and keep the entry fresh (`NTF_EXT_MANAGED`, kernel 5.16).
 pub async fn manage_neighbour(handle: &Handle, ifindex: u32, address: IpAddr) -> Result<(), NetlinkError> {
-    let mut request = handle.neighbours().add(ifindex, address).state(NeighbourState::None).replace();
-    request.message_mut().attributes.push(NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed));
-    request.execute().await.map_err(failed(format!("manage neighbour {address}")))
+    let mut request = handle
+        .neighbours()
+        .add(ifindex, address)
+        .state(NeighbourState::None)
+        .replace();
+    request
+        .message_mut()
+        .attributes
+        .push(NeighbourAttribute::ExtFlags(NeighbourExtFlags::Managed));
+    request
+        .execute()
+        .await
+        .map_err(failed(format!("manage neighbour {address}")))
 }
 
 /// Removes a neighbour entry; a missing one is fine.
@@ -256,7 +292,9 @@ pub async fn remove_neighbour(handle: &Handle, ifindex: u32, address: IpAddr) ->
         IpAddr::V6(v6) => (AddressFamily::Inet6, NeighbourAddress::Inet6(v6)),
     };
     message.header.family = family;
-    message.attributes.push(NeighbourAttribute::Destination(destination));
+    message
+        .attributes
+        .push(NeighbourAttribute::Destination(destination));
     let result = handle.neighbours().del(message).execute().await;
     gone_is_fine(result.map_err(failed(format!("remove neighbour {address}"))))
 }
@@ -281,7 +319,10 @@ pub async fn route(handle: &Handle, address: IpAddr) -> Result<Option<Route>, Ne
     let full = if address.is_ipv4() { 32 } else { 128 };
     let message = RouteMessageBuilder::<IpAddr>::new()
         .destination_prefix(address, full)
-        .map_err(|e| NetlinkError { what: format!("route to {address}"), source: io::Error::other(e) })?
+        .map_err(|e| NetlinkError {
+            what: format!("route to {address}"),
+            source: io::Error::other(e),
+        })?
         .build();
     let mut replies = std::pin::pin!(handle.route().get(message).execute());
     match replies.next().await {
@@ -316,13 +357,23 @@ fn read_route(message: &RouteMessage) -> Option<Route> {
             _ => {}
         }
     }
-    Some(Route { local, ifindex: ifindex?, gateway })
+    Some(Route {
+        local,
+        ifindex: ifindex?,
+        gateway,
+    })
 }
 
 /// The device of the IPv4 default route with the lowest metric.
 pub async fn default_device(handle: &Handle) -> Result<Option<u32>, NetlinkError> {
     let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
-    let routes: Vec<_> = handle.route().get(all).execute().try_collect().await.map_err(failed("list routes"))?;
+    let routes: Vec<_> = handle
+        .route()
+        .get(all)
+        .execute()
+        .try_collect()
+        .await
+        .map_err(failed("list routes"))?;
     Ok(routes
         .iter()
         .filter(|r| r.header.destination_prefix_length == 0 && r.header.table == RouteHeader::RT_TABLE_MAIN)
@@ -342,8 +393,15 @@ pub async fn add_address(handle: &Handle, ifindex: u32, address: IpAddr) -> Resu
     let full = if address.is_ipv4() { 32 } else { 128 };
     let mut request = handle.address().add(ifindex, address, full);
     let flags = AddressFlags::Nodad | AddressFlags::Noprefixroute;
-    request.message_mut().attributes.push(AddressAttribute::Flags(flags));
-    match request.execute().await.map_err(failed(format!("add address {address}"))) {
+    request
+        .message_mut()
+        .attributes
+        .push(AddressAttribute::Flags(flags));
+    match request
+        .execute()
+        .await
+        .map_err(failed(format!("add address {address}")))
+    {
         Ok(()) => Ok(true),
         Err(e) if e.source.raw_os_error() == Some(libc::EEXIST) => Ok(false),
         Err(e) => Err(e),
@@ -354,10 +412,14 @@ pub async fn add_address(handle: &Handle, ifindex: u32, address: IpAddr) -> Resu
 pub async fn remove_address(handle: &Handle, ifindex: u32, address: IpAddr) -> Result<(), NetlinkError> {
     use rtnetlink::AddressMessageBuilder;
     let message = match address {
-        IpAddr::V4(v4) => AddressMessageBuilder::<Ipv4Addr>::new().index(ifindex).address(v4, 32).build(),
-        IpAddr::V6(v6) => {
-            AddressMessageBuilder::<std::net::Ipv6Addr>::new().index(ifindex).address(v6, 128).build()
-        }
+        IpAddr::V4(v4) => AddressMessageBuilder::<Ipv4Addr>::new()
+            .index(ifindex)
+            .address(v4, 32)
+            .build(),
+        IpAddr::V6(v6) => AddressMessageBuilder::<std::net::Ipv6Addr>::new()
+            .index(ifindex)
+            .address(v6, 128)
+            .build(),
     };
     let result = handle.address().del(message).execute().await;
     gone_is_fine(result.map_err(failed(format!("remove address {address}"))))
@@ -367,7 +429,8 @@ pub async fn remove_address(handle: &Handle, ifindex: u32, address: IpAddr) -> R
 pub async fn remove_empty_clsact(handle: &Handle, ifindex: u32) -> Result<bool, NetlinkError> {
     let index = ifindex.cast_signed();
     let mut filters = handle.traffic_filter(index);
-    let left: usize = filters.get().ingress().execute().count().await + filters.get().egress().execute().count().await;
+    let left: usize =
+        filters.get().ingress().execute().count().await + filters.get().egress().execute().count().await;
     if left > 0 {
         return Ok(false);
     }

@@ -1,6 +1,11 @@
 //! What the kernel and the process must offer before anything is loaded, said precisely when it is missing.
 
-use std::{ffi::CString, fs, io, os::unix::ffi::OsStrExt as _, path::{Path, PathBuf}};
+use std::{
+    ffi::CString,
+    fs, io,
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
 
 use lb_common::limits::KERNEL_FLOOR;
 use nix::{
@@ -54,10 +59,15 @@ pub enum PreflightError {
 
 /// Checks kernel and capabilities, mounts bpffs for `pin` if need be, lifts the memory limit. Returns warnings.
 pub fn preflight(pin: &Path) -> Result<Vec<String>, PreflightError> {
-    let name = nix::sys::utsname::uname().map_err(|e| PreflightError::Read { what: "uname", source: e.into() })?;
+    let name = nix::sys::utsname::uname().map_err(|e| PreflightError::Read {
+        what: "uname",
+        source: e.into(),
+    })?;
     check_release(&name.release().to_string_lossy())?;
-    let status = fs::read_to_string("/proc/thread-self/status")
-        .map_err(|source| PreflightError::Read { what: "/proc/thread-self/status", source })?;
+    let status = fs::read_to_string("/proc/thread-self/status").map_err(|source| PreflightError::Read {
+        what: "/proc/thread-self/status",
+        source,
+    })?;
     check_capabilities(effective(&status).unwrap_or(0))?;
     ensure_bpffs(pin)?;
     let mut warnings = Vec::new();
@@ -71,10 +81,14 @@ pub fn preflight(pin: &Path) -> Result<Vec<String>, PreflightError> {
 
 /// Whether a release such as `6.1.0-50-cloud-amd64` is new enough.
 fn check_release(release: &str) -> Result<(), PreflightError> {
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse::<u32>);
+    let mut numbers = release
+        .split(|c: char| !c.is_ascii_digit())
+        .map(str::parse::<u32>);
     match (numbers.next(), numbers.next()) {
         (Some(Ok(major)), Some(Ok(minor))) if (major, minor) >= KERNEL_FLOOR => Ok(()),
-        _ => Err(PreflightError::Kernel { found: release.to_owned() }),
+        _ => Err(PreflightError::Kernel {
+            found: release.to_owned(),
+        }),
     }
 }
 
@@ -102,7 +116,11 @@ fn check_capabilities(set: u64) -> Result<(), PreflightError> {
     if !has(CAP_NET_RAW) {
         names.push("CAP_NET_RAW");
     }
-    if names.is_empty() { Ok(()) } else { Err(PreflightError::Capabilities { names }) }
+    if names.is_empty() {
+        Ok(())
+    } else {
+        Err(PreflightError::Capabilities { names })
+    }
 }
 
 fn is_bpffs(path: &Path) -> bool {
@@ -115,22 +133,38 @@ fn ensure_bpffs(pin: &Path) -> Result<(), PreflightError> {
     if !is_bpffs(existing) {
         // The usual place, or the parent of the pin directory when that is elsewhere.
         let usual = Path::new("/sys/fs/bpf");
-        let at = if pin.starts_with(usual) { usual } else { pin.parent().unwrap_or(pin) };
-        let failed = |source| PreflightError::Bpffs { at: at.to_owned(), source };
+        let at = if pin.starts_with(usual) {
+            usual
+        } else {
+            pin.parent().unwrap_or(pin)
+        };
+        let failed = |source| PreflightError::Bpffs {
+            at: at.to_owned(),
+            source,
+        };
         if !at.starts_with("/sys") {
             fs::create_dir_all(at).map_err(failed)?;
         }
         mount(Some("bpf"), at, Some("bpf"), MsFlags::empty(), Some("mode=0700"))
             .map_err(|errno| failed(needs_admin(errno)))?;
     }
-    fs::create_dir_all(pin).map_err(|source| PreflightError::Bpffs { at: pin.to_owned(), source })?;
-    writable(pin).map_err(|source| PreflightError::Bpffs { at: pin.to_owned(), source })
+    fs::create_dir_all(pin).map_err(|source| PreflightError::Bpffs {
+        at: pin.to_owned(),
+        source,
+    })?;
+    writable(pin).map_err(|source| PreflightError::Bpffs {
+        at: pin.to_owned(),
+        source,
+    })
 }
 
 /// Names the capability when mounting is refused for want of it.
 fn needs_admin(errno: nix::Error) -> io::Error {
     if errno == nix::Error::EPERM {
-        io::Error::new(io::ErrorKind::PermissionDenied, "CAP_SYS_ADMIN is needed to mount")
+        io::Error::new(
+            io::ErrorKind::PermissionDenied,
+            "CAP_SYS_ADMIN is needed to mount",
+        )
     } else {
         errno.into()
     }
@@ -139,7 +173,11 @@ fn needs_admin(errno: nix::Error) -> io::Error {
 fn writable(path: &Path) -> io::Result<()> {
     let c_path = CString::new(path.as_os_str().as_bytes())?;
     // SAFETY: a NUL-terminated path that lives through the call.
-    if unsafe { libc::access(c_path.as_ptr(), libc::W_OK) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    if unsafe { libc::access(c_path.as_ptr(), libc::W_OK) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
 }
 
 #[cfg(test)]
@@ -160,8 +198,14 @@ mod tests {
     fn missing_capabilities_are_named() {
         let set = 1 << CAP_NET_ADMIN | 1 << CAP_BPF;
         let text = check_capabilities(set).unwrap_err().to_string();
-        assert!(text.contains("CAP_PERFMON, CAP_NET_RAW") && !text.contains("CAP_BPF"), "{text}");
+        assert!(
+            text.contains("CAP_PERFMON, CAP_NET_RAW") && !text.contains("CAP_BPF"),
+            "{text}"
+        );
         check_capabilities(1 << CAP_SYS_ADMIN | 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW).unwrap();
-        assert_eq!(effective("Name:\tx\nCapEff:\t000001fffeffffff\n"), Some(0x1ff_feff_ffff));
+        assert_eq!(
+            effective("Name:\tx\nCapEff:\t000001fffeffffff\n"),
+            Some(0x1ff_feff_ffff)
+        );
     }
 }

@@ -16,7 +16,11 @@ impl Slots {
     /// With the slots that an earlier agent gave out.
     pub fn adopt(devices: &BTreeMap<u16, Device>) -> Self {
         Self {
-            by_ifindex: devices.iter().filter(|(slot, _)| **slot != 0).map(|(slot, d)| (d.ifindex, *slot)).collect(),
+            by_ifindex: devices
+                .iter()
+                .filter(|(slot, _)| **slot != 0)
+                .map(|(slot, d)| (d.ifindex, *slot))
+                .collect(),
             last: devices.keys().next_back().copied().unwrap_or(0),
         }
     }
@@ -28,7 +32,9 @@ impl Slots {
         }
         let end = MAX_DEVICES as u16;
         let taken = |slot: &u16| self.by_ifindex.values().any(|used| used == slot);
-        let slot = (self.last + 1..end).chain(1..=self.last.min(end - 1)).find(|slot| !taken(slot))?;
+        let slot = (self.last + 1..end)
+            .chain(1..=self.last.min(end - 1))
+            .find(|slot| !taken(slot))?;
         self.by_ifindex.insert(ifindex, slot);
         self.last = slot;
         Some(slot)
@@ -51,7 +57,14 @@ mod tests {
 
     #[test]
     fn slots_are_stable_and_reused_last() {
-        let adopted = [(2, Device { ifindex: 7, ..Device::default() })].into();
+        let adopted = [(
+            2,
+            Device {
+                ifindex: 7,
+                ..Device::default()
+            },
+        )]
+        .into();
         let mut slots = Slots::adopt(&adopted);
         assert_eq!(slots.assign(7), Some(2));
         assert_eq!(slots.assign(8), Some(3));

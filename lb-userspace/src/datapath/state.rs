@@ -36,13 +36,19 @@ impl StateFile {
     pub fn open(path: &Path) -> io::Result<Self> {
         let changes = match fs::read(path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map_err(|e| {
-                let fault = format!("state file {}: {e}: remove it and undo its entries by hand", path.display());
+                let fault = format!(
+                    "state file {}: {e}: remove it and undo its entries by hand",
+                    path.display()
+                );
                 io::Error::new(io::ErrorKind::InvalidData, fault)
             })?,
             Err(e) if e.kind() == io::ErrorKind::NotFound => Changes::default(),
             Err(e) => return Err(e),
         };
-        Ok(Self { path: path.to_owned(), changes: Arc::new(Mutex::new(changes)) })
+        Ok(Self {
+            path: path.to_owned(),
+            changes: Arc::new(Mutex::new(changes)),
+        })
     }
 
     fn lock(&self) -> MutexGuard<'_, Changes> {
@@ -93,8 +99,16 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("sub/state.json");
         let state = StateFile::open(&path).unwrap();
-        state.update(|c| { c.sysctls.insert("net.x".into(), "1".into()); }).unwrap();
-        state.update(|c| { c.addresses.insert(("lo".into(), "10.0.0.1".parse().unwrap())); }).unwrap();
+        state
+            .update(|c| {
+                c.sysctls.insert("net.x".into(), "1".into());
+            })
+            .unwrap();
+        state
+            .update(|c| {
+                c.addresses.insert(("lo".into(), "10.0.0.1".parse().unwrap()));
+            })
+            .unwrap();
         assert_eq!(StateFile::open(&path).unwrap().get(), state.get());
         assert_eq!(state.get().addresses.len(), 1);
         state.remove().unwrap();
@@ -106,6 +120,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("state.json");
         fs::write(&path, "{").unwrap();
-        assert!(StateFile::open(&path).unwrap_err().to_string().contains("state.json"));
+        assert!(
+            StateFile::open(&path)
+                .unwrap_err()
+                .to_string()
+                .contains("state.json")
+        );
     }
 }

@@ -69,7 +69,9 @@ pub enum SweepError {
     #[error("program {SWEEP_PROGRAM} could not be run: {0}")]
     Run(#[from] io::Error),
     /// The flow clock runs at no rate that Linux has.
-    #[error("the flow clock advanced {ticks} ticks in {elapsed:?}: no known rate; is the machine overloaded?")]
+    #[error(
+        "the flow clock advanced {ticks} ticks in {elapsed:?}: no known rate; is the machine overloaded?"
+    )]
     Rate {
         /// Ticks.
         ticks: u32,
@@ -92,7 +94,10 @@ impl Sweeper {
     /// Opens the pinned program and, once per set of maps, measures the rate of the flow clock (takes 60 ms).
     pub fn open(pins: &Pins) -> Result<Self, SweepError> {
         let program = ProgramInfo::from_pin(pins.programs().join(SWEEP_PROGRAM))?.fd()?;
-        let sweeper = Self { program, maps: pins.maps() };
+        let sweeper = Self {
+            program,
+            maps: pins.maps(),
+        };
         let table: Table<u32, Meta> = Table::open(&sweeper.maps, "META")?;
         let meta = table.get(&0)?.unwrap_or_default();
         if meta.hz == 0 {
@@ -186,9 +191,15 @@ impl Sweeper {
                     continue;
                 }
                 // A connection lives while either direction does; the forward entry speaks for both.
-                let partner = if expired { flows.get(&partner(key, flow))? } else { None };
+                let partner = if expired {
+                    flows.get(&partner(key, flow))?
+                } else {
+                    None
+                };
                 let alive = !expired
-                    || partner.as_ref().is_some_and(|p| !self::expired(now, key.proto, p, timeouts));
+                    || partner
+                        .as_ref()
+                        .is_some_and(|p| !self::expired(now, key.proto, p, timeouts));
                 if alive && forward {
                     bump(&mut by_backend, flow.backend);
                     bump(&mut by_service, flow.service);
@@ -232,7 +243,13 @@ fn bump(counts: &mut Vec<u64>, id: u32) {
 
 /// The key of the other direction.
 pub fn partner<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> FlowKey<A> {
-    FlowKey { src: flow.dst, dst: flow.src, sport: flow.dport, dport: flow.sport, proto: key.proto }
+    FlowKey {
+        src: flow.dst,
+        dst: flow.src,
+        sport: flow.dport,
+        dport: flow.sport,
+        proto: key.proto,
+    }
 }
 
 /// The idle time, in ticks, after which a flow of this state ends.
@@ -264,7 +281,9 @@ fn packet<K: Pod>(family: u32, keys: &[K]) -> Vec<u8> {
     packet.extend_from_slice(&(keys.len() as u32).to_ne_bytes());
     // SAFETY: the keys are `Pod` without padding (sizes are asserted where they are defined), so every byte is
     // initialized; the slice lives through the call.
-    packet.extend_from_slice(unsafe { std::slice::from_raw_parts(keys.as_ptr().cast::<u8>(), size_of_val(keys)) });
+    packet.extend_from_slice(unsafe {
+        std::slice::from_raw_parts(keys.as_ptr().cast::<u8>(), size_of_val(keys))
+    });
     packet.resize(packet.len().max(MIN_PACKET), 0);
     packet
 }
@@ -272,7 +291,9 @@ fn packet<K: Pod>(family: u32, keys: &[K]) -> Vec<u8> {
 /// The rate that explains `ticks` in `elapsed`, if one does within 10 %.
 fn snap(ticks: u32, elapsed: Duration) -> Option<u32> {
     let measured = f64::from(ticks) / elapsed.as_secs_f64();
-    RATES.into_iter().find(|rate| (measured / f64::from(*rate) - 1.0).abs() < 0.1)
+    RATES
+        .into_iter()
+        .find(|rate| (measured / f64::from(*rate) - 1.0).abs() < 0.1)
 }
 
 /// Sweeps every `interval` and publishes what it found, until nobody listens any more.
@@ -298,7 +319,10 @@ pub async fn run(sweeper: Sweeper, interval: Duration, reports: watch::Sender<Op
 
 /// The rate of the flow clock of pinned maps, for those who only read.
 pub fn pinned_hz(maps: &Path) -> Result<u32, MapError> {
-    Ok(Table::<u32, Meta>::open(maps, "META")?.get(&0)?.unwrap_or_default().hz)
+    Ok(Table::<u32, Meta>::open(maps, "META")?
+        .get(&0)?
+        .unwrap_or_default()
+        .hz)
 }
 
 #[cfg(test)]
@@ -318,7 +342,12 @@ mod tests {
     #[test]
     fn states_choose_their_timeouts() {
         use flow_state as s;
-        let t = Timeouts { established: 1, syn: 2, closing: 3, udp: 4 };
+        let t = Timeouts {
+            established: 1,
+            syn: 2,
+            closing: 3,
+            udp: 4,
+        };
         assert_eq!(timeout(17, s::ESTABLISHED, &t), 4);
         assert_eq!(timeout(6, 0, &t), 2);
         assert_eq!(timeout(6, s::ESTABLISHED, &t), 1);
@@ -329,8 +358,16 @@ mod tests {
 
     #[test]
     fn a_future_stamp_is_fresh() {
-        let timeouts = [Timeouts { established: 10, syn: 10, closing: 10, udp: 10 }];
-        let flow = Flow::<Addr4> { last_seen: 5, ..Flow::default() };
+        let timeouts = [Timeouts {
+            established: 10,
+            syn: 10,
+            closing: 10,
+            udp: 10,
+        }];
+        let flow = Flow::<Addr4> {
+            last_seen: 5,
+            ..Flow::default()
+        };
         assert!(!expired(4, 6, &flow, &timeouts));
         assert!(!expired(15, 6, &flow, &timeouts));
         assert!(expired(16, 6, &flow, &timeouts));

@@ -34,7 +34,11 @@ pub fn read(name: &str) -> io::Result<String> {
 
 /// Sets a setting and records what it was, unless it is so already.
 fn set(state: &StateFile, name: &str, wanted: &str) -> Result<(), SysctlError> {
-    let failed = |source| SysctlError { name: name.to_owned(), wanted: wanted.to_owned(), source };
+    let failed = |source| SysctlError {
+        name: name.to_owned(),
+        wanted: wanted.to_owned(),
+        source,
+    };
     let before = read(name).map_err(failed)?;
     if before == wanted {
         return Ok(());
@@ -71,7 +75,10 @@ pub fn restore(name: &str, before: &str) -> io::Result<()> {
 /// A warning when the kernel drops packets whose reply would leave by another device.
 pub fn rp_filter_warning(device: &str) -> Option<String> {
     let value = |scope: &str| {
-        read(&format!("net.ipv4.conf.{}.rp_filter", scope.replace('.', "/"))).ok()?.parse::<u32>().ok()
+        read(&format!("net.ipv4.conf.{}.rp_filter", scope.replace('.', "/")))
+            .ok()?
+            .parse::<u32>()
+            .ok()
     };
     // The larger of the two is in force.
     let strict = value("all").unwrap_or(0).max(value(device).unwrap_or(0)) == 1;
@@ -103,7 +110,11 @@ fn merge(list: &str, add: &RangeInclusive<u16>) -> String {
         }
     }
     let text = |(first, last): &(u32, u32)| {
-        if first == last { first.to_string() } else { format!("{first}-{last}") }
+        if first == last {
+            first.to_string()
+        } else {
+            format!("{first}-{last}")
+        }
     };
     merged.iter().map(text).collect::<Vec<_>>().join(",")
 }
@@ -115,13 +126,19 @@ mod tests {
     #[test]
     fn port_lists_merge() {
         assert_eq!(merge("", &(16384..=32767)), "16384-32767");
-        assert_eq!(merge("80,8000-8010", &(16384..=32767)), "80,8000-8010,16384-32767");
+        assert_eq!(
+            merge("80,8000-8010", &(16384..=32767)),
+            "80,8000-8010,16384-32767"
+        );
         assert_eq!(merge("32768,20000-20001", &(16384..=32767)), "16384-32768");
         assert_eq!(merge("16384-32767", &(16384..=32767)), "16384-32767");
     }
 
     #[test]
     fn dots_of_device_names_survive() {
-        assert_eq!(path("net.ipv4.conf.eth0/7.rp_filter").to_str(), Some("/proc/sys/net/ipv4/conf/eth0.7/rp_filter"));
+        assert_eq!(
+            path("net.ipv4.conf.eth0/7.rp_filter").to_str(),
+            Some("/proc/sys/net/ipv4/conf/eth0.7/rp_filter")
+        );
     }
 }
