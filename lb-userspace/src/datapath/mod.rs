@@ -1,5 +1,22 @@
 //! The kernel side as the reconciler sees it: a few map operations behind a trait.
 
+pub mod announce;
+pub mod attach;
+pub mod batch;
+pub mod bpf;
+pub mod counters;
+pub mod detach;
+pub mod flows;
+pub mod load;
+pub mod net;
+pub mod netlink;
+pub mod preflight;
+pub mod shape;
+pub mod slots;
+pub mod state;
+pub mod sweep;
+pub mod sysctl;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
