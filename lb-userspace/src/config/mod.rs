@@ -259,6 +259,19 @@ impl Config {
         check::check(path, text)
     }
 
+    /// Sections that differ from `old` and are read at start alone.
+    pub fn needs_restart(&self, old: &Self) -> Vec<&'static str> {
+        let changed = [
+            ("limits", self.limits != old.limits),
+            ("admin", self.admin != old.admin),
+            ("bpf", self.bpf != old.bpf),
+        ];
+        changed
+            .into_iter()
+            .filter_map(|(section, differs)| differs.then_some(section))
+            .collect()
+    }
+
     /// Names of the devices to attach to, `auto` resolved, none twice.
     ///
     /// # Errors
