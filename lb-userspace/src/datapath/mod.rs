@@ -1,5 +1,8 @@
 //! The kernel side as the reconciler sees it: a few map operations behind a trait.
 
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
