@@ -16,6 +16,8 @@ pub mod slots;
 pub mod state;
 pub mod sweep;
 pub mod sysctl;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
