@@ -12,8 +12,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let object = match env::var_os(VARIABLE) {
         Some(path) => PathBuf::from(path),
         None => {
-            let manifest_dir = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").ok_or("cargo sets CARGO_MANIFEST_DIR")?);
-            let dir = manifest_dir.parent().ok_or("the crate is in the workspace's folder")?.join("target/bpf");
+            let manifest_dir =
+                PathBuf::from(env::var_os("CARGO_MANIFEST_DIR").ok_or("cargo sets CARGO_MANIFEST_DIR")?);
+            let dir = manifest_dir
+                .parent()
+                .ok_or("the crate is in the workspace's folder")?
+                .join("target/bpf");
             // The folder is watched rather than the file: cargo takes a missing file for a changed one, always.
             fs::create_dir_all(&dir)?;
             println!("cargo:rerun-if-changed={}", dir.display());

@@ -1,5 +1,7 @@
 //! Weir's development commands: `cargo xtask <command>`. One module each; every command installs what it needs.
 
+use std::process::ExitCode;
+
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
@@ -38,8 +40,19 @@ enum Command {
     Lint,
 }
 
-fn main() -> Result<()> {
-    match Arguments::parse().command {
+fn main() -> ExitCode {
+    match run(Arguments::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) => {
+            // Not by `main` returning it: with RUST_BACKTRACE set, anyhow would bury the message under a trace.
+            eprintln!("xtask: {fault:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command) -> Result<()> {
+    match command {
         Command::Setup(options) => setup::run(&options),
         Command::BuildEbpf => ebpf::build().map(drop),
         Command::Run(options) => run::run(&options),

@@ -15,7 +15,11 @@ pub fn programs() -> Result<&'static [u8], NoPrograms> {
 }
 
 fn not_empty(object: &[u8]) -> Result<&[u8], NoPrograms> {
-    if object.is_empty() { Err(NoPrograms) } else { Ok(object) }
+    if object.is_empty() {
+        Err(NoPrograms)
+    } else {
+        Ok(object)
+    }
 }
 
 #[cfg(test)]

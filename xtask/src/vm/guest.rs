@@ -62,7 +62,7 @@ fn boot(kernel: &Kernel, image: &Path) -> Result<(Machine, Receiver<String>)> {
     let mut command = Command::new("qemu-system-x86_64");
     command
         .args([
-            "-M", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "1024",
+            "-M", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "2048",
         ])
         .args([
             "-display",

@@ -17,7 +17,7 @@ use crate::{process, test::cargo, workspace};
 /// Modules that tests need. They are loaded before the tests, in this order, with what they depend on.
 const MODULES: [&str; 5] = ["veth", "bridge", "sch_ingress", "cls_bpf", "tun"];
 
-/// Tools of the host that the guest gets, with their libraries. busybox alone would do, but its `ip` knows no XDP.
+/// Tools of the host that the guest gets, with their libraries. busybox's `ip` makes no veth.
 const TOOLS: [&str; 2] = ["ip", "ethtool"];
 
 /// Makes the initramfs and returns its path.
