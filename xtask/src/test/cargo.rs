@@ -15,7 +15,7 @@ use crate::process;
 pub fn test(selection: &[String], threads: Option<u32>, filter: Option<&str>) -> Command {
     let mut command = process::cargo();
     command
-        .args(["test", "--quiet", "--no-fail-fast"])
+        .args(["test", "--no-fail-fast"])
         .args(selection);
     command.arg("--").args(harness_arguments(threads, filter));
     command
