@@ -44,8 +44,13 @@ fn ip(arguments: &[&str]) {
 fn load() -> Ebpf {
     let bytes = object::programs().unwrap();
     let btf = Btf::from_sys_fs().expect("the kernel describes its types");
-    EbpfLoader::new()
-        .btf(Some(&btf))
+    let mut loader = EbpfLoader::new();
+    loader.btf(Some(&btf));
+    // The guest is small and nothing is balanced: what the maps hold by default does not matter here.
+    for map in ["FLOWS4", "FLOWS6", "RINGS", "BACKENDS", "SERVICES"] {
+        loader.map_max_entries(map, 64);
+    }
+    loader
         .load(bytes)
         .unwrap_or_else(|fault| panic!("the object does not load: {fault:?}"))
 }

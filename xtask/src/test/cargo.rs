@@ -14,9 +14,7 @@ use crate::process;
 /// `cargo test` of `selection`.
 pub fn test(selection: &[String], threads: Option<u32>, filter: Option<&str>) -> Command {
     let mut command = process::cargo();
-    command
-        .args(["test", "--no-fail-fast"])
-        .args(selection);
+    command.args(["test", "--no-fail-fast"]).args(selection);
     command.arg("--").args(harness_arguments(threads, filter));
     command
 }

@@ -2,7 +2,8 @@
 //! of a virtual one, and takes seconds.
 
 use std::{
-    io::{BufRead, BufReader},
+    io::{self, BufRead, BufReader},
+    os::unix::process::CommandExt,
     path::Path,
     process::{Child, Command, Stdio},
     sync::mpsc::{self, Receiver, RecvTimeoutError},
@@ -16,7 +17,7 @@ use super::{console::Console, kernel::Kernel};
 use crate::test::report::Count;
 
 /// A guest that says nothing for so long hangs. Loading the programs, all verified by an emulated CPU, is the longest pause.
-const SILENCE: Duration = Duration::from_secs(180);
+const SILENCE: Duration = Duration::from_secs(300);
 
 /// No guest runs longer.
 const TOTAL: Duration = Duration::from_secs(900);
@@ -55,6 +56,17 @@ impl Drop for Machine {
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// Makes the kernel kill the child if xtask dies without dropping its [`Machine`].
+fn die_with_parent(command: &mut Command) {
+    // SAFETY: prctl with these arguments only sets a flag of the calling process, and is async-signal-safe.
+    let request = || match unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    };
+    // SAFETY: between fork and exec the closure makes one system call and neither allocates nor locks.
+    unsafe { command.pre_exec(request) };
 }
 
 /// Starts QEMU; the receiver gets the console's lines and is closed when QEMU ends.

@@ -35,7 +35,8 @@ impl Kernel {
     }
 }
 
-/// One kernel of each series, downloaded where it is not there yet.
+/// One kernel of each series: the newest in the store, or else the newest that apt offers. `cargo clean` makes room for newer
+/// ones.
 pub fn ensure_all() -> Result<Vec<Kernel>> {
     let unpacked = unpacked_releases(&store())?;
     let find = |names: &[String]| SERIES.map(|series| newest(names, series));

@@ -20,6 +20,9 @@ const MODULES: [&str; 5] = ["veth", "bridge", "sch_ingress", "cls_bpf", "tun"];
 /// Tools of the host that the guest gets, with their libraries. busybox's `ip` makes no veth.
 const TOOLS: [&str; 2] = ["ip", "ethtool"];
 
+/// Where the guest has the BPF object, for tests that read it rather than embed it; WEIR_BPF_OBJECT says so to them.
+const OBJECT: &str = "tests/weir-ebpf.o";
+
 /// Makes the initramfs and returns its path.
 pub fn pack(kernel: &Kernel, binaries: &[(&str, PathBuf)], filter: Option<&str>) -> Result<PathBuf> {
     let work = workspace::target()
@@ -44,6 +47,7 @@ pub fn pack(kernel: &Kernel, binaries: &[(&str, PathBuf)], filter: Option<&str>)
     }
     symlink("bin", root.join("sbin"))?;
     add_programs(&root, binaries)?;
+    copy(&workspace::bpf_object(), &root.join(OBJECT))?;
     let modules = add_modules(&root, kernel)?;
     let names: Vec<&str> = binaries.iter().map(|(name, _)| *name).collect();
     write_executable(&root.join("init"), init(&modules, &names, filter).as_bytes())?;
@@ -170,6 +174,7 @@ fn init(modules: &[String], binaries: &[&str], filter: Option<&str>) -> String {
          mount -t bpf bpf /sys/fs/bpf; mount -t cgroup2 cgroup /sys/fs/cgroup\n\
          ulimit -l unlimited\n",
     );
+    script += &format!("export WEIR_BPF_OBJECT=/{OBJECT}\n");
     for module in modules {
         script += &format!(
             "insmod /lib/modules/{module} || echo '{} {module}'\n",
