@@ -95,6 +95,7 @@ fn boot(kernel: &Kernel, image: &Path) -> Result<(Machine, Receiver<String>)> {
         .args(["-append", "console=ttyS0 quiet loglevel=2 panic=-1"])
         .stdin(Stdio::null())
         .stdout(Stdio::piped());
+    die_with_parent(&mut command);
     let mut child = command
         .spawn()
         .context("cannot start qemu-system-x86_64: run `cargo xtask setup vm`")?;
