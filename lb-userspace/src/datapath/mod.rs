@@ -24,6 +24,8 @@ use std::net::IpAddr;
 
 use lb_common::maps;
 
+pub mod object;
+
 /// One change of one map entry. Applying it twice is applying it once.
 #[derive(Clone, Debug, PartialEq)]
 pub enum MapOp {
