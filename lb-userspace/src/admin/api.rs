@@ -1,6 +1,10 @@
 //! What the admin API says: one definition for the agent and for the command line.
 
-use std::{collections::BTreeMap, net::IpAddr, net::SocketAddr, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+    time::SystemTime,
+};
 
 use lb_common::{
     counter::{Counter, DropReason},
@@ -8,7 +12,13 @@ use lb_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::model::{Protocol, ServiceAddress};
+use crate::{
+    model::{Protocol, ServiceAddress},
+    status::Status,
+};
+
+/// Both directions of a connection are an entry each.
+const ENTRIES_PER_FLOW: u64 = 2;
 
 /// One reading of the datapath's counters, summed over CPUs.
 #[derive(Clone, Debug, Default)]
@@ -21,8 +31,8 @@ pub struct Reading {
     pub services: BTreeMap<u32, maps::ServiceStats>,
     /// `BACKEND_STATS` by backend id.
     pub backends: BTreeMap<u32, maps::BackendStats>,
-    /// How full the flow tables are.
-    pub flow_tables: Vec<FlowTable>,
+    /// Entries that fit in `FLOWS4` and `FLOWS6`.
+    pub flow_capacity: [u32; 2],
 }
 
 /// How full one flow table is.
@@ -131,12 +141,25 @@ pub struct FlowRow {
     pub service: String,
     /// Name of the backend, empty if it is gone.
     pub backend_name: String,
-    /// `opening`, `established`, `closing`, `closed`, `reset` or `refused`.
+    /// `syn`, `established`, `closing`, `closed`, `reset` or `udp`.
     pub state: String,
     /// Seconds since it was created.
     pub age_s: u32,
     /// Seconds since its last packet from the client; stamped at most once a second.
     pub idle_s: u32,
+}
+
+/// [`FlowQuery`] with its names resolved to ids.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FlowFilter {
+    /// Ids of services; `None`: all.
+    pub services: Option<BTreeSet<u32>>,
+    /// Client address.
+    pub client: Option<IpAddr>,
+    /// Ids of backends; `None`: all.
+    pub backends: Option<BTreeSet<u32>>,
+    /// Stop after so many.
+    pub limit: usize,
 }
 
 /// One line of `GET /v1/events`.
@@ -220,8 +243,18 @@ pub struct Refusal {
 // === impl Counters ===
 
 impl Counters {
-    /// From the maps' words to names.
-    pub fn new(reading: &Reading, taken_us: u64) -> Self {
+    /// From the maps' words to names; live flows are those of the last sweep, as `status` has them.
+    pub fn new(reading: &Reading, status: &Status, taken_us: u64) -> Self {
+        let flows = |v4: bool| {
+            let services = status.services.iter().filter(|s| s.address.vip.is_ipv4() == v4);
+            services.flat_map(|s| &s.backends).map(|b| b.flows).sum::<u64>()
+        };
+        let table = |family: &str, v4: bool, capacity: u32| FlowTable {
+            family: family.into(),
+            entries: ENTRIES_PER_FLOW * flows(v4),
+            capacity: capacity.into(),
+        };
+        let [v4, v6] = reading.flow_capacity;
         Self {
             taken_us,
             node: by_name(Counter::ALL.iter().map(|c| c.name()), &reading.stats.counters),
@@ -236,7 +269,7 @@ impl Counters {
                 .iter()
                 .map(|(id, b)| (*id, BackendCounters::from(b)))
                 .collect(),
-            flow_tables: reading.flow_tables.clone(),
+            flow_tables: vec![table("ipv4", true, v4), table("ipv6", false, v6)],
         }
     }
 }

@@ -7,7 +7,7 @@ use std::{
 
 use lb_common::{counter::Counter, counter::DropReason, maps};
 
-use super::api::{FlowTable, Reading};
+use super::api::Reading;
 use crate::{
     model::{BackendState, Protocol, Rejection, ServiceAddress},
     status::{AttachmentStatus, BackendStatus, ServiceStatus, SourceStatus, Status},
@@ -162,17 +162,6 @@ pub fn reading(more: u64) -> Reading {
             );
         }
     }
-    reading.flow_tables = vec![
-        FlowTable {
-            family: "ipv4".into(),
-            entries: 264,
-            capacity: 262_144,
-        },
-        FlowTable {
-            family: "ipv6".into(),
-            entries: 0,
-            capacity: 65_536,
-        },
-    ];
+    reading.flow_capacity = [262_144, 65_536];
     reading
 }

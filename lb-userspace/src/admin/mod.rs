@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 pub mod api;
 pub mod client;
 mod event;
-pub mod flows;
+mod kernel;
 mod routes;
 pub mod select;
 pub mod socket;
@@ -25,7 +25,9 @@ pub(crate) mod fixture;
 #[cfg(test)]
 mod tests;
 
-use crate::{datapath::MapError, model::ServiceAddress, status::Status};
+pub use kernel::Kernel;
+
+use crate::{datapath::{MapError, sweep::SweepError}, model::ServiceAddress, status::Status};
 
 /// Where the admin socket is unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/weir/weir.sock";
@@ -47,13 +49,24 @@ pub trait Readings: Send + Sync + 'static {
     ///
     /// # Errors
     /// The kernel refused to read a map.
-    fn counters(&self, services: &[u32], backends: &[u32]) -> Result<api::Reading, MapError>;
+    fn counters(&self, services: &[u32], backends: &[u32]) -> Result<api::Reading, ReadError>;
 
-    /// Live flows that match, at most `filter.limit`; whether there may be more.
+    /// Live flows that match, at most `filter.limit`; whether there are more.
     ///
     /// # Errors
     /// The kernel refused to read a map.
-    fn flows(&self, filter: &flows::FlowFilter) -> Result<api::FlowList, MapError>;
+    fn flows(&self, filter: &api::FlowFilter) -> Result<api::FlowList, ReadError>;
+}
+
+/// Why the datapath could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    /// A map.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// The flow tables.
+    #[error(transparent)]
+    Flows(#[from] SweepError),
 }
 
 /// What an operator wants done.

@@ -19,9 +19,8 @@ use tokio::sync::{broadcast::error::RecvError, oneshot};
 
 use super::{
     Command, Context, Request,
-    api::{BackendName, Counters, Done, DrainRequest, FlowList, FlowQuery, Reading, Refusal},
+    api::{BackendName, Counters, Done, DrainRequest, FlowFilter, FlowList, FlowQuery, Refusal},
     event,
-    flows::FlowFilter,
     select,
 };
 use crate::{metrics, status::Status};
@@ -81,8 +80,8 @@ async fn status(State(context): State<Context>) -> Json<Status> {
 }
 
 async fn counters(State(context): State<Context>) -> Result<Json<Counters>, Refused> {
-    let reading = read(&context).await?;
-    Ok(Json(Counters::new(&reading, taken_us(&context))))
+    let status = context.status.borrow().clone();
+    Ok(Json(read(&context, &status).await?))
 }
 
 async fn flows(
@@ -153,9 +152,9 @@ async fn resync(State(context): State<Context>) -> Result<Json<Done>, Refused> {
 }
 
 async fn exposition(State(context): State<Context>) -> Result<Response, Refused> {
-    let reading = read(&context).await?;
     let status = context.status.borrow().clone();
-    let text = metrics::exposition(&status, &Counters::new(&reading, taken_us(&context))).map_err(|e| {
+    let counters = read(&context, &status).await?;
+    let text = metrics::exposition(&status, &counters).map_err(|e| {
         Refused::new(
             StatusCode::INTERNAL_SERVER_ERROR,
             e,
@@ -261,16 +260,11 @@ async fn command(context: &Context, command: Command) -> Result<(), Refused> {
 }
 
 /// Reads the counters of everything in the status.
-async fn read(context: &Context) -> Result<Reading, Refused> {
-    let (services, backends): (Vec<u32>, Vec<u32>) = {
-        let status = context.status.borrow();
-        let backends = status
-            .services
-            .iter()
-            .flat_map(|s| s.backends.iter().map(|b| b.id));
-        (status.services.iter().map(|s| s.id).collect(), backends.collect())
-    };
-    blocking(context, move |c| c.readings.counters(&services, &backends)).await
+async fn read(context: &Context, status: &Status) -> Result<Counters, Refused> {
+    let services: Vec<u32> = status.services.iter().map(|s| s.id).collect();
+    let backends: Vec<u32> = status.services.iter().flat_map(|s| s.backends.iter().map(|b| b.id)).collect();
+    let reading = blocking(context, move |c| c.readings.counters(&services, &backends)).await?;
+    Ok(Counters::new(&reading, status, taken_us(context)))
 }
 
 /// Runs system calls off the runtime's threads.

@@ -3,9 +3,8 @@
 use std::sync::Mutex;
 
 use super::{
-    api::{Counters, Done, DrainRequest, EventRecord, FlowList, Reading},
+    api::{Counters, FlowFilter, Done, DrainRequest, EventRecord, FlowList, Reading},
     client::{Client, ClientError},
-    flows::FlowFilter,
     *,
 };
 
@@ -16,12 +15,12 @@ struct Fixed {
 }
 
 impl Readings for Fixed {
-    fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Reading, MapError> {
+    fn counters(&self, services: &[u32], backends: &[u32]) -> Result<Reading, ReadError> {
         assert_eq!((services, backends), (&[1, 2][..], &[11, 12, 13, 21, 22][..]));
         Ok(fixture::reading(5))
     }
 
-    fn flows(&self, filter: &FlowFilter) -> Result<FlowList, MapError> {
+    fn flows(&self, filter: &FlowFilter) -> Result<FlowList, ReadError> {
         *self.asked.lock().unwrap() = Some(filter.clone());
         let row = api::FlowRow {
             protocol: crate::model::Protocol::Tcp,

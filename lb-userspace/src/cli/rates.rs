@@ -74,7 +74,7 @@ mod tests {
     #[test]
     fn rates_are_differences_by_the_agents_clock() {
         let (before, after) =
-            (Counters::new(&fixture::reading(0), 1_000_000), Counters::new(&fixture::reading(10), 3_000_000));
+            (Counters::new(&fixture::reading(0), &fixture::status(), 1_000_000), Counters::new(&fixture::reading(10), &fixture::status(), 3_000_000));
         let rates = Rates::new(&before, &after).unwrap();
         let status = fixture::status();
         let one = rates.backend(&status.services[0].backends[0]).unwrap();
@@ -85,7 +85,7 @@ mod tests {
 
     #[test]
     fn a_restart_or_a_new_backend_makes_no_rate() {
-        let (early, late) = (Counters::new(&fixture::reading(9), 5), Counters::new(&fixture::reading(1), 6));
+        let (early, late) = (Counters::new(&fixture::reading(9), &fixture::status(), 5), Counters::new(&fixture::reading(1), &fixture::status(), 6));
         assert!(Rates::new(&late, &early).is_none());
         let rates = Rates::new(&early, &late).unwrap();
         let mut backend = fixture::status().services[0].backends[0].clone();

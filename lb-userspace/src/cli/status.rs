@@ -245,8 +245,8 @@ mod tests {
     #[test]
     fn the_whole_status_as_text() {
         let (before, after) = (
-            Counters::new(&fixture::reading(0), 0),
-            Counters::new(&fixture::reading(10), 2_000_000),
+            Counters::new(&fixture::reading(0), &fixture::status(), 0),
+            Counters::new(&fixture::reading(10), &fixture::status(), 2_000_000),
         );
         let text = render(&fixture::status(), Some((&before, &after)), *fixture::NOW, Look::default());
         assert_eq!(text, include_str!("golden/status.txt"), "\n{text}");
