@@ -198,9 +198,6 @@ pub struct EventRecord {
 pub struct DrainRequest {
     /// Which backend: see [`super::select`].
     pub backend: String,
-    /// How long its flows may go on, milliseconds. Absent: as its source says.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub deadline_ms: Option<u64>,
     /// Take every backend that matches instead of refusing when there are several.
     #[serde(default)]
     pub all: bool,

@@ -1,14 +1,14 @@
 //! The admin API: HTTP over a Unix socket for the command line, and read-only health and metrics over TCP.
 //!
 //! It owns nothing: it reads the published [`Status`] and the datapath's counters, and what changes something is sent
-//! to the reconciler as a [`Request`]. No call that changes anything is reachable by TCP.
+//! to the reconciler as a [`Command`]. No call that changes anything is reachable by TCP.
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration, time::Instant};
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Instant};
 
 use lb_common::maps;
 use tokio::{
     net::TcpListener,
-    sync::{broadcast, mpsc, oneshot, watch},
+    sync::{broadcast, mpsc, watch},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -19,6 +19,7 @@ mod kernel;
 mod routes;
 pub mod select;
 pub mod socket;
+pub mod tap;
 
 #[cfg(test)]
 pub(crate) mod fixture;
@@ -27,7 +28,7 @@ mod tests;
 
 pub use kernel::Kernel;
 
-use crate::{datapath::{MapError, sweep::SweepError}, model::ServiceAddress, status::Status};
+use crate::{datapath::{MapError, sweep::SweepError}, reconcile::Command, status::Status};
 
 /// Where the admin socket is unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/weir/weir.sock";
@@ -69,38 +70,6 @@ pub enum ReadError {
     Flows(#[from] SweepError),
 }
 
-/// What an operator wants done.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Command {
-    /// No new flows for this backend, whatever its source says, until [`Command::Undrain`].
-    Drain {
-        /// Address of its service.
-        service: ServiceAddress,
-        /// Its address.
-        backend: SocketAddr,
-        /// How long its flows may go on; `None`: as its source says.
-        deadline: Option<Duration>,
-    },
-    /// Takes [`Command::Drain`] back.
-    Undrain {
-        /// Address of its service.
-        service: ServiceAddress,
-        /// Its address.
-        backend: SocketAddr,
-    },
-    /// Reads the maps back and repairs what differs.
-    Resync,
-}
-
-/// A command on its way to the reconciler.
-#[derive(Debug)]
-pub struct Request {
-    /// What to do.
-    pub command: Command,
-    /// Answered when the maps hold it, or with why they do not.
-    pub done: oneshot::Sender<Result<(), String>>,
-}
-
 /// What the API knows: ends of channels whose other ends are the agent's.
 #[derive(Clone)]
 pub struct Context {
@@ -109,7 +78,7 @@ pub struct Context {
     /// The datapath's numbers.
     pub readings: Arc<dyn Readings>,
     /// To the reconciler.
-    pub commands: mpsc::Sender<Request>,
+    pub commands: mpsc::Sender<Command>,
     /// Sampled events of the datapath.
     pub events: broadcast::Sender<maps::Event>,
     /// When the agent started: the zero of `taken_us`.

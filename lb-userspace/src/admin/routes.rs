@@ -18,12 +18,16 @@ use futures_util::{StreamExt, stream};
 use tokio::sync::{broadcast::error::RecvError, oneshot};
 
 use super::{
-    Command, Context, Request,
+    Context,
     api::{BackendName, Counters, Done, DrainRequest, FlowFilter, FlowList, FlowQuery, Refusal},
     event,
     select,
 };
-use crate::{metrics, status::Status};
+use crate::{
+    metrics,
+    reconcile::{Command, CommandError},
+    status::Status,
+};
 
 /// Flows listed when the query does not say how many.
 pub const DEFAULT_FLOWS: usize = 100;
@@ -125,13 +129,11 @@ async fn drain(
     body: Result<Json<DrainRequest>, JsonRejection>,
 ) -> Result<Json<Done>, Refused> {
     let Json(body) = body.map_err(|e| bad_request(&e))?;
-    let deadline = body.deadline_ms.map(Duration::from_millis);
-    each(&context, &body, |b| Command::Drain {
-        service: b.service_address,
-        backend: b.address,
-        deadline,
-    })
-    .await
+    let backends = resolve(&context, &body)?;
+    for backend in selectors(&body.backend, &backends) {
+        command(&context, |reply| Command::Drain { backend, reply }).await?;
+    }
+    Ok(Json(Done { backends }))
 }
 
 async fn undrain(
@@ -139,15 +141,17 @@ async fn undrain(
     body: Result<Json<DrainRequest>, JsonRejection>,
 ) -> Result<Json<Done>, Refused> {
     let Json(body) = body.map_err(|e| bad_request(&e))?;
-    each(&context, &body, |b| Command::Undrain {
-        service: b.service_address,
-        backend: b.address,
-    })
-    .await
+    // A drain outlives the backend it names, and must be possible to lift.
+    let gone = select::matches(&context.status.borrow(), &body.backend).is_empty();
+    let backends = if gone { Vec::new() } else { resolve(&context, &body)? };
+    for backend in selectors(&body.backend, &backends) {
+        command(&context, |reply| Command::Undrain { backend, reply }).await?;
+    }
+    Ok(Json(Done { backends }))
 }
 
 async fn resync(State(context): State<Context>) -> Result<Json<Done>, Refused> {
-    command(&context, Command::Resync).await?;
+    command(&context, |reply| Command::Resync { reply }).await?;
     Ok(Json(Done::default()))
 }
 
@@ -206,27 +210,28 @@ pub(super) fn reasons(status: &Status) -> Vec<String> {
     reasons
 }
 
-/// Resolves the backend that was asked for and sends a command for each that is meant.
-async fn each(
-    context: &Context,
-    body: &DrainRequest,
-    make: impl Fn(&BackendName) -> Command,
-) -> Result<Json<Done>, Refused> {
-    let backends = select::resolve(&context.status.borrow(), &body.backend, body.all).map_err(|refusal| {
-        let status = match refusal.candidates.len() {
-            0 => StatusCode::NOT_FOUND,
-            _ => StatusCode::CONFLICT,
-        };
-        Refused(status, refusal)
-    })?;
-    for backend in &backends {
-        command(context, make(backend)).await?;
+/// The backends that were asked for.
+fn resolve(context: &Context, body: &DrainRequest) -> Result<Vec<BackendName>, Refused> {
+    select::resolve(&context.status.borrow(), &body.backend, body.all).map_err(|refusal| {
+        let several = refusal.candidates.len() > 1 && refusal.error.contains("means");
+        Refused(if several { StatusCode::CONFLICT } else { StatusCode::NOT_FOUND }, refusal)
+    })
+}
+
+/// The reconciler's words for backends: the name where that was typed, so that the drain stays with a container that
+/// comes back with another address; else address and port.
+fn selectors(typed: &str, backends: &[BackendName]) -> BTreeSet<String> {
+    if backends.iter().all(|b| b.name == typed) {
+        return [typed.to_owned()].into();
     }
-    Ok(Json(Done { backends }))
+    backends.iter().map(|b| b.address.to_string()).collect()
 }
 
 /// Has the reconciler do something and waits until it is done.
-async fn command(context: &Context, command: Command) -> Result<(), Refused> {
+async fn command(
+    context: &Context,
+    make: impl FnOnce(oneshot::Sender<Result<usize, CommandError>>) -> Command,
+) -> Result<(), Refused> {
     let gone = || {
         Refused::new(
             StatusCode::SERVICE_UNAVAILABLE,
@@ -234,28 +239,22 @@ async fn command(context: &Context, command: Command) -> Result<(), Refused> {
             "see the agent's log and start it again; traffic goes on by the pinned maps",
         )
     };
-    let (done, answer) = oneshot::channel();
+    let (reply, answer) = oneshot::channel();
     let exchange = async {
-        context
-            .commands
-            .send(Request { command, done })
-            .await
-            .map_err(|_| gone())?;
+        context.commands.send(make(reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())
     };
     match tokio::time::timeout(PATIENCE, exchange).await {
-        Ok(answer) => answer?.map_err(|error| {
-            Refused::new(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                error,
-                "see `weir status` for faults of the agent",
-            )
-        }),
         Err(_) => Err(Refused::new(
             StatusCode::GATEWAY_TIMEOUT,
             format!("the reconciler did not answer within {} s", PATIENCE.as_secs()),
             "it may still do it: look at `weir status`",
         )),
+        Ok(answer) => match answer? {
+            Ok(_) => Ok(()),
+            Err(e @ CommandError::Unknown(_)) => Err(Refused::new(StatusCode::NOT_FOUND, e, "")),
+            Err(e) => Err(Refused::new(StatusCode::INTERNAL_SERVER_ERROR, e, "see `weir status` for faults")),
+        },
     }
 }
 

@@ -2,11 +2,14 @@
 
 use std::sync::Mutex;
 
+use tokio::task::JoinHandle;
+
 use super::{
     api::{Counters, FlowFilter, Done, DrainRequest, EventRecord, FlowList, Reading},
     client::{Client, ClientError},
     *,
 };
+use crate::reconcile::CommandError;
 
 /// Answers with the fixture's numbers and remembers what flows were asked for.
 #[derive(Default)]
@@ -48,7 +51,7 @@ struct Agent {
     client: Client,
     metrics: SocketAddr,
     status: watch::Sender<Status>,
-    commands: mpsc::Receiver<Request>,
+    commands: mpsc::Receiver<Command>,
     events: broadcast::Sender<maps::Event>,
     readings: Arc<Fixed>,
     stop: CancellationToken,
@@ -156,73 +159,75 @@ async fn flows_are_filtered_by_name_and_named() {
     }
 }
 
+fn body(backend: &str, all: bool) -> DrainRequest {
+    DrainRequest {
+        backend: backend.into(),
+        all,
+    }
+}
+
+/// Starts a call; its answer is waited for later.
+fn post(agent: &Agent, path: &'static str, body: DrainRequest) -> JoinHandle<Result<Done, ClientError>> {
+    let client = agent.client.clone();
+    tokio::spawn(async move { client.post::<Done>(path, &body).await })
+}
+
 #[tokio::test]
 async fn a_drain_reaches_the_reconciler_and_its_answer_the_caller() {
     let mut agent = agent().await;
-    let body = DrainRequest {
-        backend: "web-2".into(),
-        deadline_ms: Some(1_500),
-        all: false,
+    // What was typed, what the reconciler is told, which backends are meant.
+    for (typed, told, ids) in [
+        ("web-2", "web-2", &[12][..]),
+        ("#12", "172.17.0.3:8080", &[12]),
+        ("dns/web-1", "[fd00::6]:53", &[22]),
+        ("web-1", "web-1", &[11, 22]),
+    ] {
+        let call = post(&agent, "/v1/drain", body(typed, true));
+        let Command::Drain { backend, reply } = agent.commands.recv().await.unwrap() else {
+            panic!("not a drain")
+        };
+        assert_eq!(backend, told);
+        reply.send(Ok(1)).unwrap();
+        let done = call.await.unwrap().unwrap();
+        assert_eq!(done.backends.iter().map(|b| b.id).collect::<Vec<_>>(), ids, "{typed}");
+    }
+}
+
+#[tokio::test]
+async fn a_drain_of_a_backend_that_is_gone_can_be_lifted() {
+    let mut agent = agent().await;
+    let call = post(&agent, "/v1/undrain", body("gone-1", false));
+    let Command::Undrain { backend, reply } = agent.commands.recv().await.unwrap() else {
+        panic!("not an undrain")
     };
-    let call = tokio::spawn({
-        let client = agent.client.clone();
-        async move { client.post::<Done>("/v1/drain", &body).await }
-    });
-    let request = agent.commands.recv().await.unwrap();
-    let expected = Command::Drain {
-        service: fixture::status().services[0].address,
-        backend: "172.17.0.3:8080".parse().unwrap(),
-        deadline: Some(Duration::from_millis(1_500)),
-    };
-    assert_eq!(request.command, expected);
-    request.done.send(Ok(())).unwrap();
-    assert_eq!(call.await.unwrap().unwrap().backends[0].id, 12);
+    reply.send(Err(CommandError::Unknown(backend))).unwrap();
+    let refused = call.await.unwrap().unwrap_err().to_string();
+    assert!(refused.contains("gone-1"), "{refused}");
 }
 
 #[tokio::test]
 async fn failures_and_ambiguity_come_back_with_a_remedy() {
     let mut agent = agent().await;
-    let body = |backend: &str| DrainRequest {
-        backend: backend.into(),
-        deadline_ms: None,
-        all: false,
+    let ambiguous = post(&agent, "/v1/drain", body("web-1", false)).await.unwrap();
+    let ambiguous = ambiguous.unwrap_err().to_string();
+    assert!(ambiguous.contains("--all") && ambiguous.contains("#11") && ambiguous.contains("#22"), "{ambiguous}");
+    let call = post(&agent, "/v1/drain", body("web-2", false));
+    let Command::Drain { reply, .. } = agent.commands.recv().await.unwrap() else {
+        panic!("not a drain")
     };
-    let ambiguous = agent
-        .client
-        .post::<Done>("/v1/drain", &body("web-1"))
-        .await
-        .unwrap_err()
-        .to_string();
-    assert!(
-        ambiguous.contains("--all") && ambiguous.contains("#11") && ambiguous.contains("#22"),
-        "{ambiguous}"
-    );
-    let call = tokio::spawn({
-        let (client, body) = (agent.client.clone(), body("web-2"));
-        async move { client.post::<Done>("/v1/undrain", &body).await }
-    });
-    agent
-        .commands
-        .recv()
-        .await
-        .unwrap()
-        .done
-        .send(Err("map BACKENDS: busy".into()))
-        .unwrap();
-    assert!(
-        call.await
-            .unwrap()
-            .unwrap_err()
-            .to_string()
-            .contains("map BACKENDS: busy")
-    );
-    drop(agent.commands);
-    let gone = agent
-        .client
-        .post::<Done>("/v1/resync", &())
-        .await
-        .unwrap_err()
-        .to_string();
+    let fault = MapError::Kernel {
+        map: "BACKENDS",
+        operation: "update",
+        source: std::io::ErrorKind::ResourceBusy.into(),
+    };
+    reply.send(Err(fault.into())).unwrap();
+    let failed = call.await.unwrap().unwrap_err().to_string();
+    assert!(failed.contains("map BACKENDS: update failed"), "{failed}");
+    let gone = {
+        let client = agent.client.clone();
+        drop(agent.commands);
+        client.post::<Done>("/v1/resync", &()).await.unwrap_err().to_string()
+    };
     assert!(gone.contains("reconciler has ended"), "{gone}");
 }
 

@@ -114,9 +114,6 @@ struct StatusArgs {
 struct DrainArgs {
     /// Which backend
     backend: String,
-    /// How long its flows may go on (500ms, 30s, 5m, 1h) [default: as its source says]
-    #[arg(long, value_parser = humane::parse_span, value_name = "TIME")]
-    deadline: Option<Duration>,
     /// Drain every backend that matches
     #[arg(long)]
     all: bool,
@@ -186,7 +183,7 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
     let client = Client::new(socket.unwrap_or(Path::new(DEFAULT_SOCKET)));
     match &cli.command {
         Command::Run(args) => run::run(args, socket),
-        Command::Detach(args) => run::detach(args, &client),
+        Command::Detach(args) => run::detach(args, socket),
         Command::Check { config } => check::check(config, &mut io::stdout(), &mut io::stderr()),
         Command::Status(args) => call(watch::status(&client, args)),
         Command::Drain(args) => call(operate::drain(&client, args)),
@@ -206,15 +203,24 @@ fn call(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<Exit> 
 /// What standard output may look like: colours only on a terminal, and not if `NO_COLOR` is set (no-color.org).
 fn look() -> Look {
     let terminal = io::stdout().is_terminal();
-    let no_colour = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
-    let dumb = std::env::var_os("TERM").is_some_and(|v| v == "dumb");
     Look {
-        colour: terminal && !no_colour && !dumb,
+        colour: terminal && colour_wanted(),
         width: terminal
             .then(|| terminal_size::terminal_size_of(io::stdout()))
             .flatten()
             .map(|(terminal_size::Width(columns), _)| usize::from(columns)),
     }
+}
+
+/// Whether the log may have colours.
+fn stderr_colour() -> bool {
+    io::stderr().is_terminal() && colour_wanted()
+}
+
+fn colour_wanted() -> bool {
+    let no_colour = std::env::var_os("NO_COLOR").is_some_and(|v| !v.is_empty());
+    let dumb = std::env::var_os("TERM").is_some_and(|v| v == "dumb");
+    !no_colour && !dumb
 }
 
 /// Writes to standard output; unlike `print!` an error is a value.
@@ -253,15 +259,15 @@ mod tests {
     #[test]
     fn arguments_are_read() {
         let parse = |line: &str| Cli::try_parse_from(line.split(' '));
-        let Command::Drain(args) = parse("weir drain web-1 --deadline 90s --all").unwrap().command else {
+        let Command::Drain(args) = parse("weir drain web-1 --all").unwrap().command else {
             panic!("not a drain")
         };
-        assert_eq!((args.deadline, args.all), (Some(Duration::from_secs(90)), true));
+        assert_eq!((args.backend.as_str(), args.all), ("web-1", true));
         let Command::Status(args) = parse("weir status --watch").unwrap().command else { panic!("not a status") };
         assert_eq!(args.watch, Some(Duration::from_secs(2)));
         let cli = parse("weir flows --socket /tmp/x --limit 3").unwrap();
         assert_eq!(cli.socket.as_deref(), Some(Path::new("/tmp/x")));
-        for wrong in ["weir", "weir drain", "weir drain a --deadline 5", "weir flows --client web", "weir check"] {
+        for wrong in ["weir", "weir drain", "weir status --watch 5", "weir flows --client web", "weir check"] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
     }

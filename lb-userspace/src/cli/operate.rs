@@ -1,28 +1,24 @@
 //! `weir drain`, `weir undrain`, `weir resync`.
 
-use super::{DrainArgs, UndrainArgs, humane::span, print};
+use super::{DrainArgs, UndrainArgs, print};
 use crate::admin::{
     api::{BackendName, Done, DrainRequest},
     client::Client,
 };
 
 pub(super) async fn drain(client: &Client, args: &DrainArgs) -> anyhow::Result<()> {
-    let request = DrainRequest {
-        backend: args.backend.clone(),
-        deadline_ms: args.deadline.map(|d| u64::try_from(d.as_millis()).unwrap_or(u64::MAX)),
-        all: args.all,
-    };
+    let request = DrainRequest { backend: args.backend.clone(), all: args.all };
     let done: Done = client.post("/v1/drain", &request).await?;
-    let until = args.deadline.map_or("until they end or its deadline passes".into(), |d| {
-        format!("for at most {}", span(d))
-    });
-    let verb = format!("takes no new flows; old flows go on {until}");
-    Ok(print(&report(&done.backends, &verb))?)
+    let what = "takes no new flows; old flows go on until they end or its drain time is over";
+    Ok(print(&report(&done.backends, what))?)
 }
 
 pub(super) async fn undrain(client: &Client, args: &UndrainArgs) -> anyhow::Result<()> {
-    let request = DrainRequest { backend: args.backend.clone(), deadline_ms: None, all: args.all };
+    let request = DrainRequest { backend: args.backend.clone(), all: args.all };
     let done: Done = client.post("/v1/undrain", &request).await?;
+    if done.backends.is_empty() {
+        return Ok(print(&format!("{} is no longer drained\n", args.backend))?);
+    }
     Ok(print(&report(&done.backends, "serves again as its source says"))?)
 }
 
