@@ -314,9 +314,9 @@ impl Programmed {
         }
     }
 
-    /// Whether a backend id may be given to somebody else.
-    pub fn is_free(&self, id: u32) -> bool {
-        !self.slots.contains_key(&id)
+    /// Slots that take no new flows, or none any more.
+    pub fn waiting_slots(&self) -> impl Iterator<Item = &Slot> {
+        self.unsettled.iter().filter_map(|id| self.slots.get(id))
     }
 
     /// Whether a service id may be given to somebody else: no entry and no slot has it.
