@@ -4,6 +4,7 @@
 //! limits services=8 backends=32 rows=8 acl=8      sizes of the maps; must come first
 //! device 1 eth0 192.0.2.9 2001:db8::9 [bridge]    a device of the node with its addresses
 //! place 10.0.0.1 remote 1 | bridge 2 | node | unroutable | unknown
+//! places 130                                      the addresses that `many=130` makes are remote
 //! snat 192.0.2.50                                 configured SNAT addresses
 //! docker reset                                    the source's complete list is empty
 //! docker put c1 5 web 203.0.113.1:80/tcp 10.0.0.1:8080[,weight=2,draining,unready,drain=5] [affinity] [allow=10.0.0.0/8]
@@ -157,6 +158,13 @@ impl World {
                     _ => panic!("{}: {line}", self.name),
                 };
                 self.topology.places.insert(ip, place);
+                self.reconciler.set_topology(self.topology.clone());
+            }
+            ["places", count] => {
+                for i in 0..count.parse().unwrap() {
+                    let place = Place::Remote { slot: 1, mac: Some([2, 1, 0, 0, 0, 1]) };
+                    self.topology.places.insert(many(i).ip(), place);
+                }
                 self.reconciler.set_topology(self.topology.clone());
             }
             ["snat", ref addresses @ ..] => {
@@ -329,8 +337,7 @@ fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Obje
             // Many backends at once: many=130 is 10.9.0.0:80 and the 129 after it.
             Some(("many", count)) => {
                 let count: u32 = count.parse().unwrap();
-                let address = |i: u32| SocketAddr::new(IpAddr::from((0x0a09_0000 + i).to_be_bytes()), 80);
-                backends.extend((0..count).map(|i| backend(id, &address(i).to_string())));
+                backends.extend((0..count).map(|i| backend(id, &many(i).to_string())));
             }
             _ => backends.push(backend(id, word)),
         }
@@ -347,6 +354,11 @@ fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Obje
         }],
         rejections: Vec::new(),
     }
+}
+
+/// The addresses of `many=` and `places`.
+fn many(i: u32) -> SocketAddr {
+    SocketAddr::new(IpAddr::from((0x0a09_0000 + i).to_be_bytes()), 80)
 }
 
 fn backend(name: &str, word: &str) -> Backend {
