@@ -55,8 +55,8 @@ pub struct Heard {
     drains: Drains,
     dirty: BTreeSet<ServiceAddress>,
     desired: Desired,
-    /// How many backends of the desired state have each address.
-    addresses: BTreeMap<IpAddr, usize>,
+    /// Services of the desired state by the addresses of their backends.
+    addresses: BTreeMap<IpAddr, BTreeSet<ServiceAddress>>,
 }
 
 #[derive(Debug, Default)]
@@ -139,15 +139,15 @@ impl Heard {
             }
             changed.insert(address);
             for ip in old.iter().flat_map(|w| &w.service.backends).map(|b| b.address.ip()) {
-                if let Some(count) = self.addresses.get_mut(&ip) {
-                    *count -= 1;
-                    if *count == 0 {
+                if let Some(services) = self.addresses.get_mut(&ip) {
+                    services.remove(&address);
+                    if services.is_empty() {
                         self.addresses.remove(&ip);
                     }
                 }
             }
             for backend in wanted.iter().flat_map(|w| &w.service.backends) {
-                *self.addresses.entry(backend.address.ip()).or_default() += 1;
+                self.addresses.entry(backend.address.ip()).or_default().insert(address);
             }
             match wanted {
                 Some(wanted) => self.desired.services.insert(address, wanted),
@@ -165,6 +165,11 @@ impl Heard {
     /// Addresses of all desired backends.
     pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
         self.addresses.keys().copied()
+    }
+
+    /// Services with a backend of this address.
+    pub fn services_at(&self, ip: IpAddr) -> impl Iterator<Item = ServiceAddress> {
+        self.addresses.get(&ip).into_iter().flatten().copied()
     }
 
     /// Whether this source has sent its complete list once.

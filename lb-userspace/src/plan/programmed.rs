@@ -193,6 +193,7 @@ impl Programmed {
                 // Its flows go on: the orphans that it left are its own.
                 new.note(&Note::Service { address, id: old.id });
                 new.adopt_orphans(old.id);
+                new.adopt_stray_acl(old.id);
             }
             if let Some(entry) = new.services.get_mut(&address).filter(|entry| entry.id == old.id) {
                 entry.generation = entry.generation.max(old.generation);
@@ -314,9 +315,9 @@ impl Programmed {
         }
     }
 
-    /// Whether a backend id may be given to somebody else.
-    pub fn is_free(&self, id: u32) -> bool {
-        !self.slots.contains_key(&id)
+    /// Slots that take no new flows, or none any more.
+    pub fn waiting_slots(&self) -> impl Iterator<Item = &Slot> {
+        self.unsettled.iter().filter_map(|id| self.slots.get(id))
     }
 
     /// Whether a service id may be given to somebody else: no entry and no slot has it.
@@ -364,6 +365,15 @@ impl Programmed {
                 if !dead {
                     entry.live.insert(address, id);
                 }
+            }
+        }
+    }
+
+    fn adopt_stray_acl(&mut self, service: u32) {
+        for ((id, prefix), action) in std::mem::take(&mut self.stray_acl) {
+            match self.entry_by_id(service).filter(|_| id == service) {
+                Some(entry) => drop(entry.acl.insert(prefix, action)),
+                None => drop(self.stray_acl.insert((id, prefix), action)),
             }
         }
     }
