@@ -360,7 +360,10 @@ impl VipError {
                 return format!("did you mean `{name}`? Known: {}", known.join(", "));
             }
         }
-        format!("set `{setting}` to one of: {}; or add it under [vips]", known.join(", "))
+        format!(
+            "set `{setting}` to one of: {}; or add it under [vips]",
+            known.join(", ")
+        )
     }
 }
 

@@ -101,7 +101,9 @@ impl ValueError {
             Self::Name(_) => format!(
                 "use a-z, 0-9, `-` and `_`, starting with a letter or a digit, at most {MAX_NAME} characters"
             ),
-            Self::Address(_) => "write an IPv4 or IPv6 address such as `203.0.113.10` or `2001:db8::10`".into(),
+            Self::Address(_) => {
+                "write an IPv4 or IPv6 address such as `203.0.113.10` or `2001:db8::10`".into()
+            }
             Self::NotUnicast(_) => "use an address that a client can connect to".into(),
         }
     }
@@ -163,7 +165,10 @@ fn list<T: PartialEq>(
     text: &str,
     parse: impl Fn(&str) -> Result<T, ValueError>,
 ) -> Result<Vec<T>, ValueError> {
-    items(text.split(',').map(str::trim).filter(|item| !item.is_empty()), parse)
+    items(
+        text.split(',').map(str::trim).filter(|item| !item.is_empty()),
+        parse,
+    )
 }
 
 /// Items of a list: at least one, none twice.
@@ -232,7 +237,10 @@ pub fn duration(text: &str) -> Result<Duration, ValueError> {
         text: text.to_owned(),
         why,
     };
-    let signed: jiff::SignedDuration = text.trim().parse().map_err(|e: jiff::Error| fault(e.to_string()))?;
+    let signed: jiff::SignedDuration = text
+        .trim()
+        .parse()
+        .map_err(|e: jiff::Error| fault(e.to_string()))?;
     let value = Duration::try_from(signed).map_err(|_| fault("it is negative".into()))?;
     at_most(value, Duration::from_secs(limits::MAX_TIMEOUT_S.into()))
 }
@@ -253,11 +261,7 @@ fn at_most(value: Duration, limit: Duration) -> Result<Duration, ValueError> {
 }
 
 /// One of the words; `values` has a value for each.
-pub fn one_of<T: Copy>(
-    text: &str,
-    words: &'static [&'static str],
-    values: &[T],
-) -> Result<T, ValueError> {
+pub fn one_of<T: Copy>(text: &str, words: &'static [&'static str], values: &[T]) -> Result<T, ValueError> {
     let lower = text.trim().to_ascii_lowercase();
     words
         .iter()
@@ -293,7 +297,11 @@ pub fn when_empty(text: &str) -> Result<EmptyPolicy, ValueError> {
     one_of(
         text,
         &["drainers-then-refuse", "refuse", "drop"],
-        &[EmptyPolicy::DrainersThenRefuse, EmptyPolicy::Refuse, EmptyPolicy::Drop],
+        &[
+            EmptyPolicy::DrainersThenRefuse,
+            EmptyPolicy::Refuse,
+            EmptyPolicy::Drop,
+        ],
     )
 }
 

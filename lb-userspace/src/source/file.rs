@@ -35,21 +35,17 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// The file is looked at this often even if nobody says that it changed: network file systems say nothing.
 const RECHECK: Duration = Duration::from_secs(10);
 
-/// Starts the source. `config` is what was loaded at start and is told to the inbox first; later versions go to
-/// `publish` as well. Ends with `stop`, or when the inbox is gone.
+/// Starts the source with what was loaded at start and is on `publish`; later versions are sent there. Ends with
+/// `stop`, or when the inbox is gone.
 pub fn spawn(
     publish: watch::Sender<Arc<Config>>,
     inbox: mpsc::Sender<Message>,
     stop: CancellationToken,
 ) -> JoinHandle<()> {
-    let config = publish.borrow().clone();
+    let path = publish.borrow().path.clone();
     tokio::spawn(async move {
-        let follower = Follower {
-            path: config.path.clone(),
-            publish,
-            inbox,
-        };
-        stop.run_until_cancelled(follower.run(config)).await;
+        let follower = Follower { path, publish, inbox };
+        stop.run_until_cancelled(follower.run()).await;
     })
 }
 
@@ -63,15 +59,11 @@ struct Follower {
 struct InboxGone;
 
 impl Follower {
-    async fn run(self, config: Arc<Config>) {
+    async fn run(self) {
         let changed = Arc::new(Notify::new());
         // The watch is set before the file is read again below: no change falls between.
         let mut watcher = self.watch(&changed);
-        let told = self.tell(objects(&config), None).await;
         let mut last: Option<Result<String, String>> = None;
-        if told.is_err() {
-            return;
-        }
         loop {
             let now = fs::read_to_string(&self.path).map_err(|error| error.to_string());
             if last.as_ref() != Some(&now) {
@@ -143,7 +135,8 @@ impl Follower {
                 let mut objects = objects(&good);
                 objects.push(faults(&errors));
                 let count = errors.faults.len();
-                let fault = format!("{count} fault(s) in the file; the last good configuration stays in force");
+                let fault =
+                    format!("{count} fault(s) in the file; the last good configuration stays in force");
                 self.tell(objects, Some(fault)).await
             }
         }
@@ -224,7 +217,8 @@ fn faults(errors: &ConfigErrors) -> Object {
 mod tests {
     use super::*;
 
-    const GOOD: &str = "interfaces = [\"lo\"]\n[vips.web]\naddress = \"192.0.2.1\"\n[docker]\nenabled = false\n";
+    const GOOD: &str =
+        "interfaces = [\"lo\"]\n[vips.web]\naddress = \"192.0.2.1\"\n[docker]\nenabled = false\n";
 
     fn with_service(name: &str) -> String {
         format!("{GOOD}\n[[services]]\nname = \"{name}\"\nlisten = [\"80/tcp\"]\n")
@@ -246,7 +240,13 @@ mod tests {
             let (sender, inbox) = mpsc::channel(64);
             let stop = CancellationToken::new();
             let task = spawn(publish, sender, stop.clone());
-            Self { folder, inbox, config, stop, task }
+            Self {
+                folder,
+                inbox,
+                config,
+                stop,
+                task,
+            }
         }
 
         /// The first list for which the condition holds, and the freshness told with it.
@@ -264,7 +264,9 @@ mod tests {
                     }
                 }
             };
-            timeout(Duration::from_secs(30), wait).await.expect("the source says so")
+            timeout(Duration::from_secs(30), wait)
+                .await
+                .expect("the source says so")
         }
 
         async fn end(self) {
@@ -287,11 +289,19 @@ mod tests {
         let path = rig.folder.path().join("weir.toml");
         rig.until(named("one")).await;
 
-        fs::write(&path, format!("{}\naffinity = 5\nwieght = 1\n", with_service("two"))).unwrap();
+        fs::write(
+            &path,
+            format!("{}\naffinity = 5\nwieght = 1\n", with_service("two")),
+        )
+        .unwrap();
         let (objects, freshness) = rig.until(|objects| objects.len() == 2).await;
         assert_eq!(objects[0].id, "one");
         assert_eq!(objects[1].rejections.len(), 2, "{:?}", objects[1].rejections);
-        assert!(objects[1].rejections[0].object.contains("weir.toml:10:12"), "{:?}", objects[1].rejections);
+        assert!(
+            objects[1].rejections[0].object.contains("weir.toml:11:12"),
+            "{:?}",
+            objects[1].rejections
+        );
         assert!(freshness.fault.unwrap().contains("2 fault"));
         assert_eq!(rig.config.borrow().services[0].name, "one");
 

@@ -1,5 +1,6 @@
 //! Raw → checked: every value is judged, every fault is kept, and only a file without one becomes a [`Config`].
 
+mod docker;
 mod sections;
 mod services;
 
@@ -25,9 +26,14 @@ pub(super) fn check(path: &Path, text: &str) -> Result<Config, ConfigErrors> {
         interfaces: sections::interfaces(&mut check, raw.interfaces.as_ref()),
         limits: sections::limits(&mut check, &raw.limits),
         snat: sections::snat(&mut check, &raw.snat),
-        docker: sections::docker(&mut check, &raw.docker),
+        docker: docker::docker(&mut check, &raw.docker),
         admin: sections::admin(&mut check, &raw.admin),
-        startup_wait: check.text_or("startup.wait", &raw.startup.wait, super::DEFAULT_STARTUP_WAIT, value::duration),
+        startup_wait: check.text_or(
+            "startup.wait",
+            &raw.startup.wait,
+            super::DEFAULT_STARTUP_WAIT,
+            value::duration,
+        ),
         event_sample: raw.events.sample.as_ref().map_or(0, |sample| *sample.get_ref()),
         bpf: sections::bpf(&mut check, &raw.bpf),
         services: services::services(&mut check, &raw.services, &policy),

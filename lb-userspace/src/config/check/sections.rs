@@ -1,7 +1,7 @@
 //! Every section but the services.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
@@ -12,10 +12,9 @@ use toml::Spanned;
 
 use super::{
     super::{
-        Admin, Announce, Bpf, DEFAULT_ADMIN_SOCKET, DEFAULT_DOCKER_ENDPOINT, DEFAULT_LIVENESS, DEFAULT_METRICS,
-        DEFAULT_PIN_PATH, DEFAULT_RESYNC, DockerConfig, Endpoint, Interface, Limits, Policy, Snat, Vip, XdpMode,
-        built_in_settings,
-        raw::{Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawDocker, RawLimits, RawSnat, RawTimeouts, Strings},
+        Admin, Announce, Bpf, DEFAULT_ADMIN_SOCKET, DEFAULT_METRICS, DEFAULT_PIN_PATH, Interface, Limits,
+        Policy, Snat, Vip, XdpMode, built_in_settings,
+        raw::{Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawLimits, RawSnat, RawTimeouts, Strings},
         value,
     },
     Check,
@@ -24,15 +23,14 @@ use crate::model::FlowTimeouts;
 
 /// The flow clock ticks in jiffies and is compared coarsely: a shorter timeout could end a flow that is alive.
 const SHORTEST_TIMEOUT: Duration = Duration::from_secs(1);
-/// An engine that is listed or asked more often does nothing else.
-const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 /// Longest interface name: `IFNAMSIZ` with its final zero.
 const MAX_INTERFACE_NAME: usize = 15;
 /// Rings, flows and services of more entries than this are a slip of the pen, not a machine.
 const MAX_ENTRIES: u32 = 1 << 26;
 
 pub(super) fn interfaces(check: &mut Check<'_>, given: Option<&Spanned<Strings>>) -> Vec<Interface> {
-    let remedy = "name the devices towards clients and remote backends: `interfaces = [\"eth0\"]`, or `[\"auto\"]`";
+    let remedy =
+        "name the devices towards clients and remote backends: `interfaces = [\"eth0\"]`, or `[\"auto\"]`";
     let Some(list) = given else {
         check.missing("interfaces", None, remedy);
         return Vec::new();
@@ -48,7 +46,12 @@ pub(super) fn interfaces(check: &mut Check<'_>, given: Option<&Spanned<Strings>>
             found.push(Interface::Named(name.clone()));
         } else {
             let fault = format!("`{name}` is not an interface name");
-            check.fault("interfaces", Some(list.span()), fault, "`ip link` lists the names");
+            check.fault(
+                "interfaces",
+                Some(list.span()),
+                fault,
+                "`ip link` lists the names",
+            );
         }
     }
     found.sort();
@@ -71,7 +74,11 @@ pub(super) fn vips(check: &mut Check<'_>, raw: &RawConfig) -> Vec<Vip> {
         check.keep(&key, given.span(), value::name(name));
         let address_key = format!("{key}.address");
         if vip.address.is_none() {
-            check.missing(&address_key, Some(given.span()), "write `address = \"203.0.113.10\"`");
+            check.missing(
+                &address_key,
+                Some(given.span()),
+                "write `address = \"203.0.113.10\"`",
+            );
         }
         let addresses = check.list(&address_key, vip.address.as_ref(), value::address);
         for address in &addresses {
@@ -137,7 +144,11 @@ fn interface<T>(
             match configured {
                 Some([only]) if only != "auto" => Some(only.clone()),
                 _ => {
-                    check.missing(&key, Some(vip.span()), "name the interface that shall have the address");
+                    check.missing(
+                        &key,
+                        Some(vip.span()),
+                        "name the interface that shall have the address",
+                    );
                     None
                 }
             }
@@ -165,9 +176,19 @@ pub(super) fn policy(check: &mut Check<'_>, raw: &RawDefaults, vips: Vec<Vip>) -
     }
 }
 
-pub(super) fn timeouts(check: &mut Check<'_>, key: &str, raw: &RawTimeouts, base: FlowTimeouts) -> FlowTimeouts {
+pub(super) fn timeouts(
+    check: &mut Check<'_>,
+    key: &str,
+    raw: &RawTimeouts,
+    base: FlowTimeouts,
+) -> FlowTimeouts {
     let mut one = |name: &str, given: &Given<String>, base: Duration| {
-        check.text_or(&format!("{key}.{name}"), given, base, value::duration_from(SHORTEST_TIMEOUT))
+        check.text_or(
+            &format!("{key}.{name}"),
+            given,
+            base,
+            value::duration_from(SHORTEST_TIMEOUT),
+        )
     };
     FlowTimeouts {
         tcp_established: one("tcp-established", &raw.tcp_established, base.tcp_established),
@@ -200,7 +221,11 @@ pub(super) fn limits(check: &mut Check<'_>, raw: &RawLimits) -> Limits {
         flows6: one("flows6", &raw.flows6, base.flows6, 1, MAX_ENTRIES / 2),
         events_bytes: one("events", &raw.events, base.events_bytes, 4096, 1 << 30),
     };
-    if let Some(events) = raw.events.as_ref().filter(|_| !limits.events_bytes.is_power_of_two()) {
+    if let Some(events) = raw
+        .events
+        .as_ref()
+        .filter(|_| !limits.events_bytes.is_power_of_two())
+    {
         let fault = format!("{} bytes is not a power of two", limits.events_bytes);
         let remedy = format!("write {}", limits.events_bytes.next_power_of_two());
         check.fault("limits.events", Some(events.span()), fault, remedy);
@@ -234,86 +259,6 @@ fn port_range(text: &str) -> Option<RangeInclusive<u16>> {
     let (first, last) = text.split_once('-')?;
     let (first, last) = (value::port(first).ok()?, value::port(last).ok()?);
     (1024 <= first && first <= last).then_some(first..=last)
-}
-
-pub(super) fn docker(check: &mut Check<'_>, raw: &RawDocker) -> Option<DockerConfig> {
-    let endpoint = endpoint(check, raw);
-    let remote = raw.remote.as_ref().is_some_and(|flag| *flag.get_ref());
-    let node_addresses = check.list("docker.node-address", raw.node_address.as_ref(), value::address);
-    if let Some(flag) = raw.remote.as_ref().filter(|_| remote && raw.node_address.is_none()) {
-        let remedy = "write the address at which published ports of that engine are reached";
-        check.missing("docker.node-address", Some(flag.span()), remedy);
-    }
-    let interval = value::duration_from(SHORTEST_INTERVAL);
-    let docker = DockerConfig {
-        endpoint,
-        remote,
-        node_addresses,
-        resync: check.text_or("docker.resync", &raw.resync, DEFAULT_RESYNC, &interval),
-        liveness: check.text_or("docker.liveness", &raw.liveness, DEFAULT_LIVENESS, &interval),
-    };
-    let enabled = raw.enabled.as_ref().is_none_or(|flag| *flag.get_ref());
-    enabled.then_some(docker)
-}
-
-fn endpoint(check: &mut Check<'_>, raw: &RawDocker) -> Endpoint {
-    let key = "docker.endpoint";
-    let span = raw.endpoint.as_ref().map(Spanned::span);
-    let text = raw.endpoint.as_ref().map_or(DEFAULT_DOCKER_ENDPOINT, |text| text.get_ref());
-    let files = [&raw.tls_ca, &raw.tls_cert, &raw.tls_key].map(|given| given.as_ref().map(Spanned::get_ref));
-    if let Some(path) = text.strip_prefix("unix://") {
-        if !Path::new(path).is_absolute() {
-            let fault = format!("`{text}` has no absolute path");
-            check.fault(key, span, fault, format!("write `{DEFAULT_DOCKER_ENDPOINT}`"));
-        } else if files.iter().any(Option::is_some) {
-            check.fault("docker", span, "tls files for a Unix socket", "remove tls-ca, tls-cert and tls-key");
-        }
-        return Endpoint::Unix(path.into());
-    }
-    let address = ["tcp://", "https://", "http://"]
-        .iter()
-        .find_map(|scheme| text.strip_prefix(scheme))
-        .map(|rest| rest.trim_end_matches('/'))
-        .filter(|rest| has_port(rest));
-    let Some(address) = address else {
-        let fault = format!("`{text}` is not an endpoint");
-        check.fault(key, span, fault, "write `unix:///path` or `tcp://host:port`");
-        return Endpoint::Unix(PathBuf::new());
-    };
-    let address = address.to_owned();
-    match files {
-        [Some(ca), Some(cert), Some(private)] if !text.starts_with("http://") => Endpoint::Tls {
-            address,
-            ca: ca.into(),
-            cert: cert.into(),
-            key: private.into(),
-        },
-        [None, None, None] if is_loopback(&address) && !text.starts_with("https://") => Endpoint::Http(address),
-        _ => {
-            check.fault(
-                key,
-                span,
-                "an engine on the network must prove who it is, and so must we",
-                "use tcp:// and set all of tls-ca, tls-cert and tls-key",
-            );
-            Endpoint::Http(address)
-        }
-    }
-}
-
-fn has_port(address: &str) -> bool {
-    address
-        .rsplit_once(':')
-        .is_some_and(|(host, port)| !host.is_empty() && value::port(port).is_ok())
-}
-
-fn is_loopback(address: &str) -> bool {
-    let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
-    host == "localhost"
-        || host
-            .trim_matches(['[', ']'])
-            .parse::<IpAddr>()
-            .is_ok_and(|ip| ip.is_loopback())
 }
 
 pub(super) fn admin(check: &mut Check<'_>, raw: &RawAdmin) -> Admin {
@@ -357,7 +302,12 @@ fn absolute(check: &mut Check<'_>, key: &str, given: &Given<String>, default: &s
         Some(path) if Path::new(path.get_ref()).is_absolute() => path.get_ref().into(),
         Some(path) => {
             let fault = format!("`{}` is not an absolute path", path.get_ref());
-            check.fault(key, Some(path.span()), fault, format!("write a path like `{default}`"));
+            check.fault(
+                key,
+                Some(path.span()),
+                fault,
+                format!("write a path like `{default}`"),
+            );
             default.into()
         }
         None => default.into(),

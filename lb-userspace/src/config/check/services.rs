@@ -31,12 +31,22 @@ pub(super) fn services(
         let key = format!("services[{index}]");
         if found.iter().any(|other| other.name == service.name) {
             let fault = format!("`{}` is the name of another service already", service.name);
-            check.fault(format!("{key}.name"), Some(raw.span()), fault, "give every service a name of its own");
+            check.fault(
+                format!("{key}.name"),
+                Some(raw.span()),
+                fault,
+                "give every service a name of its own",
+            );
         }
         for wish in &service.wishes {
             if let Some(owner) = owners.insert(wish.address, service.name.clone()) {
                 let fault = format!("{} is taken by service `{owner}`", wish.address);
-                check.fault(format!("{key}.listen"), Some(raw.span()), fault, "choose another port or VIP");
+                check.fault(
+                    format!("{key}.listen"),
+                    Some(raw.span()),
+                    fault,
+                    "choose another port or VIP",
+                );
             }
         }
         found.push(service);
@@ -75,7 +85,10 @@ fn service(
         .collect();
     for backend in &backends {
         if !vips.iter().any(|vip| vip.is_ipv4() == backend.address.is_ipv4()) {
-            let fault = format!("no address of the VIP is of the family of backend {}", backend.address);
+            let fault = format!(
+                "no address of the VIP is of the family of backend {}",
+                backend.address
+            );
             let remedy = "give the VIP an address of that family, or remove the backend";
             check.fault(at("backends"), Some(given.span()), fault, remedy);
         }
@@ -125,10 +138,23 @@ fn settings(check: &mut Check<'_>, key: &str, raw: &RawService, policy: &Policy)
             value::affinity,
         ),
         snat: check.text_or(&at("snat"), &raw.snat, base.snat, value::snat),
-        allow: check.list(&at("allow"), raw.allow.as_ref().filter(|_| given(&raw.allow)), value::prefix),
-        deny: check.list(&at("deny"), raw.deny.as_ref().filter(|_| given(&raw.deny)), value::prefix),
+        allow: check.list(
+            &at("allow"),
+            raw.allow.as_ref().filter(|_| given(&raw.allow)),
+            value::prefix,
+        ),
+        deny: check.list(
+            &at("deny"),
+            raw.deny.as_ref().filter(|_| given(&raw.deny)),
+            value::prefix,
+        ),
         timeouts: sections::timeouts(check, &at("timeouts"), &raw.timeouts, base.timeouts),
-        when_empty: check.text_or(&at("when-empty"), &raw.when_empty, base.when_empty, value::when_empty),
+        when_empty: check.text_or(
+            &at("when-empty"),
+            &raw.when_empty,
+            base.when_empty,
+            value::when_empty,
+        ),
         reset_unknown: raw
             .reset_unknown
             .as_ref()
@@ -136,7 +162,12 @@ fn settings(check: &mut Check<'_>, key: &str, raw: &RawService, policy: &Policy)
     }
 }
 
-fn backends(check: &mut Check<'_>, key: &str, given: &[Spanned<RawBackend>], policy: &Policy) -> Vec<Backend> {
+fn backends(
+    check: &mut Check<'_>,
+    key: &str,
+    given: &[Spanned<RawBackend>],
+    policy: &Policy,
+) -> Vec<Backend> {
     let mut found = Vec::new();
     let mut seen = BTreeSet::new();
     for (index, backend) in given.iter().enumerate() {
@@ -146,12 +177,18 @@ fn backends(check: &mut Check<'_>, key: &str, given: &[Spanned<RawBackend>], pol
         let weight = match &raw.weight {
             Some(weight) => {
                 let parsed = value::weight(&weight.get_ref().to_string());
-                check.keep(&at("weight"), weight.span(), parsed).unwrap_or(value::DEFAULT_WEIGHT)
+                check
+                    .keep(&at("weight"), weight.span(), parsed)
+                    .unwrap_or(value::DEFAULT_WEIGHT)
             }
             None => value::DEFAULT_WEIGHT,
         };
         let Some(text) = &raw.address else {
-            check.missing(&at("address"), Some(backend.span()), "write `address = \"10.0.0.5:8080\"`");
+            check.missing(
+                &at("address"),
+                Some(backend.span()),
+                "write `address = \"10.0.0.5:8080\"`",
+            );
             continue;
         };
         let address = match text.get_ref().parse::<SocketAddr>() {
@@ -167,7 +204,12 @@ fn backends(check: &mut Check<'_>, key: &str, given: &[Spanned<RawBackend>], pol
         };
         if !seen.insert(address) {
             let fault = format!("{address} is a backend of this service already");
-            check.fault(at("address"), Some(text.span()), fault, "remove one of them; a larger weight takes more flows");
+            check.fault(
+                at("address"),
+                Some(text.span()),
+                fault,
+                "remove one of them; a larger weight takes more flows",
+            );
             continue;
         }
         found.push(Backend {
@@ -176,7 +218,10 @@ fn backends(check: &mut Check<'_>, key: &str, given: &[Spanned<RawBackend>], pol
             state: BackendState::Active,
             reason: String::new(),
             drain,
-            name: raw.name.as_ref().map_or_else(|| address.to_string(), |name| name.get_ref().clone()),
+            name: raw
+                .name
+                .as_ref()
+                .map_or_else(|| address.to_string(), |name| name.get_ref().clone()),
         });
     }
     found

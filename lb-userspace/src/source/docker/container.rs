@@ -6,7 +6,9 @@ use std::{
     time::SystemTime,
 };
 
-use bollard::models::{ContainerInspectResponse, ContainerStateStatusEnum as Status, HealthStatusEnum, PortMap};
+use bollard::models::{
+    ContainerInspectResponse, ContainerStateStatusEnum as Status, HealthStatusEnum, PortMap,
+};
 
 use super::signal;
 use crate::model::Protocol;

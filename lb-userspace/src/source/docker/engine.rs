@@ -36,10 +36,7 @@ const NOT_FOUND: u16 = 404;
 pub enum EngineError {
     /// The engine, or the way to it.
     #[error("{question}: {source}")]
-    Docker {
-        question: &'static str,
-        source: Error,
-    },
+    Docker { question: &'static str, source: Error },
     /// No answer to a ping.
     #[error("no sign of life within {} s", PING_TIMEOUT.as_secs())]
     Silent,
@@ -73,10 +70,17 @@ impl Engine {
             Endpoint::Unix(path) => {
                 Docker::connect_with_unix(&path.to_string_lossy(), REQUEST_TIMEOUT_S, API_DEFAULT_VERSION)
             }
-            Endpoint::Http(address) => {
-                Docker::connect_with_http(&format!("tcp://{address}"), REQUEST_TIMEOUT_S, API_DEFAULT_VERSION)
-            }
-            Endpoint::Tls { address, ca, cert, key } => Docker::connect_with_ssl(
+            Endpoint::Http(address) => Docker::connect_with_http(
+                &format!("tcp://{address}"),
+                REQUEST_TIMEOUT_S,
+                API_DEFAULT_VERSION,
+            ),
+            Endpoint::Tls {
+                address,
+                ca,
+                cert,
+                key,
+            } => Docker::connect_with_ssl(
                 &format!("tcp://{address}"),
                 key,
                 cert,
@@ -117,7 +121,11 @@ impl Engine {
     /// Every container with a label of ours that runs (or is paused).
     pub async fn list(self) -> Result<Vec<Container>, EngineError> {
         let options = ListContainersOptionsBuilder::new().all(false).build();
-        let all = self.docker.list_containers(Some(options)).await.map_err(asking("list"))?;
+        let all = self
+            .docker
+            .list_containers(Some(options))
+            .await
+            .map_err(asking("list"))?;
         let ours = all.into_iter().filter_map(|summary| {
             let labels = summary.labels.as_ref()?;
             is_ours(labels.keys().map(String::as_str)).then_some(summary.id?)
@@ -134,10 +142,15 @@ impl Engine {
 
     /// One container; `None` when there is none of this id.
     pub async fn inspect(&self, id: &str) -> Result<Option<Container>, EngineError> {
-        match self.docker.inspect_container(id, None::<InspectContainerOptions>).await {
+        match self
+            .docker
+            .inspect_container(id, None::<InspectContainerOptions>)
+            .await
+        {
             Ok(answer) => Ok(Some(answer.try_into()?)),
             Err(Error::DockerResponseServerError {
-                status_code: NOT_FOUND, ..
+                status_code: NOT_FOUND,
+                ..
             }) => Ok(None),
             Err(error) => Err(asking("inspect")(error)),
         }

@@ -7,7 +7,7 @@
 pub mod container;
 mod engine;
 mod events;
-mod signal;
+pub(crate) mod signal;
 mod site;
 
 use std::{
@@ -119,10 +119,18 @@ impl Source {
                     if self.freshness.last_full_read != listed_before {
                         backoff = FIRST_BACKOFF;
                     }
-                    tracing::warn!(source = SOURCE, %error, "Docker cannot be heard; what is known stays as it is");
+                    let fault = Some(error.to_string());
+                    // Once for each reason, not once for each try.
+                    if self.freshness.fault != fault {
+                        tracing::warn!(source = SOURCE, %error, "Docker cannot be heard; what is known stays as it is");
+                    }
                     self.freshness.connected = false;
-                    self.freshness.fault = Some(error.to_string());
-                    if self.send(Update::Freshness(self.freshness.clone())).await.is_err() {
+                    self.freshness.fault = fault;
+                    if self
+                        .send(Update::Freshness(self.freshness.clone()))
+                        .await
+                        .is_err()
+                    {
                         return;
                     }
                     // Half fixed, half by chance: agents of many nodes must not knock in step.
@@ -239,6 +247,9 @@ impl Source {
 
     /// Docker was heard just now.
     async fn tell_freshness(&mut self) -> Result<(), InboxGone> {
+        if !self.freshness.connected {
+            tracing::info!(source = SOURCE, "Docker is heard");
+        }
         self.freshness.connected = true;
         self.freshness.fault = None;
         self.freshness.last_heard = Some(SystemTime::now());

@@ -19,11 +19,19 @@ pub fn number(text: &str) -> Option<u8> {
     }
     let name = text.strip_prefix("SIG").unwrap_or(&text);
     if let Some(rest) = name.strip_prefix("RTMIN") {
-        let offset: u8 = if rest.is_empty() { 0 } else { rest.strip_prefix('+')?.parse().ok()? };
+        let offset: u8 = if rest.is_empty() {
+            0
+        } else {
+            rest.strip_prefix('+')?.parse().ok()?
+        };
         return RTMIN.checked_add(offset).filter(|number| *number <= RTMAX);
     }
     if let Some(rest) = name.strip_prefix("RTMAX") {
-        let offset: u8 = if rest.is_empty() { 0 } else { rest.strip_prefix('-')?.parse().ok()? };
+        let offset: u8 = if rest.is_empty() {
+            0
+        } else {
+            rest.strip_prefix('-')?.parse().ok()?
+        };
         return RTMAX.checked_sub(offset).filter(|number| *number >= RTMIN);
     }
     let signal: Signal = format!("SIG{name}").parse().ok()?;

@@ -2,10 +2,18 @@
 //!
 //! A bad label refuses the one service that it belongs to, of this one container, and nothing else.
 
+mod reach;
+mod refusal;
+#[cfg(test)]
+mod tests;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
 };
+
+use reach::places;
+use refusal::Refusal;
 
 use super::{
     Object,
@@ -48,79 +56,6 @@ pub struct Site {
     pub remote: bool,
     /// Addresses of the engine's node: of host-network containers, and of published ports when it is remote.
     pub node: Vec<IpAddr>,
-}
-
-/// Why a service is refused. `Display` is the fault, [`Refusal::remedy`] what to do.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-enum Refusal {
-    #[error("{0}")]
-    Value(#[from] ValueError),
-    #[error("{0}")]
-    Vip(#[from] crate::config::VipError),
-    #[error("there is no label `{prefix}{text}`")]
-    Unknown {
-        prefix: String,
-        text: String,
-        known: &'static [&'static str],
-    },
-    #[error("the service does not say where it listens")]
-    NoListen { name: String },
-    #[error("the container port is not clear: {}", if .exposed.is_empty() { "the container exposes none" } else { "it exposes several" })]
-    Port { exposed: Vec<Listen> },
-    #[error("`{0}` listens on every port, but only single ports are published by a remote engine")]
-    EveryPortRemote(Listen),
-    #[error("port {0} is not published, and the engine is on another node")]
-    Unpublished(Listen),
-    #[error("the container is on several networks ({})", .0.join(", "))]
-    NetworkChoice(Vec<String>),
-    #[error("the container is not on network `{network}`")]
-    NoNetwork { network: String, known: Vec<String> },
-    #[error("the container shares the network of container {0}")]
-    SharedNetwork(String),
-    #[error("the container has no network")]
-    NoAddress,
-    #[error("the address of the engine's node is not known")]
-    NoNodeAddress,
-    #[error("no address of the VIP is of a family that the container has ({})", list(.0))]
-    Family(Vec<IpAddr>),
-    #[error("{address} is claimed by service `{other}` of the same container")]
-    Twice { address: ServiceAddress, other: String },
-}
-
-impl Refusal {
-    fn remedy(&self, service: &str) -> String {
-        match self {
-            Self::Value(error) => error.remedy(),
-            Self::Vip(error) => error.remedy(&format!("{SERVICE}{service}.vip")),
-            Self::Unknown { prefix, text, known } => match value::nearest(text, known) {
-                Some(word) => format!("did you mean `{prefix}{word}`?"),
-                None => format!("known after `{prefix}`: {}", known.join(", ")),
-            },
-            Self::NoListen { name } => format!("add the label {SERVICE}{name}.listen=80/tcp"),
-            Self::Port { exposed } if exposed.is_empty() => {
-                format!("set {SERVICE}{service}.port to the port that the container listens on")
-            }
-            Self::Port { exposed } => {
-                format!("set {SERVICE}{service}.port to one of: {}", list(exposed))
-            }
-            Self::EveryPortRemote(_) => "name the ports, or run an agent on the container's node".into(),
-            Self::Unpublished(_) => "publish it, or run an agent on the container's node".into(),
-            Self::NetworkChoice(known) => {
-                format!("set {SERVICE}{service}.network to one of: {}", known.join(", "))
-            }
-            Self::NoNetwork { known, .. } if known.is_empty() => "connect the container to it".into(),
-            Self::NoNetwork { known, .. } => format!("name one of: {}", known.join(", ")),
-            Self::SharedNetwork(_) => "put the labels on that container".into(),
-            Self::NoAddress => "connect the container to a network".into(),
-            Self::NoNodeAddress => "set docker.node-address in the agent's configuration".into(),
-            Self::Family(_) => "give the VIP or the container's network an address of the other family".into(),
-            Self::Twice { .. } => "choose another port or VIP for one of them".into(),
-        }
-    }
-}
-
-fn list(items: &[impl ToString]) -> String {
-    items.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// What a container wishes; `None` when it says nothing to Weir, is switched off, or does not run.
@@ -189,7 +124,11 @@ fn group<'c>(
     refused: &mut Refused<'_>,
 ) -> BTreeMap<&'c str, BTreeMap<&'c str, &'c str>> {
     let mut services: BTreeMap<&str, BTreeMap<&str, &str>> = BTreeMap::new();
-    for (label, text) in container.labels.iter().filter(|(label, _)| label.starts_with(PREFIX)) {
+    for (label, text) in container
+        .labels
+        .iter()
+        .filter(|(label, _)| label.starts_with(PREFIX))
+    {
         match label.strip_prefix(SERVICE).and_then(|rest| rest.split_once('.')) {
             Some((name, setting)) => {
                 services.entry(name).or_default().insert(setting, text);
@@ -356,92 +295,3 @@ fn container_port(listen: Listen, named: Option<u16>, container: &Container) -> 
         }),
     }
 }
-
-/// Where a container port is reached from this node: at most one place for each family.
-fn places(
-    listen: Listen,
-    port: u16,
-    network: Option<&str>,
-    container: &Container,
-    site: &Site,
-) -> Result<Vec<SocketAddr>, (&'static str, Refusal)> {
-    let at = |addresses: &[IpAddr]| -> Vec<SocketAddr> {
-        addresses.iter().map(|address| SocketAddr::new(*address, port)).collect()
-    };
-    match &container.network_mode {
-        NetworkMode::Host if site.node.is_empty() => Err(("network", Refusal::NoNodeAddress)),
-        NetworkMode::Host => Ok(at(&site.node)),
-        NetworkMode::Container(id) => {
-            Err(("network", Refusal::SharedNetwork(id.chars().take(12).collect())))
-        }
-        NetworkMode::None => Err(("network", Refusal::NoAddress)),
-        NetworkMode::Network(_) if site.remote => {
-            published(listen, port, container, site).map_err(|refusal| ("port", refusal))
-        }
-        NetworkMode::Network(created_with) => bridge(network, created_with, container)
-            .map(at)
-            .map_err(|refusal| ("network", refusal)),
-    }
-}
-
-/// The container's addresses on one network: the named one, else the one it was created with, else the only one.
-fn bridge<'c>(
-    named: Option<&str>,
-    created_with: &str,
-    container: &'c Container,
-) -> Result<&'c [IpAddr], Refusal> {
-    let usable: Vec<(&String, &Vec<IpAddr>)> = container
-        .networks
-        .iter()
-        .filter(|(_, addresses)| !addresses.is_empty())
-        .collect();
-    let names = || usable.iter().map(|(name, _)| (*name).clone()).collect::<Vec<_>>();
-    let find = |wanted: &str| usable.iter().find(|(name, _)| *name == wanted).map(|(_, addresses)| addresses.as_slice());
-    if let Some(network) = named {
-        return find(network).ok_or_else(|| Refusal::NoNetwork {
-            network: network.into(),
-            known: names(),
-        });
-    }
-    match (find(created_with), usable.as_slice()) {
-        (Some(addresses), _) => Ok(addresses),
-        (None, [(_, only)]) => Ok(only.as_slice()),
-        (None, []) => Err(Refusal::NoAddress),
-        (None, _) => Err(Refusal::NetworkChoice(names())),
-    }
-}
-
-/// Where the engine's node publishes a port.
-fn published(listen: Listen, port: u16, container: &Container, site: &Site) -> Result<Vec<SocketAddr>, Refusal> {
-    if port == 0 {
-        return Err(Refusal::EveryPortRemote(listen));
-    }
-    let wanted = Listen {
-        port,
-        protocol: listen.protocol,
-    };
-    let bindings = container
-        .published
-        .get(&(port, listen.protocol))
-        .ok_or(Refusal::Unpublished(wanted))?;
-    let mut found: Vec<SocketAddr> = Vec::new();
-    for binding in bindings.iter().filter(|binding| !binding.ip().is_loopback()) {
-        let candidates = if binding.ip().is_unspecified() {
-            site.node.iter().copied().filter(|ip| ip.is_ipv4() == binding.is_ipv4()).collect()
-        } else {
-            vec![binding.ip()]
-        };
-        for ip in candidates {
-            if !found.iter().any(|place| place.is_ipv4() == ip.is_ipv4()) {
-                found.push(SocketAddr::new(ip, binding.port()));
-            }
-        }
-    }
-    if found.is_empty() {
-        return Err(if site.node.is_empty() { Refusal::NoNodeAddress } else { Refusal::Unpublished(wanted) });
-    }
-    Ok(found)
-}
-
-#[cfg(test)]
-mod tests;

@@ -157,7 +157,10 @@ impl Cache {
         }
         match event.kind {
             Kind::Kill(number) => {
-                self.kills.entry(event.id.clone()).or_default().insert(number, event.at);
+                self.kills
+                    .entry(event.id.clone())
+                    .or_default()
+                    .insert(number, event.at);
                 match known {
                     // No question first: the container is closing its listener this very moment.
                     Some(container) if stopped_by(container, number, event.at) && !container.stopping => {
@@ -227,7 +230,9 @@ impl Cache {
     /// Keeps a container; that it was told to stop stays true for this life of it.
     fn keep(&mut self, mut container: Container) {
         let told = self.kills.get(&container.id).is_some_and(|kills| {
-            kills.iter().any(|(number, at)| stopped_by(&container, *number, *at))
+            kills
+                .iter()
+                .any(|(number, at)| stopped_by(&container, *number, *at))
         });
         let before = self.containers.get(&container.id);
         container.stopping |= told || before.is_some_and(|b| b.stopping && b.started == container.started);
@@ -247,7 +252,10 @@ impl Cache {
         self.containers
             .retain(|id, _| listed.contains(id) || meanwhile.fresh.contains(id));
         for container in list {
-            let ended = meanwhile.ended.get(&container.id).is_some_and(|at| *at >= container.started);
+            let ended = meanwhile
+                .ended
+                .get(&container.id)
+                .is_some_and(|at| *at >= container.started);
             if !ended && container.state != RunState::Stopped && !meanwhile.fresh.contains(&container.id) {
                 self.keep(container);
             }
