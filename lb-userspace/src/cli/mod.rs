@@ -34,7 +34,7 @@ pub enum Exit {
     Failure = 1,
     /// The command line is wrong; clap says so itself.
     Usage = 2,
-    /// The configuration is wrong (`EX_USAGE` of sysexits is 64 too: nothing was tried).
+    /// The configuration is wrong: nothing was tried.
     BadConfig = 64,
 }
 
