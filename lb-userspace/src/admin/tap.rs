@@ -24,7 +24,9 @@ pub enum TapError {
 pub async fn follow(maps: &Path, events: broadcast::Sender<Event>) -> Result<(), TapError> {
     let data = MapData::from_pin(maps.join("EVENTS"))?;
     let ring = RingBuf::try_from(Map::RingBuf(data))?;
-    let mut ring = AsyncFd::new(ring)?;
+    // SAFETY: the ring owns its map's descriptor, opened above, and keeps it open and the same for all its life.
+    let registered = unsafe { AsyncFd::register(ring) };
+    let mut ring = registered.map_err(|e| e.into_parts().1)?;
     loop {
         let mut guard = ring.readable_mut().await?;
         while let Some(record) = guard.get_inner_mut().next() {
