@@ -172,7 +172,7 @@ mod tests {
 
     #[test]
     fn removing_one_of_n_moves_few_survivors() {
-        for (count, bound) in [(2, 1), (10, 1), (50, 1), (100, 2), (127, 2), (128, 1), (500, 1)] {
+        for (count, bound) in [(2, 1), (10, 1), (50, 1), (100, 2), (127, 2), (129, 1), (500, 1)] {
             let all = members(count, 11);
             let before = build(&all).unwrap();
             let after = build(&all[1..]).unwrap();

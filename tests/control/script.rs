@@ -254,9 +254,9 @@ fn show(dump: &Dump) -> String {
     let mut out = String::new();
     let names: BTreeMap<u32, String> =
         dump.services.iter().map(|(key, service)| (service.id, address_of(key).to_string())).collect();
-    let address = |id: &u32| {
-        dump.backends.get(id).map_or_else(|| "absent".into(), |b| SocketAddr::new(b.addr.into(), b.port.get()).to_string())
-    };
+    let text = |b: &lb_common::maps::Backend| SocketAddr::new(b.addr.into(), b.port.get()).to_string();
+    let addresses: BTreeMap<u32, String> = dump.backends.iter().map(|(id, b)| (*id, text(b))).collect();
+    let address = |id: &u32| addresses.get(id).map_or("absent", String::as_str);
     for (key, service) in &dump.services {
         write!(out, "  service {}", address_of(key)).unwrap();
         for (flag, name) in [
@@ -280,7 +280,7 @@ fn show(dump: &Dump) -> String {
             continue;
         }
         let ring = &dump.rings[&service.ring_row];
-        let mut shares: BTreeMap<String, usize> = BTreeMap::new();
+        let mut shares: BTreeMap<&str, usize> = BTreeMap::new();
         for id in ring {
             *shares.entry(address(id)).or_default() += 1;
         }
