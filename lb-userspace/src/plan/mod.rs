@@ -1,6 +1,6 @@
 //! What to write, and in which order, to turn what is programmed into what is desired. Pure: values in, a value out.
 //!
-//! Order: devices, SNAT addresses and settings; the `OURS` filter with everything old and new; then every service by
+//! Order: the `OURS` filter with everything old and new; devices, SNAT addresses, settings; then every service by
 //! itself (backends → timeouts → ACL → ring → VIP → the `SERVICES` commit → what only the old ring needed); last what
 //! nothing refers to any more. So a ring never names a backend that is absent or dead, and each step of the way is a
 //! state that may stay: a crash between two writes harms nothing. A failing service stops only itself.
@@ -208,18 +208,19 @@ impl Planner<'_> {
 
     /// Adds what concerns no single service, in front and at the end.
     fn finish(mut self, snat_ops: Vec<MapOp>) -> Plan {
-        let mut shared = network::device_ops(self.programmed, self.inputs);
         for op in &snat_ops {
             if let MapOp::PutSnatAddress { address, .. } = op {
                 self.need.insert(*address);
             }
         }
-        shared.extend(snat_ops);
+        // First of all: what any other map holds is in `OURS`, also when the agent stops between two writes.
+        let mut shared = Vec::new();
         if !self.need.is_subset(&self.programmed.ours) {
             let addresses = self.programmed.ours.union(&self.need).copied().collect();
-            // Before the addresses are used.
             shared.push(MapOp::PutOurs { addresses });
         }
+        shared.extend(network::device_ops(self.programmed, self.inputs));
+        shared.extend(snat_ops);
         let shared = shared.into_iter().map(|op| Step { group: Group::Shared, op });
         self.plan.steps.splice(0..0, shared);
 
