@@ -24,7 +24,11 @@ pub struct Member {
 
 /// Rows of `RINGS` that the ring of so many backends takes.
 pub const fn rows_for(backends: usize) -> u32 {
-    if backends >= LARGE_RING_FROM_BACKENDS { RING_ROWS_LARGE } else { 1 }
+    if backends >= LARGE_RING_FROM_BACKENDS {
+        RING_ROWS_LARGE
+    } else {
+        1
+    }
 }
 
 /// Builds the ring: `rows_for(members)` rows of ids, or `None` when no member has a weight.
@@ -183,7 +187,10 @@ mod tests {
                     moved += usize::from(a != b);
                 }
             }
-            assert!(moved * 100 <= survivors * bound, "{count}: {moved} of {survivors} moved");
+            assert!(
+                moved * 100 <= survivors * bound,
+                "{count}: {moved} of {survivors} moved"
+            );
         }
     }
 

@@ -172,15 +172,30 @@ impl Planner<'_> {
     /// the new ones by age, so that it is the newest that meets a limit.
     fn order(&self, scope: Scope<'_>) -> Vec<ServiceAddress> {
         let mut all: BTreeSet<ServiceAddress> = match scope {
-            Scope::All => self.programmed.services.keys().chain(self.inputs.desired.services.keys()).copied().collect(),
+            Scope::All => self
+                .programmed
+                .services
+                .keys()
+                .chain(self.inputs.desired.services.keys())
+                .copied()
+                .collect(),
             Scope::Some(some) => some.clone(),
         };
-        let unsettled = self.programmed.unsettled.iter().filter_map(|id| self.programmed.slots.get(id));
+        let unsettled = self
+            .programmed
+            .unsettled
+            .iter()
+            .filter_map(|id| self.programmed.slots.get(id));
         all.extend(unsettled.filter_map(|slot| self.programmed.service_address(slot.record.service)));
         let mut all: Vec<ServiceAddress> = all.into_iter().collect();
         all.sort_by_key(|address| {
             let new = !self.programmed.services.contains_key(address);
-            let created = self.inputs.desired.services.get(address).map(|wanted| wanted.created);
+            let created = self
+                .inputs
+                .desired
+                .services
+                .get(address)
+                .map(|wanted| wanted.created);
             (new, created.filter(|_| new), *address)
         });
         all
@@ -190,8 +205,12 @@ impl Planner<'_> {
     /// may have passed a flow's place before the flow was there.
     fn free_unused(&mut self) {
         for id in &self.programmed.unsettled {
-            let Some(slot) = self.programmed.slots.get(id) else { continue };
-            if slot.record.state == lb_common::maps::backend_state::DEAD && self.swept_empty(*id, slot.changed) {
+            let Some(slot) = self.programmed.slots.get(id) else {
+                continue;
+            };
+            if slot.record.state == lb_common::maps::backend_state::DEAD
+                && self.swept_empty(*id, slot.changed)
+            {
                 if programmed::is_near(&slot.record) {
                     *self.unneeded.entry(slot.record.addr.into()).or_default() += 1;
                 }
@@ -203,7 +222,8 @@ impl Planner<'_> {
     /// Whether a sweep that started after `since` has found no flow of this backend.
     fn swept_empty(&self, id: u32, since: Instant) -> bool {
         let sweep = self.inputs.sweep;
-        sweep.started.is_some_and(|started| started > since) && sweep.flows.get(&id).is_none_or(|flows| *flows == 0)
+        sweep.started.is_some_and(|started| started > since)
+            && sweep.flows.get(&id).is_none_or(|flows| *flows == 0)
     }
 
     /// Adds what concerns no single service, in front and at the end.
@@ -221,19 +241,28 @@ impl Planner<'_> {
         }
         shared.extend(network::device_ops(self.programmed, self.inputs));
         shared.extend(snat_ops);
-        let shared = shared.into_iter().map(|op| Step { group: Group::Shared, op });
+        let shared = shared.into_iter().map(|op| Step {
+            group: Group::Shared,
+            op,
+        });
         self.plan.steps.splice(0..0, shared);
 
         let mut last: Vec<MapOp> = Vec::new();
         if self.inputs.may_remove {
             let stray = self.programmed.stray_acl.keys();
-            last.extend(stray.map(|(service, prefix)| MapOp::DelAcl { service: *service, prefix: *prefix }));
+            last.extend(stray.map(|(service, prefix)| MapOp::DelAcl {
+                service: *service,
+                prefix: *prefix,
+            }));
             let unused = self.unused_vips();
             last.extend(unused.iter().map(|vip| MapOp::DelVip { vip: *vip }));
             last.extend(self.shrunken_ours(&unused));
         }
         last.extend(network::gone_devices(self.programmed, self.inputs.topology));
-        self.plan.steps.extend(last.into_iter().map(|op| Step { group: Group::Last, op }));
+        self.plan.steps.extend(last.into_iter().map(|op| Step {
+            group: Group::Last,
+            op,
+        }));
         self.plan
     }
 
@@ -253,7 +282,11 @@ impl Planner<'_> {
                 _ => None,
             })
             .collect();
-        let kept = self.programmed.services.keys().filter(|address| !forgotten.contains(address));
+        let kept = self
+            .programmed
+            .services
+            .keys()
+            .filter(|address| !forgotten.contains(address));
         for address in kept.chain(self.inputs.desired.services.keys()) {
             unused.remove(&address.vip);
         }
@@ -275,8 +308,14 @@ impl Planner<'_> {
         if gone.is_disjoint(&self.programmed.ours) {
             return None;
         }
-        let ours = self.programmed.ours.union(&self.need).filter(|ip| !gone.contains(ip));
-        Some(MapOp::PutOurs { addresses: ours.copied().collect() })
+        let ours = self
+            .programmed
+            .ours
+            .union(&self.need)
+            .filter(|ip| !gone.contains(ip));
+        Some(MapOp::PutOurs {
+            addresses: ours.copied().collect(),
+        })
     }
 
     fn push(&mut self, group: Group, op: MapOp) {

@@ -16,8 +16,14 @@ use crate::{
     model::{Backend, BackendState, Protocol, Service, ServiceSettings},
 };
 
-const CAPACITIES: Capacities =
-    Capacities { services: 2048, backends: 131_072, ring_rows: 4096, acl: 64, flows4: 64, flows6: 64 };
+const CAPACITIES: Capacities = Capacities {
+    services: 2048,
+    backends: 131_072,
+    ring_rows: 4096,
+    acl: 64,
+    flows4: 64,
+    flows6: 64,
+};
 
 fn policy() -> Policy {
     Policy {
@@ -32,7 +38,11 @@ fn policy() -> Policy {
 }
 
 fn address(service: u8) -> ServiceAddress {
-    ServiceAddress { vip: IpAddr::from([203, 0, 113, service]), port: 80, protocol: Protocol::Tcp }
+    ServiceAddress {
+        vip: IpAddr::from([203, 0, 113, service]),
+        port: 80,
+        protocol: Protocol::Tcp,
+    }
 }
 
 fn wanted(address: ServiceAddress, backends: impl Iterator<Item = u32>) -> Wanted {
@@ -50,22 +60,41 @@ fn wanted(address: ServiceAddress, backends: impl Iterator<Item = u32>) -> Wante
         settings: ServiceSettings::default(),
         backends: backends.map(backend).collect(),
     };
-    Wanted { service: Arc::new(service), source: "file".into(), created: SystemTime::UNIX_EPOCH }
+    Wanted {
+        service: Arc::new(service),
+        source: "file".into(),
+        created: SystemTime::UNIX_EPOCH,
+    }
 }
 
 fn topology(desired: &Desired) -> Topology {
     let backends = desired.services.values().flat_map(|w| &w.service.backends);
-    let places = backends.map(|b| (b.address.ip(), Place::Remote { slot: 1, mac: None })).collect();
-    Topology { places, loopback_ifindex: 1, ..Topology::default() }
+    let places = backends
+        .map(|b| (b.address.ip(), Place::Remote { slot: 1, mac: None }))
+        .collect();
+    Topology {
+        places,
+        loopback_ifindex: 1,
+        ..Topology::default()
+    }
 }
 
-fn plan_now(programmed: &Programmed, desired: &Desired, topology: &Topology, scope: Scope<'_>, now: Instant) -> Plan {
+fn plan_now(
+    programmed: &Programmed,
+    desired: &Desired,
+    topology: &Topology,
+    scope: Scope<'_>,
+    now: Instant,
+) -> Plan {
     let inputs = Inputs {
         desired,
         topology,
         capacities: &CAPACITIES,
         policy: &policy(),
-        sweep: &Sweep { started: Some(now), flows: BTreeMap::new() },
+        sweep: &Sweep {
+            started: Some(now),
+            flows: BTreeMap::new(),
+        },
         asked: &BTreeMap::new(),
         may_remove: true,
         now,
@@ -117,23 +146,42 @@ proptest! {
 fn one_change_among_many_is_small() {
     let per_service: u32 = 100;
     let all = (0..1000u32).map(|s| {
-        let at = ServiceAddress { vip: IpAddr::from([203, 0, (s >> 8) as u8, s as u8]), port: 80, protocol: Protocol::Tcp };
+        let at = ServiceAddress {
+            vip: IpAddr::from([203, 0, (s >> 8) as u8, s as u8]),
+            port: 80,
+            protocol: Protocol::Tcp,
+        };
         (at, wanted(at, s * per_service..(s + 1) * per_service))
     });
-    let mut desired = Desired { services: all.take(if cfg!(debug_assertions) { 50 } else { 1000 }).collect(), ..Desired::default() };
+    let mut desired = Desired {
+        services: all.take(if cfg!(debug_assertions) { 50 } else { 1000 }).collect(),
+        ..Desired::default()
+    };
     let mut topology = topology(&desired);
     let (mut programmed, now) = (Programmed::default(), Instant::now());
     let first = plan_now(&programmed, &desired, &topology, Scope::All, now);
     first.notes.iter().for_each(|note| programmed.note(note));
-    first.steps.iter().for_each(|step| programmed.record(&step.op, now));
+    first
+        .steps
+        .iter()
+        .for_each(|step| programmed.record(&step.op, now));
 
     let at = *desired.services.keys().next().unwrap();
     desired.services.insert(at, wanted(at, 1..per_service));
     topology.places.remove(&IpAddr::from([10, 0, 0, 0]));
     let started = Instant::now();
     let change = plan_now(&programmed, &desired, &topology, Scope::Some(&[at].into()), now);
-    println!("{} services: planned in {:?}", desired.services.len(), started.elapsed());
+    println!(
+        "{} services: planned in {:?}",
+        desired.services.len(),
+        started.elapsed()
+    );
     // The ring, its commit, and the backend that drains.
-    assert_eq!(change.steps.len(), 3, "{:?}", change.steps.iter().map(|s| s.group).collect::<Vec<_>>());
+    assert_eq!(
+        change.steps.len(),
+        3,
+        "{:?}",
+        change.steps.iter().map(|s| s.group).collect::<Vec<_>>()
+    );
     assert!(change.steps.iter().all(|step| step.group == Group::Service(at)));
 }
