@@ -15,8 +15,11 @@ use crate::{
     plan::programmed::Programmed,
 };
 
-/// Ranges of `SNAT_ADDRESSES`: (device slot, or `None` for the configured ones; whether IPv6) → (first, count).
-pub(super) type SnatRanges = BTreeMap<(Option<u16>, bool), (u16, u16)>;
+/// A list of source addresses: device slot, or `None` for the configured ones; whether IPv6.
+type SnatKey = (Option<u16>, bool);
+
+/// Ranges of `SNAT_ADDRESSES`: (first, count).
+pub(super) type SnatRanges = BTreeMap<SnatKey, (u16, u16)>;
 
 /// Where a backend can be reached, as map fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +81,7 @@ pub(super) fn gone_devices(programmed: &Programmed, topology: &Topology) -> Vec<
 /// Finds or makes a range of `SNAT_ADDRESSES` for every list of addresses. A list that has its range keeps it: records
 /// name ranges by index, so an index changes its meaning only when no record and no list uses it.
 pub(super) fn snat_ranges(programmed: &Programmed, inputs: &Inputs<'_>) -> (SnatRanges, Vec<MapOp>) {
-    let mut lists: Vec<((Option<u16>, bool), Vec<IpAddr>)> = Vec::new();
+    let mut lists: Vec<(SnatKey, Vec<IpAddr>)> = Vec::new();
     for v6 in [false, true] {
         let of_family = |all: &[IpAddr]| {
             all.iter()

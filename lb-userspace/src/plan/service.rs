@@ -399,10 +399,11 @@ impl Planner<'_> {
             .about
             .get(&id)
             .filter(|_| self.programmed.slots.contains_key(&id))
+            && old.state == about.state
+            && old.leaving == about.leaving
+            && old.reason == about.reason
         {
-            if old.state == about.state && old.leaving == about.leaving && old.reason == about.reason {
-                about.since = old.since;
-            }
+            about.since = old.since;
         }
         about
     }
@@ -549,10 +550,11 @@ impl Planner<'_> {
                 RingChange::Keep
             });
         }
-        if let (Some((built, digest)), Some(_)) = (&entry.built, current) {
-            if **built == *members && *digest == entry.ring.digest {
-                return Ok(RingChange::Keep);
-            }
+        if let (Some((built, digest)), Some(_)) = (&entry.built, current)
+            && **built == *members
+            && *digest == entry.ring.digest
+        {
+            return Ok(RingChange::Keep);
         }
         let Some(ring) = ring::build(members) else {
             return Ok(RingChange::Keep);

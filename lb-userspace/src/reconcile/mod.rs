@@ -378,10 +378,10 @@ impl Reconciler {
         self.dirty.extend(changed);
         self.judge_sources(now);
         // After a failed write it is not known what the maps hold: the answer alone may have been lost.
-        if self.failures > 0 || now >= self.resync_at {
-            if let Err(fault) = self.resync(now) {
-                return Some(self.failed(vec![fault.to_string()], now));
-            }
+        if (self.failures > 0 || now >= self.resync_at)
+            && let Err(fault) = self.resync(now)
+        {
+            return Some(self.failed(vec![fault.to_string()], now));
         }
 
         let capacities = self.maps.capacities();
