@@ -197,6 +197,19 @@ impl Programmed {
         new.commits = self.commits;
         new.epoch = new.epoch.max(self.epoch);
         new.about = std::mem::take(&mut self.about);
+        // A replaced row starts its quarantine again only where the commit that replaced it was not known of.
+        let known: BTreeSet<(u32, u32)> = self
+            .services
+            .iter()
+            .filter_map(|(address, entry)| {
+                entry
+                    .value
+                    .filter(|v| dump.services.get(&key_of(address)) == Some(v))
+            })
+            .map(|value| (value.previous_row, value.previous_mask + 1))
+            .collect();
+        new.retired
+            .retain(|(first, rows, _)| !known.contains(&(*first, *rows)));
         new.retired.append(&mut self.retired);
         for (address, old) in std::mem::take(&mut self.services) {
             let taken = new
