@@ -28,9 +28,11 @@ use tokio::sync::oneshot;
 use weir::{
     datapath::{
         Capacities, DeviceInfo, Dump, Place, Topology,
-        fake::{Fault, FakeMaps},
+        fake::{FakeMaps, Fault},
     },
-    model::{Backend, BackendState, EmptyPolicy, Protocol, ServiceAddress, ServiceSettings, ServiceWish, SnatMode},
+    model::{
+        Backend, BackendState, EmptyPolicy, Protocol, ServiceAddress, ServiceSettings, ServiceWish, SnatMode,
+    },
     plan::{Policy, Sweep, address_of},
     reconcile::{Command, Options, Reconciler, Surroundings},
     source::{Message, Object, SourceId, Update},
@@ -57,8 +59,14 @@ struct World {
 
 /// Runs a script, with one failing write if wanted.
 pub fn run(name: &str, text: &str, fault: Option<(u64, Fault)>) -> Outcome {
-    let mut capacities =
-        Capacities { services: 16, backends: 64, ring_rows: 64, acl: 64, flows4: 1024, flows6: 1024 };
+    let mut capacities = Capacities {
+        services: 16,
+        backends: 64,
+        ring_rows: 64,
+        acl: 64,
+        flows4: 1024,
+        flows6: 1024,
+    };
     let mut world: Option<World> = None;
     let mut blessed = String::new();
     let mut skipping = false;
@@ -101,7 +109,10 @@ pub fn run(name: &str, text: &str, fault: Option<(u64, Fault)>) -> Outcome {
     }
     let world = world.unwrap();
     assert_eq!(world.maps.broken(), Vec::<String>::new(), "{name}");
-    Outcome { blessed, writes: world.maps.writes() }
+    Outcome {
+        blessed,
+        writes: world.maps.writes(),
+    }
 }
 
 fn policy() -> Policy {
@@ -126,8 +137,19 @@ impl World {
         }
         let now = Instant::now();
         let reconciler = Reconciler::new(Box::new(maps.clone()), Options::default(), policy(), now).unwrap();
-        let topology = Topology { loopback_ifindex: 1, ..Topology::default() };
-        Self { name: name.into(), maps, reconciler, topology, policy: policy(), now, held: BTreeMap::new() }
+        let topology = Topology {
+            loopback_ifindex: 1,
+            ..Topology::default()
+        };
+        Self {
+            name: name.into(),
+            maps,
+            reconciler,
+            topology,
+            policy: policy(),
+            now,
+            held: BTreeMap::new(),
+        }
     }
 
     fn step(&mut self, line: &str, words: &[&str]) {
@@ -145,14 +167,24 @@ impl World {
                     addresses: addresses.iter().filter_map(|a| a.parse().ok()).collect(),
                 };
                 self.topology.devices.insert(slot, info);
-                self.topology.node_addresses = self.topology.devices.values().flat_map(|d| d.addresses.clone()).collect();
+                self.topology.node_addresses = self
+                    .topology
+                    .devices
+                    .values()
+                    .flat_map(|d| d.addresses.clone())
+                    .collect();
                 self.reconciler.set_topology(self.topology.clone());
             }
             ["place", ip, ref place @ ..] => {
                 let ip: IpAddr = ip.parse().unwrap();
                 let place = match *place {
-                    ["remote", slot] => Place::Remote { slot: slot.parse().unwrap(), mac: Some([2, 1, 0, 0, 0, 1]) },
-                    ["bridge", slot] => Place::Bridge { slot: slot.parse().unwrap() },
+                    ["remote", slot] => Place::Remote {
+                        slot: slot.parse().unwrap(),
+                        mac: Some([2, 1, 0, 0, 0, 1]),
+                    },
+                    ["bridge", slot] => Place::Bridge {
+                        slot: slot.parse().unwrap(),
+                    },
                     ["node"] => Place::Node,
                     ["unroutable"] => Place::Unroutable,
                     _ => panic!("{}: {line}", self.name),
@@ -162,7 +194,10 @@ impl World {
             }
             ["places", count] => {
                 for i in 0..count.parse().unwrap() {
-                    let place = Place::Remote { slot: 1, mac: Some([2, 1, 0, 0, 0, 1]) };
+                    let place = Place::Remote {
+                        slot: 1,
+                        mac: Some([2, 1, 0, 0, 0, 1]),
+                    };
                     self.topology.places.insert(many(i).ip(), place);
                 }
                 self.reconciler.set_topology(self.topology.clone());
@@ -173,12 +208,24 @@ impl World {
             }
             ["drain", backend] => {
                 let (reply, mut answer) = oneshot::channel();
-                self.reconciler.command(Command::Drain { backend: backend.into(), reply }, self.now);
+                self.reconciler.command(
+                    Command::Drain {
+                        backend: backend.into(),
+                        reply,
+                    },
+                    self.now,
+                );
                 answer.try_recv().unwrap().unwrap();
             }
             ["undrain", backend] => {
                 let (reply, mut answer) = oneshot::channel();
-                self.reconciler.command(Command::Undrain { backend: backend.into(), reply }, self.now);
+                self.reconciler.command(
+                    Command::Undrain {
+                        backend: backend.into(),
+                        reply,
+                    },
+                    self.now,
+                );
                 answer.try_recv().unwrap().unwrap();
             }
             ["sweep", ref counts @ ..] => self.sweep(counts),
@@ -187,7 +234,10 @@ impl World {
             }
             ["restart", ref sources @ ..] => {
                 let sources = sources.iter().map(|s| SourceId((*s).into())).collect();
-                let options = Options { sources, ..Options::default() };
+                let options = Options {
+                    sources,
+                    ..Options::default()
+                };
                 let maps = Box::new(self.maps.clone());
                 self.reconciler = Reconciler::new(maps, options, self.policy.clone(), self.now).unwrap();
                 self.reconciler.set_topology(self.topology.clone());
@@ -203,7 +253,10 @@ impl World {
     }
 
     fn hear(&mut self, source: &str, update: Update) {
-        self.reconciler.hear(Message { source: SourceId(source.into()), update });
+        self.reconciler.hear(Message {
+            source: SourceId(source.into()),
+            update,
+        });
     }
 
     fn sweep(&mut self, counts: &[&str]) {
@@ -219,7 +272,10 @@ impl World {
                 }
             }
         }
-        self.reconciler.set_sweep(Sweep { started: Some(self.now), flows });
+        self.reconciler.set_sweep(Sweep {
+            started: Some(self.now),
+            flows,
+        });
     }
 
     /// Passes until nothing fails any more, and once more to see that nothing is left to do.
@@ -236,13 +292,21 @@ impl World {
         }
         let contents = self.maps.contents();
         for (id, epoch) in &self.held {
-            assert_eq!(contents.backends[id].epoch, *epoch, "{}: id {id} reused while flows refer to it", self.name);
+            assert_eq!(
+                contents.backends[id].epoch, *epoch,
+                "{}: id {id} reused while flows refer to it",
+                self.name
+            );
         }
     }
 
     fn show(&self) -> String {
         let mut out = show(&self.maps.contents());
-        for rejection in self.reconciler.status(&Surroundings::default(), self.now).rejections {
+        for rejection in self
+            .reconciler
+            .status(&Surroundings::default(), self.now)
+            .rejections
+        {
             writeln!(out, "  refused {}: {}", rejection.object, rejection.fault).unwrap();
         }
         out
@@ -252,11 +316,14 @@ impl World {
 /// The maps by addresses: ids, epochs and rows are the agent's own affair.
 fn show(dump: &Dump) -> String {
     let mut out = String::new();
-    let names: BTreeMap<u32, String> =
-        dump.services.iter().map(|(key, service)| (service.id, address_of(key).to_string())).collect();
-    let address = |id: &u32| {
-        dump.backends.get(id).map_or_else(|| "absent".into(), |b| SocketAddr::new(b.addr.into(), b.port.get()).to_string())
-    };
+    let names: BTreeMap<u32, String> = dump
+        .services
+        .iter()
+        .map(|(key, service)| (service.id, address_of(key).to_string()))
+        .collect();
+    let text = |b: &lb_common::maps::Backend| SocketAddr::new(b.addr.into(), b.port.get()).to_string();
+    let addresses: BTreeMap<u32, String> = dump.backends.iter().map(|(id, b)| (*id, text(b))).collect();
+    let address = |id: &u32| addresses.get(id).map_or("absent", String::as_str);
     for (key, service) in &dump.services {
         write!(out, "  service {}", address_of(key)).unwrap();
         for (flag, name) in [
@@ -273,40 +340,70 @@ fn show(dump: &Dump) -> String {
         }
         let acl = dump.acl.iter().filter(|((id, _), _)| *id == service.id);
         for ((_, prefix), action) in acl {
-            write!(out, " {}={prefix}", if *action == lb_common::maps::ACL_ALLOW { "allow" } else { "deny" }).unwrap();
+            write!(
+                out,
+                " {}={prefix}",
+                if *action == lb_common::maps::ACL_ALLOW {
+                    "allow"
+                } else {
+                    "deny"
+                }
+            )
+            .unwrap();
         }
         if service.ring_row == NO_RING {
             out += " no-ring\n";
             continue;
         }
         let ring = &dump.rings[&service.ring_row];
-        let mut shares: BTreeMap<String, usize> = BTreeMap::new();
+        let mut shares: BTreeMap<&str, usize> = BTreeMap::new();
         for id in ring {
             *shares.entry(address(id)).or_default() += 1;
         }
         let digest = ring.iter().fold(0u32, |digest, id| {
-            address(id).bytes().fold(digest, |d, byte| d.wrapping_mul(31).wrapping_add(byte.into()))
+            address(id)
+                .bytes()
+                .fold(digest, |d, byte| d.wrapping_mul(31).wrapping_add(byte.into()))
         });
         writeln!(out, " rows={} ring={digest:08x}", ring.len() >> 14).unwrap();
         for (address, share) in shares.iter().take(8) {
-            writeln!(out, "    {address} {:.1}%", *share as f64 * 100.0 / ring.len() as f64).unwrap();
+            writeln!(
+                out,
+                "    {address} {:.1}%",
+                *share as f64 * 100.0 / ring.len() as f64
+            )
+            .unwrap();
         }
         if shares.len() > 8 {
             writeln!(out, "    … {} backends", shares.len()).unwrap();
         }
     }
     let mut backends: Vec<String> = Vec::new();
-    for (id, backend) in dump.backends.iter().filter(|(_, b)| b.state != backend_state::DEAD) {
+    for (id, backend) in dump
+        .backends
+        .iter()
+        .filter(|(_, b)| b.state != backend_state::DEAD)
+    {
         let service = names.get(&backend.service).map_or("(gone)", String::as_str);
-        let state = if backend.state == backend_state::ACTIVE { "active" } else { "draining" };
+        let state = if backend.state == backend_state::ACTIVE {
+            "active"
+        } else {
+            "draining"
+        };
         let way = match backend.flags {
             backend_flags::LOCAL => "local".into(),
             backend_flags::NODE => "node".into(),
             _ => format!("remote {}", backend.hop.slot()),
         };
         let first = backend.snat_first;
-        let snat: Vec<String> = (first..first + backend.snat_count).map(|i| dump.snat_addresses[&i].to_string()).collect();
-        backends.push(format!("  backend {} of {service} {state} {way} snat [{}]\n", address(id), snat.join(" ")));
+        let snat: Vec<String> = (first..first + backend.snat_count)
+            .map(|i| dump.snat_addresses[&i].to_string())
+            .collect();
+        backends.push(format!(
+            "  backend {} of {service} {state} {way} snat [{}]\n",
+            address(id),
+            snat.join(" ")
+        ));
     }
     backends.sort();
     if backends.len() > 8 {
@@ -314,7 +411,16 @@ fn show(dump: &Dump) -> String {
     }
     out.extend(backends);
     for (vip, value) in &dump.vips {
-        writeln!(out, "  vip {vip}{}", if value.flags & vip_flags::ECHO != 0 { " echo" } else { "" }).unwrap();
+        writeln!(
+            out,
+            "  vip {vip}{}",
+            if value.flags & vip_flags::ECHO != 0 {
+                " echo"
+            } else {
+                ""
+            }
+        )
+        .unwrap();
     }
     out
 }
@@ -322,7 +428,11 @@ fn show(dump: &Dump) -> String {
 fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Object {
     let (listen, protocol) = address.split_once('/').unwrap();
     let listen: SocketAddr = listen.parse().unwrap();
-    let protocol = if protocol == "udp" { Protocol::Udp } else { Protocol::Tcp };
+    let protocol = if protocol == "udp" {
+        Protocol::Udp
+    } else {
+        Protocol::Tcp
+    };
     let mut settings = ServiceSettings::default();
     let mut backends = Vec::new();
     for word in rest {
@@ -348,7 +458,11 @@ fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Obje
         created: SystemTime::UNIX_EPOCH + Duration::from_secs(age.parse().unwrap()),
         services: vec![ServiceWish {
             name: name.into(),
-            address: ServiceAddress { vip: listen.ip(), port: listen.port(), protocol },
+            address: ServiceAddress {
+                vip: listen.ip(),
+                port: listen.port(),
+                protocol,
+            },
             settings,
             backends,
         }],
@@ -364,7 +478,11 @@ fn many(i: u32) -> SocketAddr {
 fn backend(name: &str, word: &str) -> Backend {
     let mut parts = word.split(',');
     let mut backend = Backend {
-        address: parts.next().unwrap().parse().unwrap_or_else(|e| panic!("{word}: {e}")),
+        address: parts
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap_or_else(|e| panic!("{word}: {e}")),
         weight: 1,
         state: BackendState::Active,
         reason: String::new(),

@@ -87,7 +87,10 @@ impl FakeMaps {
 
     fn with<T>(&self, f: impl FnOnce(&mut Inner) -> T) -> T {
         // A test that panicked while it held the lock has failed already; the maps are still worth showing.
-        f(&mut self.inner.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+        f(&mut self
+            .inner
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner))
     }
 }
 
@@ -128,7 +131,13 @@ impl Maps for FakeMaps {
 impl Inner {
     fn apply(&mut self, op: &MapOp) -> Result<(), MapError> {
         let dump = &mut self.dump;
-        let full = |map, capacity, setting| Err(MapError::Full { map, capacity, setting });
+        let full = |map, capacity, setting| {
+            Err(MapError::Full {
+                map,
+                capacity,
+                setting,
+            })
+        };
         match op.clone() {
             MapOp::PutDevice { slot, device } if device.ifindex == 0 => drop(dump.devices.remove(&slot)),
             MapOp::PutDevice { slot, device } => drop(dump.devices.insert(slot, device)),
@@ -141,7 +150,11 @@ impl Inner {
                 return full("TIMEOUTS", self.capacities.services, "services");
             }
             MapOp::PutTimeouts { service, timeouts } => drop(dump.timeouts.insert(service, timeouts)),
-            MapOp::PutAcl { service, prefix, action } => {
+            MapOp::PutAcl {
+                service,
+                prefix,
+                action,
+            } => {
                 dump.acl.insert((service, prefix), action);
                 if dump.acl.len() > self.capacities.acl as usize {
                     dump.acl.remove(&(service, prefix));
@@ -182,7 +195,8 @@ impl Inner {
         let ids: BTreeSet<u32> = dump.services.values().map(|s| s.id).collect();
         dump.timeouts.retain(|id, _| ids.contains(id));
         for service in self.dump.services.values() {
-            dump.rings.extend(self.ring(service).map(|ring| (service.ring_row, ring)));
+            dump.rings
+                .extend(self.ring(service).map(|ring| (service.ring_row, ring)));
         }
         dump
     }
@@ -196,7 +210,10 @@ impl Inner {
                 broken.push(format!("service {} has no timeouts", service.id));
             }
             if !self.dump.vips.contains_key(&key.vip.into()) || !self.ours.contains(&key.vip.into()) {
-                broken.push(format!("the VIP of service {} is not in VIPS and OURS", service.id));
+                broken.push(format!(
+                    "the VIP of service {} is not in VIPS and OURS",
+                    service.id
+                ));
             }
             if service.ring_row == NO_RING {
                 continue;
@@ -212,11 +229,16 @@ impl Inner {
                 MapOp::PutService { key: written, .. } => written == key,
                 _ => false,
             };
-            let mut rows = (service.ring_row..=service.ring_row + service.ring_mask).map(|row| self.rows.get(&row));
-            let Some(ids) = touches.then(|| rows.try_fold(BTreeSet::new(), |mut ids, row| {
-                ids.extend(row?.iter().copied());
-                Some(ids)
-            })) else { continue };
+            let mut rows =
+                (service.ring_row..=service.ring_row + service.ring_mask).map(|row| self.rows.get(&row));
+            let Some(ids) = touches.then(|| {
+                rows.try_fold(BTreeSet::new(), |mut ids, row| {
+                    ids.extend(row?.iter().copied());
+                    Some(ids)
+                })
+            }) else {
+                continue;
+            };
             let Some(ids) = ids else {
                 broken.push(format!("the ring of service {} was never written", service.id));
                 continue;
@@ -224,7 +246,10 @@ impl Inner {
             for id in ids {
                 match self.dump.backends.get(&id) {
                     Some(b) if b.state != backend_state::DEAD && b.service == service.id => {}
-                    other => broken.push(format!("the ring of service {} names backend {id}: {other:?}", service.id)),
+                    other => broken.push(format!(
+                        "the ring of service {} names backend {id}: {other:?}",
+                        service.id
+                    )),
                 }
             }
         }
@@ -234,7 +259,11 @@ impl Inner {
                 broken.push(format!("backend {id} is near and not in OURS"));
             }
         }
-        self.broken.extend(broken.into_iter().map(|fault| format!("after {}: {fault}", name(op))));
+        self.broken.extend(
+            broken
+                .into_iter()
+                .map(|fault| format!("after {}: {fault}", name(op))),
+        );
     }
 }
 

@@ -33,10 +33,18 @@ impl Drains {
     pub fn load(path: &Path) -> Result<Self, DrainsError> {
         match fs::read_to_string(path) {
             Ok(text) => Ok(Self(
-                text.lines().map(str::trim).filter(|l| !l.is_empty()).map(Into::into).collect(),
+                text.lines()
+                    .map(str::trim)
+                    .filter(|l| !l.is_empty())
+                    .map(Into::into)
+                    .collect(),
             )),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(source) => Err(DrainsError { path: path.into(), operation: "reading", source }),
+            Err(source) => Err(DrainsError {
+                path: path.into(),
+                operation: "reading",
+                source,
+            }),
         }
     }
 
@@ -46,7 +54,11 @@ impl Drains {
         let new = path.with_extension("new");
         fs::write(&new, text)
             .and_then(|()| fs::rename(&new, path))
-            .map_err(|source| DrainsError { path: path.into(), operation: "writing", source })
+            .map_err(|source| DrainsError {
+                path: path.into(),
+                operation: "writing",
+                source,
+            })
     }
 }
 

@@ -79,10 +79,19 @@ impl Heard {
         match update {
             Update::Reset(objects) => {
                 source.read = true;
-                let objects: BTreeMap<String, Object> = objects.into_iter().map(|o| (o.id.clone(), o)).collect();
-                let gone: Vec<String> =
-                    source.objects.keys().filter(|id| !objects.contains_key(*id)).cloned().collect();
-                changed.extend(gone.iter().filter_map(|id| source.remove(id)).map(|old| (Some(old), None)));
+                let objects: BTreeMap<String, Object> =
+                    objects.into_iter().map(|o| (o.id.clone(), o)).collect();
+                let gone: Vec<String> = source
+                    .objects
+                    .keys()
+                    .filter(|id| !objects.contains_key(*id))
+                    .cloned()
+                    .collect();
+                changed.extend(
+                    gone.iter()
+                        .filter_map(|id| source.remove(id))
+                        .map(|old| (Some(old), None)),
+                );
                 changed.extend(objects.into_values().filter_map(|o| source.put(o)));
             }
             Update::Put(object) => changed.extend(source.put(object)),
@@ -95,7 +104,11 @@ impl Heard {
                 for wish in &object.services {
                     let holders = self.by_service.entry(wish.address).or_default();
                     let key = (id.clone(), object.id.clone());
-                    if present { holders.insert(key) } else { holders.remove(&key) };
+                    if present {
+                        holders.insert(key)
+                    } else {
+                        holders.remove(&key)
+                    };
                     self.dirty.insert(wish.address);
                 }
             }
@@ -138,7 +151,11 @@ impl Heard {
                 continue;
             }
             changed.insert(address);
-            for ip in old.iter().flat_map(|w| &w.service.backends).map(|b| b.address.ip()) {
+            for ip in old
+                .iter()
+                .flat_map(|w| &w.service.backends)
+                .map(|b| b.address.ip())
+            {
                 if let Some(services) = self.addresses.get_mut(&ip) {
                     services.remove(&address);
                     if services.is_empty() {
@@ -147,7 +164,10 @@ impl Heard {
                 }
             }
             for backend in wanted.iter().flat_map(|w| &w.service.backends) {
-                self.addresses.entry(backend.address.ip()).or_default().insert(address);
+                self.addresses
+                    .entry(backend.address.ip())
+                    .or_default()
+                    .insert(address);
             }
             match wanted {
                 Some(wanted) => self.desired.services.insert(address, wanted),
@@ -179,7 +199,10 @@ impl Heard {
 
     /// Everything refused, by sources and by contradiction, in order and without repetition.
     pub fn rejections(&self) -> BTreeSet<Rejection> {
-        let own = self.sources.values().flat_map(|s| s.rejected.iter().filter_map(|id| s.objects.get(id)));
+        let own = self
+            .sources
+            .values()
+            .flat_map(|s| s.rejected.iter().filter_map(|id| s.objects.get(id)));
         own.flat_map(|o| &o.rejections)
             .chain(self.desired.contradictions.values().flatten())
             .cloned()
@@ -208,7 +231,9 @@ impl Heard {
             .filter(|(.., wish)| wish.address == address)
             .collect();
         // Stable: two wishes of one object stay in the order it made them.
-        wishes.sort_by_key(|(source, object, _)| (source.0 != OPERATOR_SOURCE, object.created, &object.id, *source));
+        wishes.sort_by_key(|(source, object, _)| {
+            (source.0 != OPERATOR_SOURCE, object.created, &object.id, *source)
+        });
         let Some(&(first_source, first, owner)) = wishes.first() else {
             return (None, Vec::new());
         };
@@ -245,7 +270,11 @@ impl Heard {
             Some(old) if **old == service => Arc::clone(old),
             _ => Arc::new(service),
         };
-        let wanted = Wanted { service, source: first_source.0.clone(), created: first.created };
+        let wanted = Wanted {
+            service,
+            source: first_source.0.clone(),
+            created: first.created,
+        };
         (Some(wanted), rejections)
     }
 

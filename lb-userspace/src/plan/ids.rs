@@ -15,7 +15,11 @@ pub(super) struct BackendIds<'a> {
 
 impl<'a> BackendIds<'a> {
     pub fn new(programmed: &'a Programmed, capacity: u32) -> Self {
-        Self { used: programmed.slots.keys().peekable(), next: 1, end: capacity }
+        Self {
+            used: programmed.slots.keys().peekable(),
+            next: 1,
+            end: capacity,
+        }
     }
 
     /// The next free id, or `None` when `BACKENDS` is full.
@@ -41,7 +45,11 @@ pub(super) struct ServiceIds<'a> {
 
 impl<'a> ServiceIds<'a> {
     pub fn new(programmed: &'a Programmed, capacity: u32) -> Self {
-        Self { programmed, next: 1, end: capacity }
+        Self {
+            programmed,
+            next: 1,
+            end: capacity,
+        }
     }
 
     /// The next free id, or `None` when there are as many services as the maps hold.
@@ -70,7 +78,10 @@ pub(super) enum NoRow {
 
 impl Rows {
     pub fn new(programmed: &Programmed, capacity: u32, now: Instant) -> Self {
-        let mut this = Self { used: vec![false; capacity as usize], next_release: None };
+        let mut this = Self {
+            used: vec![false; capacity as usize],
+            next_release: None,
+        };
         for (first, rows, until) in programmed.rows(now) {
             this.fill(first as usize, rows as usize);
             if let Some(until) = until {

@@ -1,6 +1,6 @@
 //! What to write, and in which order, to turn what is programmed into what is desired. Pure: values in, a value out.
 //!
-//! Order: devices, SNAT addresses and settings; the `OURS` filter with everything old and new; then every service by
+//! Order: the `OURS` filter with everything old and new; devices, SNAT addresses, settings; then every service by
 //! itself (backends → timeouts → ACL → ring → VIP → the `SERVICES` commit → what only the old ring needed); last what
 //! nothing refers to any more. So a ring never names a backend that is absent or dead, and each step of the way is a
 //! state that may stay: a crash between two writes harms nothing. A failing service stops only itself.
@@ -172,15 +172,30 @@ impl Planner<'_> {
     /// the new ones by age, so that it is the newest that meets a limit.
     fn order(&self, scope: Scope<'_>) -> Vec<ServiceAddress> {
         let mut all: BTreeSet<ServiceAddress> = match scope {
-            Scope::All => self.programmed.services.keys().chain(self.inputs.desired.services.keys()).copied().collect(),
+            Scope::All => self
+                .programmed
+                .services
+                .keys()
+                .chain(self.inputs.desired.services.keys())
+                .copied()
+                .collect(),
             Scope::Some(some) => some.clone(),
         };
-        let unsettled = self.programmed.unsettled.iter().filter_map(|id| self.programmed.slots.get(id));
+        let unsettled = self
+            .programmed
+            .unsettled
+            .iter()
+            .filter_map(|id| self.programmed.slots.get(id));
         all.extend(unsettled.filter_map(|slot| self.programmed.service_address(slot.record.service)));
         let mut all: Vec<ServiceAddress> = all.into_iter().collect();
         all.sort_by_key(|address| {
             let new = !self.programmed.services.contains_key(address);
-            let created = self.inputs.desired.services.get(address).map(|wanted| wanted.created);
+            let created = self
+                .inputs
+                .desired
+                .services
+                .get(address)
+                .map(|wanted| wanted.created);
             (new, created.filter(|_| new), *address)
         });
         all
@@ -190,8 +205,12 @@ impl Planner<'_> {
     /// may have passed a flow's place before the flow was there.
     fn free_unused(&mut self) {
         for id in &self.programmed.unsettled {
-            let Some(slot) = self.programmed.slots.get(id) else { continue };
-            if slot.record.state == lb_common::maps::backend_state::DEAD && self.swept_empty(*id, slot.changed) {
+            let Some(slot) = self.programmed.slots.get(id) else {
+                continue;
+            };
+            if slot.record.state == lb_common::maps::backend_state::DEAD
+                && self.swept_empty(*id, slot.changed)
+            {
                 if programmed::is_near(&slot.record) {
                     *self.unneeded.entry(slot.record.addr.into()).or_default() += 1;
                 }
@@ -203,36 +222,47 @@ impl Planner<'_> {
     /// Whether a sweep that started after `since` has found no flow of this backend.
     fn swept_empty(&self, id: u32, since: Instant) -> bool {
         let sweep = self.inputs.sweep;
-        sweep.started.is_some_and(|started| started > since) && sweep.flows.get(&id).is_none_or(|flows| *flows == 0)
+        sweep.started.is_some_and(|started| started > since)
+            && sweep.flows.get(&id).is_none_or(|flows| *flows == 0)
     }
 
     /// Adds what concerns no single service, in front and at the end.
     fn finish(mut self, snat_ops: Vec<MapOp>) -> Plan {
-        let mut shared = network::device_ops(self.programmed, self.inputs);
         for op in &snat_ops {
             if let MapOp::PutSnatAddress { address, .. } = op {
                 self.need.insert(*address);
             }
         }
-        shared.extend(snat_ops);
+        // First of all: what any other map holds is in `OURS`, also when the agent stops between two writes.
+        let mut shared = Vec::new();
         if !self.need.is_subset(&self.programmed.ours) {
             let addresses = self.programmed.ours.union(&self.need).copied().collect();
-            // Before the addresses are used.
             shared.push(MapOp::PutOurs { addresses });
         }
-        let shared = shared.into_iter().map(|op| Step { group: Group::Shared, op });
+        shared.extend(network::device_ops(self.programmed, self.inputs));
+        shared.extend(snat_ops);
+        let shared = shared.into_iter().map(|op| Step {
+            group: Group::Shared,
+            op,
+        });
         self.plan.steps.splice(0..0, shared);
 
         let mut last: Vec<MapOp> = Vec::new();
         if self.inputs.may_remove {
             let stray = self.programmed.stray_acl.keys();
-            last.extend(stray.map(|(service, prefix)| MapOp::DelAcl { service: *service, prefix: *prefix }));
+            last.extend(stray.map(|(service, prefix)| MapOp::DelAcl {
+                service: *service,
+                prefix: *prefix,
+            }));
             let unused = self.unused_vips();
             last.extend(unused.iter().map(|vip| MapOp::DelVip { vip: *vip }));
             last.extend(self.shrunken_ours(&unused));
         }
         last.extend(network::gone_devices(self.programmed, self.inputs.topology));
-        self.plan.steps.extend(last.into_iter().map(|op| Step { group: Group::Last, op }));
+        self.plan.steps.extend(last.into_iter().map(|op| Step {
+            group: Group::Last,
+            op,
+        }));
         self.plan
     }
 
@@ -252,7 +282,11 @@ impl Planner<'_> {
                 _ => None,
             })
             .collect();
-        let kept = self.programmed.services.keys().filter(|address| !forgotten.contains(address));
+        let kept = self
+            .programmed
+            .services
+            .keys()
+            .filter(|address| !forgotten.contains(address));
         for address in kept.chain(self.inputs.desired.services.keys()) {
             unused.remove(&address.vip);
         }
@@ -274,8 +308,14 @@ impl Planner<'_> {
         if gone.is_disjoint(&self.programmed.ours) {
             return None;
         }
-        let ours = self.programmed.ours.union(&self.need).filter(|ip| !gone.contains(ip));
-        Some(MapOp::PutOurs { addresses: ours.copied().collect() })
+        let ours = self
+            .programmed
+            .ours
+            .union(&self.need)
+            .filter(|ip| !gone.contains(ip));
+        Some(MapOp::PutOurs {
+            addresses: ours.copied().collect(),
+        })
     }
 
     fn push(&mut self, group: Group, op: MapOp) {

@@ -15,8 +15,11 @@ use crate::{
     plan::programmed::Programmed,
 };
 
-/// Ranges of `SNAT_ADDRESSES`: (device slot, or `None` for the configured ones; whether IPv6) → (first, count).
-pub(super) type SnatRanges = BTreeMap<(Option<u16>, bool), (u16, u16)>;
+/// A list of source addresses: device slot, or `None` for the configured ones; whether IPv6.
+type SnatKey = (Option<u16>, bool);
+
+/// Ranges of `SNAT_ADDRESSES`: (first, count).
+pub(super) type SnatRanges = BTreeMap<SnatKey, (u16, u16)>;
 
 /// Where a backend can be reached, as map fields.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,13 +38,24 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
             ops.push(MapOp::PutDevice { slot: *slot, device });
         }
     }
-    let Policy { snat_port_min, snat_port_max, event_sample, .. } = *inputs.policy;
+    let Policy {
+        snat_port_min,
+        snat_port_max,
+        event_sample,
+        ..
+    } = *inputs.policy;
     let loopback_ifindex = match inputs.topology.loopback_ifindex {
         // The topology has not been read yet: what is there stays.
         0 => programmed.settings.loopback_ifindex,
         ifindex => ifindex,
     };
-    let settings = maps::Settings { snat_port_min, snat_port_max, event_sample, loopback_ifindex, _pad: 0 };
+    let settings = maps::Settings {
+        snat_port_min,
+        snat_port_max,
+        event_sample,
+        loopback_ifindex,
+        _pad: 0,
+    };
     if settings != programmed.settings {
         ops.push(MapOp::PutSettings { settings });
     }
@@ -53,16 +67,28 @@ pub(super) fn gone_devices(programmed: &Programmed, topology: &Topology) -> Vec<
     if topology.loopback_ifindex == 0 {
         return Vec::new();
     }
-    let gone = programmed.devices.keys().filter(|slot| !topology.devices.contains_key(slot));
-    gone.map(|slot| MapOp::PutDevice { slot: *slot, device: maps::Device::default() }).collect()
+    let gone = programmed
+        .devices
+        .keys()
+        .filter(|slot| !topology.devices.contains_key(slot));
+    gone.map(|slot| MapOp::PutDevice {
+        slot: *slot,
+        device: maps::Device::default(),
+    })
+    .collect()
 }
 
 /// Finds or makes a range of `SNAT_ADDRESSES` for every list of addresses. A list that has its range keeps it: records
 /// name ranges by index, so an index changes its meaning only when no record and no list uses it.
 pub(super) fn snat_ranges(programmed: &Programmed, inputs: &Inputs<'_>) -> (SnatRanges, Vec<MapOp>) {
-    let mut lists: Vec<((Option<u16>, bool), Vec<IpAddr>)> = Vec::new();
+    let mut lists: Vec<(SnatKey, Vec<IpAddr>)> = Vec::new();
     for v6 in [false, true] {
-        let of_family = |all: &[IpAddr]| all.iter().copied().filter(|ip| ip.is_ipv6() == v6).collect::<Vec<_>>();
+        let of_family = |all: &[IpAddr]| {
+            all.iter()
+                .copied()
+                .filter(|ip| ip.is_ipv6() == v6)
+                .collect::<Vec<_>>()
+        };
         lists.push(((None, v6), of_family(&inputs.policy.snat_addresses)));
         let devices = inputs.topology.devices.iter();
         lists.extend(devices.map(|(slot, info)| ((Some(*slot), v6), of_family(&info.addresses))));
@@ -74,7 +100,9 @@ pub(super) fn snat_ranges(programmed: &Programmed, inputs: &Inputs<'_>) -> (Snat
     let mut used = vec![false; MAX_SNAT_ADDRESSES as usize];
     lists.retain(|(key, list)| {
         let found = (0..used.len().saturating_sub(list.len())).find(|first| {
-            list.iter().enumerate().all(|(i, ip)| programmed.snat.get(&((first + i) as u16)) == Some(ip))
+            list.iter()
+                .enumerate()
+                .all(|(i, ip)| programmed.snat.get(&((first + i) as u16)) == Some(ip))
         });
         let Some(first) = found else { return true };
         used[first..first + list.len()].fill(true);
@@ -90,7 +118,8 @@ pub(super) fn snat_ranges(programmed: &Programmed, inputs: &Inputs<'_>) -> (Snat
         used[first..end].fill(true);
     }
     for (key, list) in lists {
-        let free = (0..used.len().saturating_sub(list.len())).find(|i| !used[*i..*i + list.len()].contains(&true));
+        let free =
+            (0..used.len().saturating_sub(list.len())).find(|i| !used[*i..*i + list.len()].contains(&true));
         // Without room the list has no range, and the services that need it are refused by name.
         let Some(first) = free else { continue };
         used[first..first + list.len()].fill(true);
@@ -133,7 +162,11 @@ pub(super) fn reach(place: &Place, v6: bool, mode: SnatMode, ranges: &SnatRanges
                 None => return Err(NoSnat),
             },
         },
-        Place::Unroutable => Reach { hop: Hop::UNKNOWN, flags: 0, snat: (0, 0) },
+        Place::Unroutable => Reach {
+            hop: Hop::UNKNOWN,
+            flags: 0,
+            snat: (0, 0),
+        },
     };
     Ok(reach)
 }
@@ -145,7 +178,9 @@ pub(super) struct NoSnat;
 /// The value of a VIP: echo is answered unless the node's own stack does.
 pub(super) fn vip_value(vip: IpAddr, inputs: &Inputs<'_>) -> maps::Vip {
     let of_node = inputs.topology.node_addresses.contains(&vip) && !inputs.policy.own_vips.contains(&vip);
-    maps::Vip { flags: if of_node { 0 } else { vip_flags::ECHO } }
+    maps::Vip {
+        flags: if of_node { 0 } else { vip_flags::ECHO },
+    }
 }
 
 fn record(info: &DeviceInfo) -> maps::Device {

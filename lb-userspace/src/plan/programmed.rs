@@ -133,7 +133,11 @@ pub enum Note {
     /// A backend's drain ends then, or has no end.
     Deadline { id: u32, deadline: Option<Instant> },
     /// These members make a ring of this digest.
-    Built { address: ServiceAddress, members: Arc<[Member]>, digest: u64 },
+    Built {
+        address: ServiceAddress,
+        members: Arc<[Member]>,
+        digest: u64,
+    },
     /// No flow refers to this dead id any more.
     Free { id: u32 },
 }
@@ -153,7 +157,10 @@ impl Programmed {
         };
         for (key, service) in &dump.services {
             let address = address_of(key);
-            this.note(&Note::Service { address, id: service.id });
+            this.note(&Note::Service {
+                address,
+                id: service.id,
+            });
             if let Some(entry) = this.services.get_mut(&address) {
                 entry.value = Some(*service);
                 entry.generation = service.generation;
@@ -163,7 +170,11 @@ impl Programmed {
                 }
             }
             if service.previous_row != NO_RING {
-                this.retired.push((service.previous_row, service.previous_mask + 1, now + ROW_QUARANTINE));
+                this.retired.push((
+                    service.previous_row,
+                    service.previous_mask + 1,
+                    now + ROW_QUARANTINE,
+                ));
             }
         }
         for ((service, prefix), action) in &dump.acl {
@@ -186,9 +197,25 @@ impl Programmed {
         new.commits = self.commits;
         new.epoch = new.epoch.max(self.epoch);
         new.about = std::mem::take(&mut self.about);
+        // A replaced row starts its quarantine again only where the commit that replaced it was not known of.
+        let known: BTreeSet<(u32, u32)> = self
+            .services
+            .iter()
+            .filter_map(|(address, entry)| {
+                entry
+                    .value
+                    .filter(|v| dump.services.get(&key_of(address)) == Some(v))
+            })
+            .map(|value| (value.previous_row, value.previous_mask + 1))
+            .collect();
+        new.retired
+            .retain(|(first, rows, _)| !known.contains(&(*first, *rows)));
         new.retired.append(&mut self.retired);
         for (address, old) in std::mem::take(&mut self.services) {
-            let taken = new.service_ids.get(&old.id).is_some_and(|holder| *holder != address);
+            let taken = new
+                .service_ids
+                .get(&old.id)
+                .is_some_and(|holder| *holder != address);
             if !new.services.contains_key(&address) && !taken {
                 // Its flows go on: the orphans that it left are its own.
                 new.note(&Note::Service { address, id: old.id });
@@ -204,7 +231,11 @@ impl Programmed {
             }
         }
         for (id, old) in &self.slots {
-            if let Some(slot) = new.slots.get_mut(id).filter(|s| s.record.epoch == old.record.epoch) {
+            if let Some(slot) = new
+                .slots
+                .get_mut(id)
+                .filter(|s| s.record.epoch == old.record.epoch)
+            {
                 slot.deadline = old.deadline;
                 if slot.record.state == old.record.state {
                     slot.changed = old.changed;
@@ -232,9 +263,15 @@ impl Programmed {
             acl: self.stray_acl.clone(),
             ..Dump::default()
         };
-        dump.backends.extend(self.slots.iter().map(|(id, slot)| (*id, slot.record)));
+        dump.backends
+            .extend(self.slots.iter().map(|(id, slot)| (*id, slot.record)));
         for (address, entry) in &self.services {
-            dump.acl.extend(entry.acl.iter().map(|(prefix, action)| ((entry.id, *prefix), *action)));
+            dump.acl.extend(
+                entry
+                    .acl
+                    .iter()
+                    .map(|(prefix, action)| ((entry.id, *prefix), *action)),
+            );
             if let Some(service) = entry.value {
                 dump.services.insert(key_of(address), service);
                 dump.timeouts.extend(entry.timeouts.map(|t| (entry.id, t)));
@@ -255,12 +292,20 @@ impl Programmed {
                     entry.timeouts = Some(*timeouts);
                 }
             }
-            MapOp::PutAcl { service, prefix, action } => {
-                let old = self.entry_by_id(*service).and_then(|entry| entry.acl.insert(*prefix, *action));
+            MapOp::PutAcl {
+                service,
+                prefix,
+                action,
+            } => {
+                let old = self
+                    .entry_by_id(*service)
+                    .and_then(|entry| entry.acl.insert(*prefix, *action));
                 self.acl_entries += usize::from(old.is_none());
             }
             MapOp::DelAcl { service, prefix } => {
-                let old = self.entry_by_id(*service).and_then(|entry| entry.acl.remove(prefix));
+                let old = self
+                    .entry_by_id(*service)
+                    .and_then(|entry| entry.acl.remove(prefix));
                 let old = old.or_else(|| self.stray_acl.remove(&(*service, *prefix)));
                 self.acl_entries -= usize::from(old.is_some());
             }
@@ -295,7 +340,11 @@ impl Programmed {
                     slot.deadline = *deadline;
                 }
             }
-            Note::Built { address, members, digest } => {
+            Note::Built {
+                address,
+                members,
+                digest,
+            } => {
                 if let Some(entry) = self.services.get_mut(address) {
                     entry.built = Some((Arc::clone(members), *digest));
                 }
@@ -323,7 +372,10 @@ impl Programmed {
     /// Whether a service id may be given to somebody else: no entry and no slot has it.
     pub(super) fn is_free_service(&self, id: u32) -> bool {
         !self.service_ids.contains_key(&id)
-            && !self.orphans.iter().any(|orphan| self.slots[orphan].record.service == id)
+            && !self
+                .orphans
+                .iter()
+                .any(|orphan| self.slots[orphan].record.service == id)
             && !self.stray_acl.keys().any(|(service, _)| *service == id)
     }
 
@@ -340,14 +392,21 @@ impl Programmed {
     /// Rows that rings are in (`until` is `None`) or were in shortly ago: first row, rows, free from.
     pub(super) fn rows(&self, now: Instant) -> impl Iterator<Item = (u32, u32, Option<Instant>)> {
         let current = self.services.values().filter_map(|entry| entry.value);
-        let current = current.filter(|s| s.ring_row != NO_RING).map(|s| (s.ring_row, s.ring_mask + 1, None));
+        let current = current
+            .filter(|s| s.ring_row != NO_RING)
+            .map(|s| (s.ring_row, s.ring_mask + 1, None));
         let retired = self.retired.iter().filter(move |(.., until)| *until > now);
         current.chain(retired.map(|(row, rows, until)| (*row, *rows, Some(*until))))
     }
 
     /// Every address that packets of ours can carry.
     pub(super) fn addresses_in_use(&self) -> BTreeSet<IpAddr> {
-        self.vips.keys().chain(self.snat.values()).chain(self.near.keys()).copied().collect()
+        self.vips
+            .keys()
+            .chain(self.snat.values())
+            .chain(self.near.keys())
+            .copied()
+            .collect()
     }
 
     fn entry_by_id(&mut self, id: u32) -> Option<&mut Entry> {
@@ -355,11 +414,18 @@ impl Programmed {
     }
 
     fn adopt_orphans(&mut self, service: u32) {
-        let own: Vec<u32> =
-            self.orphans.iter().copied().filter(|id| self.slots[id].record.service == service).collect();
+        let own: Vec<u32> = self
+            .orphans
+            .iter()
+            .copied()
+            .filter(|id| self.slots[id].record.service == service)
+            .collect();
         for id in own {
             self.orphans.remove(&id);
-            let (address, dead) = (self.slots[&id].address, self.slots[&id].record.state == backend_state::DEAD);
+            let (address, dead) = (
+                self.slots[&id].address,
+                self.slots[&id].record.state == backend_state::DEAD,
+            );
             if let Some(entry) = self.entry_by_id(service) {
                 entry.slots.insert(id);
                 if !dead {
@@ -381,7 +447,12 @@ impl Programmed {
     fn put_backend(&mut self, id: u32, record: maps::Backend, now: Instant) {
         self.epoch = self.epoch.max(record.epoch);
         let address = SocketAddr::new(record.addr.into(), record.port.get());
-        let mut slot = Slot { record, address, deadline: None, changed: now };
+        let mut slot = Slot {
+            record,
+            address,
+            deadline: None,
+            changed: now,
+        };
         if let Some(old) = self.slots.remove(&id) {
             self.count_near(&old.record, false);
             if old.record.epoch == record.epoch {
@@ -415,13 +486,21 @@ impl Programmed {
     }
 
     fn put_service(&mut self, address: &ServiceAddress, value: Option<maps::Service>, now: Instant) {
-        let Some(entry) = self.services.get_mut(address) else { return };
-        let row = |s: Option<maps::Service>| s.filter(|s| s.ring_row != NO_RING).map(|s| (s.ring_row, s.ring_mask + 1));
+        let Some(entry) = self.services.get_mut(address) else {
+            return;
+        };
+        let row = |s: Option<maps::Service>| {
+            s.filter(|s| s.ring_row != NO_RING)
+                .map(|s| (s.ring_row, s.ring_mask + 1))
+        };
         let (old, new) = (row(entry.value), row(value));
         if old != new {
             self.retired.retain(|(.., until)| *until > now);
-            self.retired.extend(old.map(|(first, rows)| (first, rows, now + ROW_QUARANTINE)));
-            let ring = new.and_then(|(first, _)| self.written.remove(&first)).unwrap_or_default();
+            self.retired
+                .extend(old.map(|(first, rows)| (first, rows, now + ROW_QUARANTINE)));
+            let ring = new
+                .and_then(|(first, _)| self.written.remove(&first))
+                .unwrap_or_default();
             let old = std::mem::replace(&mut entry.ring, ring);
             // A drainer that was in the ring could take new flows until now: only later sweeps tell of it.
             for id in old.counts.keys().filter(|id| !entry.ring.counts.contains_key(id)) {
@@ -443,7 +522,11 @@ impl Programmed {
         }
         let ip = record.addr.into();
         let count = self.near.entry(ip).or_default();
-        *count = if present { *count + 1 } else { count.saturating_sub(1) };
+        *count = if present {
+            *count + 1
+        } else {
+            count.saturating_sub(1)
+        };
         if *count == 0 {
             self.near.remove(&ip);
         }
@@ -476,7 +559,10 @@ impl Ring {
         for id in ids {
             *counts.entry(*id).or_default() += 1;
         }
-        Self { digest: ring::digest(ids), counts }
+        Self {
+            digest: ring::digest(ids),
+            counts,
+        }
     }
 }
 
@@ -499,6 +585,10 @@ pub fn address_of(key: &maps::ServiceKey) -> ServiceAddress {
     ServiceAddress {
         vip: key.vip.into(),
         port: key.port.get(),
-        protocol: if key.proto == Protocol::Udp.number() { Protocol::Udp } else { Protocol::Tcp },
+        protocol: if key.proto == Protocol::Udp.number() {
+            Protocol::Udp
+        } else {
+            Protocol::Tcp
+        },
     }
 }

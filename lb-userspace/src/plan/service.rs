@@ -55,10 +55,17 @@ impl Planner<'_> {
 
     /// A service that nobody wishes any more: no new flows at once, old ones go on until they end or the deadline.
     fn unwanted(&mut self, address: ServiceAddress) {
-        let Some(entry) = self.programmed.services.get(&address) else { return };
+        let Some(entry) = self.programmed.services.get(&address) else {
+            return;
+        };
         let group = Group::Service(address);
         if entry.value.is_some() {
-            self.push(group, MapOp::DelService { key: key_of(&address) });
+            self.push(
+                group,
+                MapOp::DelService {
+                    key: key_of(&address),
+                },
+            );
         }
         self.delete_acl(group, entry, &BTreeMap::new());
         let mut candidates: Vec<Candidate> = entry.live.values().map(|id| self.leaving(*id)).collect();
@@ -132,7 +139,9 @@ impl Planner<'_> {
                 if !new {
                     // The ring stays as it is, so what it names stays as it is.
                     self.promote(Group::Service(address), &candidates);
-                    self.demote(Group::Service(address), &candidates, |id| entry.ring.counts.contains_key(&id));
+                    self.demote(Group::Service(address), &candidates, |id| {
+                        entry.ring.counts.contains_key(&id)
+                    });
                     self.note_service(address, entry);
                     self.describe(&candidates);
                 }
@@ -145,13 +154,26 @@ impl Planner<'_> {
         self.promote(group, &candidates);
         let timeouts = timeouts(&service.settings, self.inputs.policy.hz);
         if entry.timeouts != Some(timeouts) {
-            self.push(group, MapOp::PutTimeouts { service: entry.id, timeouts });
+            self.push(
+                group,
+                MapOp::PutTimeouts {
+                    service: entry.id,
+                    timeouts,
+                },
+            );
         }
         let mut puts: Vec<(IpNet, u32)> = acl.iter().map(|(p, a)| (*p, *a)).collect();
         puts.retain(|(prefix, action)| entry.acl.get(prefix) != Some(action));
         longest_first(&mut puts);
         for (prefix, action) in puts {
-            self.push(group, MapOp::PutAcl { service: entry.id, prefix, action });
+            self.push(
+                group,
+                MapOp::PutAcl {
+                    service: entry.id,
+                    prefix,
+                    action,
+                },
+            );
         }
         let flags = flags(&service.settings) | acl_flags;
         let value = service_value(entry, flags, &ring);
@@ -161,10 +183,22 @@ impl Planner<'_> {
         let vip = network::vip_value(address.vip, self.inputs);
         self.need.insert(address.vip);
         if self.programmed.vips.get(&address.vip) != Some(&vip) {
-            self.push(group, MapOp::PutVip { vip: address.vip, value: vip });
+            self.push(
+                group,
+                MapOp::PutVip {
+                    vip: address.vip,
+                    value: vip,
+                },
+            );
         }
         if entry.value != Some(value) {
-            self.push(group, MapOp::PutService { key: key_of(&address), service: value });
+            self.push(
+                group,
+                MapOp::PutService {
+                    key: key_of(&address),
+                    service: value,
+                },
+            );
         }
         self.delete_acl(group, entry, &acl);
         self.demote(group, &candidates, |_| false);
@@ -174,7 +208,13 @@ impl Planner<'_> {
     fn note_service(&mut self, address: ServiceAddress, entry: &Entry) {
         if !self.programmed.services.contains_key(&address) {
             // In front of the notes about its backends and rings.
-            self.plan.notes.insert(0, Note::Service { address, id: entry.id });
+            self.plan.notes.insert(
+                0,
+                Note::Service {
+                    address,
+                    id: entry.id,
+                },
+            );
         }
     }
 
@@ -198,17 +238,32 @@ impl Planner<'_> {
             candidates.push(self.candidate(entry.id, id, backend, serves, reach));
         }
         if full > 0 {
-            let fault = format!("{full} of its backends do not fit: all {} ids are in use", self.inputs.capacities.backends);
+            let fault = format!(
+                "{full} of its backends do not fit: all {} ids are in use",
+                self.inputs.capacities.backends
+            );
             self.reject(service.address, "", fault, raise("backends"));
             self.plan.waiting.insert(service.address);
         }
-        let wished = |address| service.backends.binary_search_by_key(address, |b| b.address).is_ok();
-        let gone: Vec<u32> = entry.live.iter().filter(|(a, _)| !wished(a)).map(|(_, id)| *id).collect();
+        let wished = |address| {
+            service
+                .backends
+                .binary_search_by_key(address, |b| b.address)
+                .is_ok()
+        };
+        let gone: Vec<u32> = entry
+            .live
+            .iter()
+            .filter(|(a, _)| !wished(a))
+            .map(|(_, id)| *id)
+            .collect();
         if self.inputs.may_remove {
             candidates.extend(gone.into_iter().map(|id| self.leaving(id)));
         } else {
             // Its source may not have spoken yet: it keeps its share, in the measure of those that are known.
-            let measure = candidates.iter().find_map(|c| Some((c.about.weight, *entry.ring.counts.get(&c.id)?)));
+            let measure = candidates
+                .iter()
+                .find_map(|c| Some((c.about.weight, *entry.ring.counts.get(&c.id)?)));
             candidates.extend(gone.into_iter().map(|id| self.kept(id, entry, measure)));
         }
         candidates
@@ -229,23 +284,39 @@ impl Planner<'_> {
             service,
             ..maps::Backend::default()
         });
-        record.state = if serves { backend_state::ACTIVE } else { backend_state::DRAINING };
+        record.state = if serves {
+            backend_state::ACTIVE
+        } else {
+            backend_state::DRAINING
+        };
         if let Reached::At(Reach { hop, flags, snat }) = reach {
             record.hop = hop;
             record.flags = flags;
             (record.snat_first, record.snat_count) = snat;
         }
-        let about = self.since(id, About {
-            name: backend.name.clone(),
-            weight: backend.weight,
-            state: backend.state,
-            reason,
-            drain: backend.drain,
-            leaving: false,
-            since: self.inputs.now,
+        let about = self.since(
+            id,
+            About {
+                name: backend.name.clone(),
+                weight: backend.weight,
+                state: backend.state,
+                reason,
+                drain: backend.drain,
+                leaving: false,
+                since: self.inputs.now,
+            },
+        );
+        let deadline = draining.then(|| {
+            slot.and_then(|s| s.deadline)
+                .unwrap_or(self.inputs.now + backend.drain)
         });
-        let deadline = draining.then(|| slot.and_then(|s| s.deadline).unwrap_or(self.inputs.now + backend.drain));
-        Candidate { id, record, about, deadline, drainer: draining && !matches!(reach, Reached::Unroutable) }
+        Candidate {
+            id,
+            record,
+            about,
+            deadline,
+            drainer: draining && !matches!(reach, Reached::Unroutable),
+        }
     }
 
     /// A backend that is there and wished by nobody.
@@ -253,18 +324,30 @@ impl Planner<'_> {
         let slot = &self.programmed.slots[&id];
         let known = self.programmed.about.get(&id);
         let drain = known.map_or(self.inputs.policy.default_drain, |about| about.drain);
-        let about = self.since(id, About {
-            name: known.map_or_else(|| slot.address.to_string(), |about| about.name.clone()),
-            weight: known.map_or(1, |about| about.weight),
-            state: BackendState::Draining,
-            reason: "removed".into(),
-            drain,
-            leaving: true,
-            since: self.inputs.now,
-        });
-        let record = maps::Backend { state: backend_state::DRAINING, ..slot.record };
+        let about = self.since(
+            id,
+            About {
+                name: known.map_or_else(|| slot.address.to_string(), |about| about.name.clone()),
+                weight: known.map_or(1, |about| about.weight),
+                state: BackendState::Draining,
+                reason: "removed".into(),
+                drain,
+                leaving: true,
+                since: self.inputs.now,
+            },
+        );
+        let record = maps::Backend {
+            state: backend_state::DRAINING,
+            ..slot.record
+        };
         let deadline = Some(slot.deadline.unwrap_or(self.inputs.now + drain));
-        Candidate { id, record, about, deadline, drainer: true }
+        Candidate {
+            id,
+            record,
+            about,
+            deadline,
+            drainer: true,
+        }
     }
 
     /// A backend that is there and may yet be wished for: it stays as it is.
@@ -280,24 +363,47 @@ impl Planner<'_> {
             }
             _ => 1,
         };
-        let about = self.since(id, About {
-            name: self.programmed.about.get(&id).map_or_else(|| slot.address.to_string(), |a| a.name.clone()),
-            weight: weight.max(1),
-            state: if active { BackendState::Active } else { BackendState::Draining },
-            reason: "waiting for its source".into(),
-            drain: self.inputs.policy.default_drain,
-            leaving: false,
-            since: self.inputs.now,
-        });
-        Candidate { id, record: slot.record, about, deadline: slot.deadline, drainer: !active }
+        let about = self.since(
+            id,
+            About {
+                name: self
+                    .programmed
+                    .about
+                    .get(&id)
+                    .map_or_else(|| slot.address.to_string(), |a| a.name.clone()),
+                weight: weight.max(1),
+                state: if active {
+                    BackendState::Active
+                } else {
+                    BackendState::Draining
+                },
+                reason: "waiting for its source".into(),
+                drain: self.inputs.policy.default_drain,
+                leaving: false,
+                since: self.inputs.now,
+            },
+        );
+        Candidate {
+            id,
+            record: slot.record,
+            about,
+            deadline: slot.deadline,
+            drainer: !active,
+        }
     }
 
     /// Keeps the time of an unchanged state.
     fn since(&self, id: u32, mut about: About) -> About {
-        if let Some(old) = self.programmed.about.get(&id).filter(|_| self.programmed.slots.contains_key(&id)) {
-            if old.state == about.state && old.leaving == about.leaving && old.reason == about.reason {
-                about.since = old.since;
-            }
+        if let Some(old) = self
+            .programmed
+            .about
+            .get(&id)
+            .filter(|_| self.programmed.slots.contains_key(&id))
+            && old.state == about.state
+            && old.leaving == about.leaving
+            && old.reason == about.reason
+        {
+            about.since = old.since;
         }
         about
     }
@@ -306,9 +412,14 @@ impl Planner<'_> {
     /// `in_use` tells which may still get new flows although they drain.
     fn expire(&mut self, candidates: &mut [Candidate], in_use: impl Fn(u32) -> bool) {
         for c in candidates {
-            let Some(deadline) = c.deadline.filter(|_| c.record.state == backend_state::DRAINING) else { continue };
-            let Some(slot) = self.programmed.slots.get(&c.id) else { continue };
-            let drained = slot.record.state == backend_state::DRAINING && self.swept_empty(c.id, slot.changed);
+            let Some(deadline) = c.deadline.filter(|_| c.record.state == backend_state::DRAINING) else {
+                continue;
+            };
+            let Some(slot) = self.programmed.slots.get(&c.id) else {
+                continue;
+            };
+            let drained =
+                slot.record.state == backend_state::DRAINING && self.swept_empty(c.id, slot.changed);
             if deadline <= self.inputs.now || (c.about.leaving && drained && !in_use(c.id)) {
                 c.record.state = backend_state::DEAD;
             } else {
@@ -323,7 +434,10 @@ impl Planner<'_> {
             let old = self.programmed.slots.get(&c.id).map(|slot| slot.record);
             let now = match old {
                 // The way is brought up to date now, the state when the ring no longer names it.
-                Some(old) if c.record.state != backend_state::ACTIVE => maps::Backend { state: old.state, ..c.record },
+                Some(old) if c.record.state != backend_state::ACTIVE => maps::Backend {
+                    state: old.state,
+                    ..c.record
+                },
                 _ => c.record,
             };
             if is_near(&now) {
@@ -333,16 +447,36 @@ impl Planner<'_> {
                 *self.unneeded.entry(old.addr.into()).or_default() += 1;
             }
             if old != Some(now) {
-                self.push(group, MapOp::PutBackend { id: c.id, backend: now });
+                self.push(
+                    group,
+                    MapOp::PutBackend {
+                        id: c.id,
+                        backend: now,
+                    },
+                );
             }
         }
     }
 
     /// Writes that only the old ring forbade: draining and dead, but for those that `keep` names.
     fn demote(&mut self, group: Group, candidates: &[Candidate], keep: impl Fn(u32) -> bool) {
-        for c in candidates.iter().filter(|c| c.record.state != backend_state::ACTIVE && !keep(c.id)) {
-            if self.programmed.slots.get(&c.id).is_some_and(|slot| slot.record.state != c.record.state) {
-                self.push(group, MapOp::PutBackend { id: c.id, backend: c.record });
+        for c in candidates
+            .iter()
+            .filter(|c| c.record.state != backend_state::ACTIVE && !keep(c.id))
+        {
+            if self
+                .programmed
+                .slots
+                .get(&c.id)
+                .is_some_and(|slot| slot.record.state != c.record.state)
+            {
+                self.push(
+                    group,
+                    MapOp::PutBackend {
+                        id: c.id,
+                        backend: c.record,
+                    },
+                );
             }
         }
     }
@@ -351,11 +485,17 @@ impl Planner<'_> {
     fn describe(&mut self, candidates: &[Candidate]) {
         for c in candidates {
             if self.programmed.about.get(&c.id) != Some(&c.about) {
-                self.plan.notes.push(Note::About { id: c.id, about: c.about.clone() });
+                self.plan.notes.push(Note::About {
+                    id: c.id,
+                    about: c.about.clone(),
+                });
             }
             let known = self.programmed.slots.get(&c.id);
             if known.is_some_and(|slot| slot.deadline != c.deadline) {
-                self.plan.notes.push(Note::Deadline { id: c.id, deadline: c.deadline });
+                self.plan.notes.push(Note::Deadline {
+                    id: c.id,
+                    deadline: c.deadline,
+                });
             }
         }
     }
@@ -384,7 +524,10 @@ impl Planner<'_> {
             Ok(reach) => Reached::At(reach),
             Err(NoSnat) => {
                 let family = if ip.is_ipv6() { "IPv6" } else { "IPv4" };
-                let fault = format!("backend {} needs source translation and the node has no {family} address for it", backend.address);
+                let fault = format!(
+                    "backend {} needs source translation and the node has no {family} address for it",
+                    backend.address
+                );
                 let remedy = format!("add an {family} address to `snat.addresses` or to the device");
                 self.reject(service.address, &backend.name, fault, remedy);
                 Reached::NoSnat
@@ -393,38 +536,67 @@ impl Planner<'_> {
     }
 
     /// The ring for these members, if it is another than the committed one.
-    fn ring(&mut self, address: ServiceAddress, entry: &Entry, members: &[Member]) -> Result<RingChange, NoRow> {
+    fn ring(
+        &mut self,
+        address: ServiceAddress,
+        entry: &Entry,
+        members: &[Member],
+    ) -> Result<RingChange, NoRow> {
         let current = entry.value.filter(|value| value.ring_row != NO_RING);
         if members.is_empty() {
-            return Ok(if current.is_some() { RingChange::Clear } else { RingChange::Keep });
+            return Ok(if current.is_some() {
+                RingChange::Clear
+            } else {
+                RingChange::Keep
+            });
         }
-        if let (Some((built, digest)), Some(_)) = (&entry.built, current) {
-            if **built == *members && *digest == entry.ring.digest {
-                return Ok(RingChange::Keep);
-            }
+        if let (Some((built, digest)), Some(_)) = (&entry.built, current)
+            && **built == *members
+            && *digest == entry.ring.digest
+        {
+            return Ok(RingChange::Keep);
         }
-        let Some(ring) = ring::build(members) else { return Ok(RingChange::Keep) };
+        let Some(ring) = ring::build(members) else {
+            return Ok(RingChange::Keep);
+        };
         let digest = ring::digest(&ring);
-        let built = Note::Built { address, members: Arc::from(members), digest };
+        let built = Note::Built {
+            address,
+            members: Arc::from(members),
+            digest,
+        };
         if current.is_some() && digest == entry.ring.digest {
             self.plan.notes.push(built);
             return Ok(RingChange::Keep);
         }
         let (programmed, inputs) = (self.programmed, self.inputs);
-        let rows = self.rows.get_or_insert_with(|| Rows::new(programmed, inputs.capacities.ring_rows, inputs.now));
+        let rows = self
+            .rows
+            .get_or_insert_with(|| Rows::new(programmed, inputs.capacities.ring_rows, inputs.now));
         let row = rows.take(ring::rows_for(members.len()), current.is_none())?;
         self.plan.notes.push(built);
         Ok(RingChange::Put { row, ring })
     }
 
     /// The entries and flags of the allow and deny lists; `None` (and a rejection) when they do not fit.
-    fn acl(&mut self, address: ServiceAddress, entry: &Entry, settings: &ServiceSettings) -> Option<(BTreeMap<IpNet, u32>, u32)> {
+    fn acl(
+        &mut self,
+        address: ServiceAddress,
+        entry: &Entry,
+        settings: &ServiceSettings,
+    ) -> Option<(BTreeMap<IpNet, u32>, u32)> {
         let mut acl: BTreeMap<IpNet, u32> = settings.allow.iter().map(|p| (p.trunc(), ACL_ALLOW)).collect();
         acl.extend(settings.deny.iter().map(|p| (p.trunc(), ACL_DENY)));
-        let new = acl.keys().filter(|prefix| !entry.acl.contains_key(*prefix)).count();
+        let new = acl
+            .keys()
+            .filter(|prefix| !entry.acl.contains_key(*prefix))
+            .count();
         let used = self.programmed.acl_entries() + self.acl_puts;
         if new > acl_room(self.inputs.capacities, used) {
-            let fault = format!("its {new} new allow and deny prefixes do not fit: {used} of {} are in use", self.inputs.capacities.acl);
+            let fault = format!(
+                "its {new} new allow and deny prefixes do not fit: {used} of {} are in use",
+                self.inputs.capacities.acl
+            );
             self.reject(address, "", fault, raise("acl"));
             return None;
         }
@@ -445,7 +617,13 @@ impl Planner<'_> {
         gone.retain(|(prefix, _)| !wished.contains_key(prefix));
         longest_first(&mut gone);
         for (prefix, _) in gone.into_iter().rev() {
-            self.push(group, MapOp::DelAcl { service: entry.id, prefix });
+            self.push(
+                group,
+                MapOp::DelAcl {
+                    service: entry.id,
+                    prefix,
+                },
+            );
         }
     }
 }
@@ -511,7 +689,10 @@ fn flags(settings: &ServiceSettings) -> u32 {
     let on = [
         (settings.client_ip_affinity, service_flags::AFFINITY),
         (settings.reset_unknown, service_flags::RESET_UNKNOWN),
-        (settings.when_empty != EmptyPolicy::Drop, service_flags::REFUSE_WHEN_EMPTY),
+        (
+            settings.when_empty != EmptyPolicy::Drop,
+            service_flags::REFUSE_WHEN_EMPTY,
+        ),
     ];
     for (_, flag) in on.into_iter().filter(|(on, _)| *on) {
         flags |= flag;
@@ -523,7 +704,9 @@ fn flags(settings: &ServiceSettings) -> u32 {
 fn timeouts(settings: &ServiceSettings, hz: u32) -> maps::Timeouts {
     let ticks = |d: std::time::Duration| {
         let ticks = d.as_millis() * u128::from(hz) / 1000;
-        u32::try_from(ticks).unwrap_or(i32::MAX as u32).clamp(1, i32::MAX as u32)
+        u32::try_from(ticks)
+            .unwrap_or(i32::MAX as u32)
+            .clamp(1, i32::MAX as u32)
     };
     let t = settings.timeouts;
     maps::Timeouts {
@@ -535,5 +718,7 @@ fn timeouts(settings: &ServiceSettings, hz: u32) -> maps::Timeouts {
 }
 
 fn raise(setting: &str) -> String {
-    format!("raise `limits.{setting}` and run `weir detach` before the next start, or remove what is not needed")
+    format!(
+        "raise `limits.{setting}` and run `weir detach` before the next start, or remove what is not needed"
+    )
 }

@@ -72,11 +72,19 @@ impl Default for Options {
 #[derive(Debug)]
 pub enum Command {
     /// Drain the backends that this names; answers how many there are now.
-    Drain { backend: String, reply: oneshot::Sender<Result<usize, CommandError>> },
+    Drain {
+        backend: String,
+        reply: oneshot::Sender<Result<usize, CommandError>>,
+    },
     /// Let them serve again; answers how many drains were lifted.
-    Undrain { backend: String, reply: oneshot::Sender<Result<usize, CommandError>> },
+    Undrain {
+        backend: String,
+        reply: oneshot::Sender<Result<usize, CommandError>>,
+    },
     /// Read the maps back and plan everything anew.
-    Resync { reply: oneshot::Sender<Result<usize, CommandError>> },
+    Resync {
+        reply: oneshot::Sender<Result<usize, CommandError>>,
+    },
 }
 
 /// Why a command was refused.
@@ -138,7 +146,11 @@ pub async fn run(
     let (mut pass_at, mut held_until) = (Some(clock()), clock());
     let (mut status_at, mut status_free) = (None::<Instant>, clock());
     loop {
-        let wake = pass_at.into_iter().chain(status_at).min().unwrap_or_else(|| clock() + RETRY_MAX);
+        let wake = pass_at
+            .into_iter()
+            .chain(status_at)
+            .min()
+            .unwrap_or_else(|| clock() + RETRY_MAX);
         let mut event = true;
         tokio::select! {
             () = stop.cancelled() => return Ok(()),
@@ -169,13 +181,19 @@ pub async fn run(
             pass_at = reconciler.pass(&clock);
             held_until = clock() + debounce;
             let places = reconciler.wanted_places();
-            outputs.places.send_if_modified(|old| std::mem::replace(old, places.clone()) != places);
+            outputs
+                .places
+                .send_if_modified(|old| std::mem::replace(old, places.clone()) != places);
         }
         // Every wake-up may have changed something to tell.
         if status_at.get_or_insert(status_free.max(now)) <= &mut clock() {
             let surroundings = inputs.surroundings.borrow().clone();
             let status = reconciler.status(&surroundings, clock());
-            let backends = status.services.iter().map(|s| s.backends.len() as u32).sum::<u32>();
+            let backends = status
+                .services
+                .iter()
+                .map(|s| s.backends.len() as u32)
+                .sum::<u32>();
             outputs.status.send_replace(status);
             (status_at, status_free) = (None, clock() + STATUS_PER_BACKEND * backends);
         }
@@ -215,7 +233,12 @@ impl Reconciler {
     ///
     /// # Errors
     /// When the maps cannot be read.
-    pub fn new(maps: Box<dyn Maps>, options: Options, policy: Policy, now: Instant) -> Result<Self, MapError> {
+    pub fn new(
+        maps: Box<dyn Maps>,
+        options: Options,
+        policy: Policy,
+        now: Instant,
+    ) -> Result<Self, MapError> {
         let programmed = Programmed::adopt(&maps.dump()?, now);
         let mut this = Self {
             heard: Heard::default(),
@@ -261,7 +284,10 @@ impl Reconciler {
         if network(&old) != network(new) {
             self.all_dirty = true;
         }
-        let answered = new.places.iter().filter(|(ip, place)| old.places.get(ip) != Some(place));
+        let answered = new
+            .places
+            .iter()
+            .filter(|(ip, place)| old.places.get(ip) != Some(place));
         let forgotten = old.places.keys().filter(|ip| !new.places.contains_key(ip));
         for ip in answered.map(|(ip, _)| ip).chain(forgotten) {
             self.dirty.extend(self.heard.services_at(*ip));
@@ -295,7 +321,12 @@ impl Reconciler {
     }
 
     fn drain(&mut self, selector: String) -> Result<usize, CommandError> {
-        let backends = self.heard.desired().services.values().flat_map(|w| &w.service.backends);
+        let backends = self
+            .heard
+            .desired()
+            .services
+            .values()
+            .flat_map(|w| &w.service.backends);
         let count = backends.filter(|backend| names(&selector, backend)).count();
         if count == 0 {
             return Err(CommandError::Unknown(selector));
@@ -308,10 +339,21 @@ impl Reconciler {
 
     fn undrain(&mut self, selector: &str) -> Result<usize, CommandError> {
         let mut drains = self.heard.drains().clone();
-        let named: Vec<_> = self.heard.desired().services.values().flat_map(|w| &w.service.backends).collect();
-        let named: Vec<_> = named.into_iter().filter(|backend| names(selector, backend)).collect();
+        let named: Vec<_> = self
+            .heard
+            .desired()
+            .services
+            .values()
+            .flat_map(|w| &w.service.backends)
+            .collect();
+        let named: Vec<_> = named
+            .into_iter()
+            .filter(|backend| names(selector, backend))
+            .collect();
         let before = drains.0.len();
-        drains.0.retain(|drain| drain != selector && !named.iter().any(|backend| names(drain, backend)));
+        drains
+            .0
+            .retain(|drain| drain != selector && !named.iter().any(|backend| names(drain, backend)));
         let lifted = before - drains.0.len();
         if lifted == 0 {
             return Err(CommandError::Unknown(selector.into()));
@@ -336,10 +378,10 @@ impl Reconciler {
         self.dirty.extend(changed);
         self.judge_sources(now);
         // After a failed write it is not known what the maps hold: the answer alone may have been lost.
-        if self.failures > 0 || now >= self.resync_at {
-            if let Err(fault) = self.resync(now) {
-                return Some(self.failed(vec![fault.to_string()], now));
-            }
+        if (self.failures > 0 || now >= self.resync_at)
+            && let Err(fault) = self.resync(now)
+        {
+            return Some(self.failed(vec![fault.to_string()], now));
         }
 
         let capacities = self.maps.capacities();
@@ -354,7 +396,11 @@ impl Reconciler {
             now,
         };
         let dirty = std::mem::take(&mut self.dirty);
-        let scope = if std::mem::take(&mut self.all_dirty) { Scope::All } else { Scope::Some(&dirty) };
+        let scope = if std::mem::take(&mut self.all_dirty) {
+            Scope::All
+        } else {
+            Scope::Some(&dirty)
+        };
         let mut plan = plan(&self.programmed, &inputs, scope);
         self.keep_rejections(&mut plan);
         self.dirty = std::mem::take(&mut plan.waiting);
@@ -369,7 +415,10 @@ impl Reconciler {
             Some(self.failed(faults, now))
         };
         let source_wait = (!self.may_remove).then_some(self.started + self.options.source_wait);
-        [next, retry, source_wait, Some(self.resync_at)].into_iter().flatten().min()
+        [next, retry, source_wait, Some(self.resync_at)]
+            .into_iter()
+            .flatten()
+            .min()
     }
 
     /// Addresses whose place the topology shall find: of all desired backends, and of those whose flows still go on.
@@ -382,12 +431,19 @@ impl Reconciler {
     fn ask_for_places(&mut self, changed: &BTreeSet<ServiceAddress>, now: Instant) {
         let until = now + self.options.place_wait;
         let services = &self.heard.desired().services;
-        let backends = changed.iter().filter_map(|a| services.get(a)).flat_map(|w| &w.service.backends);
-        for ip in backends.map(|b| b.address.ip()).filter(|ip| !self.topology.places.contains_key(ip)) {
+        let backends = changed
+            .iter()
+            .filter_map(|a| services.get(a))
+            .flat_map(|w| &w.service.backends);
+        for ip in backends
+            .map(|b| b.address.ip())
+            .filter(|ip| !self.topology.places.contains_key(ip))
+        {
             self.asked.entry(ip).or_insert(until);
         }
         if !changed.is_empty() {
-            self.asked.retain(|ip, _| self.heard.services_at(*ip).next().is_some());
+            self.asked
+                .retain(|ip, _| self.heard.services_at(*ip).next().is_some());
         }
     }
 
@@ -396,8 +452,13 @@ impl Reconciler {
         if self.may_remove {
             return;
         }
-        let silent: Vec<&str> =
-            self.options.sources.iter().filter(|s| !self.heard.has_read(s)).map(|s| s.0.as_str()).collect();
+        let silent: Vec<&str> = self
+            .options
+            .sources
+            .iter()
+            .filter(|s| !self.heard.has_read(s))
+            .map(|s| s.0.as_str())
+            .collect();
         let over = now >= self.started + self.options.source_wait;
         if silent.is_empty() || over {
             if !silent.is_empty() {

@@ -34,10 +34,16 @@ impl Reconciler {
         let services = self.programmed.services.iter().map(|(address, entry)| {
             let wanted = self.heard.desired().services.get(address);
             let entries: u64 = entry.ring.counts.values().map(|count| u64::from(*count)).sum();
-            let mut backends: Vec<BackendStatus> =
-                entry.live.values().map(|id| self.backend(*id, entry, entries, &at)).collect();
+            let mut backends: Vec<BackendStatus> = entry
+                .live
+                .values()
+                .map(|id| self.backend(*id, entry, entries, &at))
+                .collect();
             let known: BTreeSet<_> = entry.live.keys().collect();
-            let absent = wanted.iter().flat_map(|w| &w.service.backends).filter(|b| !known.contains(&b.address));
+            let absent = wanted
+                .iter()
+                .flat_map(|w| &w.service.backends)
+                .filter(|b| !known.contains(&b.address));
             backends.extend(absent.map(|backend| self.absent(backend, today)));
             backends.sort_by_key(|backend| backend.address);
             ServiceStatus {
@@ -64,7 +70,13 @@ impl Reconciler {
         }
     }
 
-    fn backend(&self, id: u32, entry: &Entry, entries: u64, at: &dyn Fn(Instant) -> SystemTime) -> BackendStatus {
+    fn backend(
+        &self,
+        id: u32,
+        entry: &Entry,
+        entries: u64,
+        at: &dyn Fn(Instant) -> SystemTime,
+    ) -> BackendStatus {
         let slot = &self.programmed.slots[&id];
         let unknown;
         let about = match self.programmed.about.get(&id) {
@@ -74,7 +86,11 @@ impl Reconciler {
                 unknown = About {
                     name: slot.address.to_string(),
                     weight: 1,
-                    state: if active { BackendState::Active } else { BackendState::Draining },
+                    state: if active {
+                        BackendState::Active
+                    } else {
+                        BackendState::Draining
+                    },
                     reason: "found in the maps".into(),
                     drain: Duration::ZERO,
                     leaving: false,
@@ -104,7 +120,9 @@ impl Reconciler {
     fn absent(&self, backend: &Backend, today: SystemTime) -> BackendStatus {
         let place = self.place(backend.address.ip());
         let reason = match backend.state {
-            BackendState::Active if self.asked.contains_key(&backend.address.ip()) => "waiting for its place".into(),
+            BackendState::Active if self.asked.contains_key(&backend.address.ip()) => {
+                "waiting for its place".into()
+            }
             BackendState::Active => "not programmed: see its place and the rejections".into(),
             _ => backend.reason.clone(),
         };
@@ -125,7 +143,12 @@ impl Reconciler {
     }
 
     fn place(&self, ip: std::net::IpAddr) -> String {
-        let device = |slot: &u16| self.topology.devices.get(slot).map_or("?", |device| device.name.as_str());
+        let device = |slot: &u16| {
+            self.topology
+                .devices
+                .get(slot)
+                .map_or("?", |device| device.name.as_str())
+        };
         match self.topology.places.get(&ip) {
             None => "not known yet".into(),
             Some(Place::Node) => "node".into(),
