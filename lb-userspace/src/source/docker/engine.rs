@@ -55,6 +55,28 @@ fn asking(question: &'static str) -> impl Fn(Error) -> EngineError + Copy {
     move |source| EngineError::Docker { question, source }
 }
 
+impl EngineError {
+    /// The engine is well but cannot answer this question: a container that is half removed, say.
+    pub fn is_answer(&self) -> bool {
+        matches!(
+            self,
+            Self::Docker {
+                source: Error::DockerResponseServerError { .. },
+                ..
+            }
+        )
+    }
+}
+
+/// The complete list.
+#[derive(Debug, Default)]
+pub struct Listing {
+    /// Every container with a label of ours that runs (or is paused).
+    pub containers: Vec<Container>,
+    /// Those of which the engine could say nothing: what was known of them stays.
+    pub unclear: Vec<String>,
+}
+
 /// A connected engine.
 #[derive(Clone, Debug)]
 pub struct Engine {
@@ -118,8 +140,8 @@ impl Engine {
         self.docker.events(Some(options)).map_err(asking("events"))
     }
 
-    /// Every container with a label of ours that runs (or is paused).
-    pub async fn list(self) -> Result<Vec<Container>, EngineError> {
+    /// The complete list.
+    pub async fn list(self) -> Result<Listing, EngineError> {
         let options = ListContainersOptionsBuilder::new().all(false).build();
         let all = self
             .docker
@@ -130,14 +152,23 @@ impl Engine {
             let labels = summary.labels.as_ref()?;
             is_ours(labels.keys().map(String::as_str)).then_some(summary.id?)
         });
-        stream::iter(ours.map(|id| {
+        let mut answers = stream::iter(ours.map(|id| {
             let engine = self.clone();
-            async move { engine.inspect(&id).await }
+            async move { (engine.inspect(&id).await, id) }
         }))
-        .buffer_unordered(CONCURRENT_INSPECTIONS)
-        .try_filter_map(|container| std::future::ready(Ok(container)))
-        .try_collect()
-        .await
+        .buffer_unordered(CONCURRENT_INSPECTIONS);
+        let mut listing = Listing::default();
+        while let Some((answer, id)) = answers.next().await {
+            match answer {
+                Ok(container) => listing.containers.extend(container),
+                Err(error) if error.is_answer() => {
+                    tracing::warn!(container = id, %error, "what was known of it stays as it is");
+                    listing.unclear.push(id);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(listing)
     }
 
     /// One container; `None` when there is none of this id.

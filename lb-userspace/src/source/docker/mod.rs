@@ -195,12 +195,21 @@ impl Source {
                 }
                 Some((id, ticket, answer)) = inspections.next() => {
                     heard = Instant::now();
-                    let action = self.cache.on_inspected(&id, ticket, answer?);
-                    self.tell(action, &site, config).await?;
+                    match answer {
+                        Err(error) if error.is_answer() => {
+                            tracing::warn!(source = SOURCE, container = id, %error, "what was known of it stays as it is");
+                            self.cache.on_unclear(&id, ticket);
+                        }
+                        answer => {
+                            let action = self.cache.on_inspected(&id, ticket, answer?);
+                            self.tell(action, &site, config).await?;
+                        }
+                    }
                 }
                 list = ready(&mut listing) => {
                     heard = Instant::now();
-                    self.cache.finish_listing(list?);
+                    let list = list?;
+                    self.cache.finish_listing(list.containers, &list.unclear);
                     self.freshness.last_full_read = Some(SystemTime::now());
                     self.send(Update::Reset(self.cache.objects(&site, &config.policy))).await?;
                     self.tell_freshness().await?;

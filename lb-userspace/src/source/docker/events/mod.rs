@@ -245,10 +245,18 @@ impl Cache {
         self.listing = Some(Meanwhile::default());
     }
 
-    /// The complete list has been read.
-    pub fn finish_listing(&mut self, list: Vec<Container>) {
+    /// Docker could not answer: what was known stays.
+    pub fn on_unclear(&mut self, id: &str, ticket: u64) {
+        if self.asked.get(id) == Some(&ticket) {
+            self.asked.remove(id);
+        }
+    }
+
+    /// The complete list has been read; of the `unclear` ones Docker could say nothing.
+    pub fn finish_listing(&mut self, list: Vec<Container>, unclear: &[String]) {
         let meanwhile = self.listing.take().unwrap_or_default();
-        let listed: BTreeSet<String> = list.iter().map(|container| container.id.clone()).collect();
+        let ids = list.iter().map(|container| &container.id);
+        let listed: BTreeSet<String> = ids.chain(unclear).cloned().collect();
         self.containers
             .retain(|id, _| listed.contains(id) || meanwhile.fresh.contains(id));
         for container in list {

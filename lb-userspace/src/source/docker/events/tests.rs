@@ -79,7 +79,7 @@ fn event(action: &str, seconds: u64) -> Event {
 fn listed() -> Cache {
     let mut cache = Cache::default();
     cache.begin_listing();
-    cache.finish_listing(vec![running(100)]);
+    cache.finish_listing(vec![running(100)], &[]);
     cache
 }
 
@@ -193,7 +193,7 @@ fn stopping_survives_answers_and_lists_of_the_same_life_only() {
     assert_eq!(cache.on_inspected(ID, asked, Some(running(100))), PUT());
     assert!(stopping(&cache));
     cache.begin_listing();
-    cache.finish_listing(vec![running(100)]);
+    cache.finish_listing(vec![running(100)], &[]);
     assert!(stopping(&cache));
 
     assert_eq!(cache.on_event(&event("die", 112)), REMOVE());
@@ -217,13 +217,13 @@ fn a_signal_from_before_we_listened_is_met_by_the_list() {
     let mut cache = Cache::default();
     cache.begin_listing();
     assert_eq!(cache.on_event(&event("kill 3", 110)), Action::Ignore);
-    cache.finish_listing(vec![running(100)]);
+    cache.finish_listing(vec![running(100)], &[]);
     assert!(stopping(&cache));
     // The same signal to an earlier life says nothing.
     let mut cache = Cache::default();
     cache.begin_listing();
     cache.on_event(&event("kill 3", 90));
-    cache.finish_listing(vec![running(100)]);
+    cache.finish_listing(vec![running(100)], &[]);
     assert!(!stopping(&cache));
 }
 
@@ -286,30 +286,41 @@ fn an_answer_that_it_is_gone_or_stopped_removes_it() {
 }
 
 #[test]
+fn an_answer_that_says_nothing_changes_nothing() {
+    let mut cache = listed();
+    let asked = ticket(cache.on_event(&event("update", 110)));
+    cache.on_unclear(ID, asked);
+    assert!(cache.asked.is_empty());
+    cache.begin_listing();
+    cache.finish_listing(Vec::new(), &[ID.into()]);
+    assert_eq!(cache.containers[ID], running(100));
+}
+
+#[test]
 fn events_are_newer_than_the_list_that_was_being_read() {
     // Ended meanwhile.
     let mut cache = listed();
     cache.begin_listing();
     assert_eq!(cache.on_event(&event("die", 110)), REMOVE());
-    cache.finish_listing(vec![running(100)]);
+    cache.finish_listing(vec![running(100)], &[]);
     assert!(cache.containers.is_empty());
     // Started and inspected meanwhile: the list does not have it yet.
     let mut cache = Cache::default();
     cache.begin_listing();
     let asked = ticket(cache.on_event(&event("start", 110)));
     cache.on_inspected(ID, asked, Some(running(110)));
-    cache.finish_listing(Vec::new());
+    cache.finish_listing(Vec::new(), &[]);
     assert_eq!(cache.containers.len(), 1);
     // Ended and started again meanwhile: the list has the new life.
     let mut cache = listed();
     cache.begin_listing();
     cache.on_event(&event("die", 110));
     cache.on_event(&event("start", 111));
-    cache.finish_listing(vec![running(111)]);
+    cache.finish_listing(vec![running(111)], &[]);
     assert_eq!(cache.containers[ID].started, at(111));
     // Gone while nobody listened.
     let mut cache = listed();
     cache.begin_listing();
-    cache.finish_listing(Vec::new());
+    cache.finish_listing(Vec::new(), &[]);
     assert!(cache.containers.is_empty() && cache.kills.is_empty());
 }
