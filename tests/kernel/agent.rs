@@ -56,7 +56,8 @@ impl Agent {
 
     /// Waits until the topology is as wished.
     pub async fn until(&mut self, what: &str, wish: impl FnMut(&Topology) -> bool) -> Topology {
-        let found = tokio::time::timeout(Duration::from_secs(5), self.topology.wait_for(wish)).await;
+        let mut topology = self.topology.clone();
+        let found = tokio::time::timeout(Duration::from_secs(5), topology.wait_for(wish)).await;
         match found {
             Ok(topology) => topology.unwrap().clone(),
             Err(_) => {
@@ -68,7 +69,8 @@ impl Agent {
 
     /// Waits until the report is as wished.
     pub async fn until_report(&mut self, what: &str, wish: impl FnMut(&NetReport) -> bool) -> NetReport {
-        let found = tokio::time::timeout(Duration::from_secs(5), self.report.wait_for(wish)).await;
+        let mut report = self.report.clone();
+        let found = tokio::time::timeout(Duration::from_secs(5), report.wait_for(wish)).await;
         match found {
             Ok(report) => report.unwrap().clone(),
             Err(_) => panic!("{what}: {:#?}", self.report.borrow()),
