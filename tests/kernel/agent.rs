@@ -36,7 +36,10 @@ impl Agent {
         preflight(pin).unwrap();
         let loaded = load(&object(), pin, &sizes()).unwrap();
         let adopted = loaded.adopted;
-        let devices = KernelMaps::open(&loaded.pins.maps()).unwrap().devices().unwrap_or_else(|_| BTreeMap::new());
+        let devices = KernelMaps::open(&loaded.pins.maps())
+            .unwrap()
+            .devices()
+            .unwrap_or_else(|_| BTreeMap::new());
         let state = StateFile::open(state).unwrap();
         let (config, config_in) = watch::channel(config);
         let (wanted, wanted_in) = watch::channel(wanted.iter().map(|a| a.parse().unwrap()).collect());
@@ -51,7 +54,14 @@ impl Agent {
             topology: topology_out,
             report: report_out,
         }));
-        Self { config, wanted, topology, report, adopted, task }
+        Self {
+            config,
+            wanted,
+            topology,
+            report,
+            adopted,
+            task,
+        }
     }
 
     /// Waits until the topology is as wished.
