@@ -36,7 +36,10 @@ impl Agent {
         preflight(pin).unwrap();
         let loaded = load(&object(), pin, &sizes()).unwrap();
         let adopted = loaded.adopted;
-        let devices = KernelMaps::open(&loaded.pins.maps()).unwrap().devices().unwrap_or_else(|_| BTreeMap::new());
+        let devices = KernelMaps::open(&loaded.pins.maps())
+            .unwrap()
+            .devices()
+            .unwrap_or_else(|_| BTreeMap::new());
         let state = StateFile::open(state).unwrap();
         let (config, config_in) = watch::channel(config);
         let (wanted, wanted_in) = watch::channel(wanted.iter().map(|a| a.parse().unwrap()).collect());
@@ -51,12 +54,20 @@ impl Agent {
             topology: topology_out,
             report: report_out,
         }));
-        Self { config, wanted, topology, report, adopted, task }
+        Self {
+            config,
+            wanted,
+            topology,
+            report,
+            adopted,
+            task,
+        }
     }
 
     /// Waits until the topology is as wished.
     pub async fn until(&mut self, what: &str, wish: impl FnMut(&Topology) -> bool) -> Topology {
-        let found = tokio::time::timeout(Duration::from_secs(5), self.topology.wait_for(wish)).await;
+        let mut topology = self.topology.clone();
+        let found = tokio::time::timeout(Duration::from_secs(5), topology.wait_for(wish)).await;
         match found {
             Ok(topology) => topology.unwrap().clone(),
             Err(_) => {
@@ -68,7 +79,8 @@ impl Agent {
 
     /// Waits until the report is as wished.
     pub async fn until_report(&mut self, what: &str, wish: impl FnMut(&NetReport) -> bool) -> NetReport {
-        let found = tokio::time::timeout(Duration::from_secs(5), self.report.wait_for(wish)).await;
+        let mut report = self.report.clone();
+        let found = tokio::time::timeout(Duration::from_secs(5), report.wait_for(wish)).await;
         match found {
             Ok(report) => report.unwrap().clone(),
             Err(_) => panic!("{what}: {:#?}", self.report.borrow()),

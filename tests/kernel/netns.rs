@@ -22,7 +22,11 @@ pub struct Netns {
 impl Netns {
     /// Makes an empty namespace with `lo` up.
     pub fn new() -> Self {
-        let name = format!("weir-k{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "weir-k{}-{}",
+            std::process::id(),
+            NEXT.fetch_add(1, Ordering::Relaxed)
+        );
         let netns = Self {
             pin: PathBuf::from("/sys/fs/bpf").join(&name),
             state: std::env::temp_dir().join(format!("{name}.json")),
@@ -50,7 +54,12 @@ impl Netns {
         T: Send + 'static,
     {
         self.inside(move || {
-            tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap().block_on(future)
+            tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(2)
+                .enable_all()
+                .build()
+                .unwrap()
+                .block_on(future)
         })
     }
 
@@ -61,7 +70,9 @@ impl Netns {
             setns(file, CloneFlags::CLONE_NEWNET).unwrap();
             function()
         });
-        thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        thread
+            .join()
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
     }
 }
 
@@ -87,6 +98,10 @@ impl Drop for Netns {
 pub fn run(command: &str) -> String {
     let mut words = command.split_whitespace();
     let output = Command::new(words.next().unwrap()).args(words).output().unwrap();
-    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{command}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
     String::from_utf8(output.stdout).unwrap()
 }

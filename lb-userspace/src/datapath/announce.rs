@@ -10,7 +10,7 @@ use std::{
 use rtnetlink::Handle;
 
 use super::{
-    netlink::{self, Link},
+    netlink::{self, Link, OwnAddress},
     state::StateFile,
 };
 
@@ -25,11 +25,12 @@ const ICMPV6: u8 = 58;
 /// Neighbour advertisement (RFC 4861, 4.4).
 const ADVERTISEMENT: u8 = 136;
 
-/// Makes the announced addresses those wanted: (interface, VIP). Returns faults; an interface that is not there yet
+/// Makes the announced addresses those wanted: (interface, VIP); `own` are the node's addresses as they are now. Returns faults; an interface that is not there yet
 /// is one, and is served when it comes.
 pub async fn apply(
     handle: &Handle,
     links: &[Link],
+    own: &[OwnAddress],
     state: &StateFile,
     wanted: &BTreeSet<(String, IpAddr)>,
 ) -> Vec<String> {
@@ -54,13 +55,20 @@ pub async fn apply(
             ));
             continue;
         };
+        let entry = (device.clone(), *address);
+        let present = own
+            .iter()
+            .any(|o| o.ifindex == link.ifindex && o.address == *address);
+        if present {
+            // Ours from before, or the node's own, which we must not take away later.
+            continue;
+        }
+        // Recorded first: an agent that dies in between leaves nothing behind that detach does not know.
+        faults.extend(record(state, |set| {
+            set.insert(entry.clone());
+        }));
         match netlink::add_address(handle, link.ifindex, *address).await {
-            // It was there: ours from before, or the node's own, which we must not take away later.
-            Ok(false) => {}
-            Ok(true) => {
-                faults.extend(record(state, |set| {
-                    set.insert((device.clone(), *address));
-                }));
+            Ok(_) => {
                 if let Err(e) = tell_neighbours(link, *address) {
                     faults.push(format!(
                         "VIP {address} on {device}: neighbours could not be told: {e}"

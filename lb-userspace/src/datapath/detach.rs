@@ -29,7 +29,9 @@ pub async fn detach(pin: &Path, state: &Path) -> io::Result<DetachReport> {
     let handle = netlink::connect()?;
     // First the way of the packets, then what the packets needed.
     for version in entries(pin).map_err(io::Error::other)? {
-        let number = version.file_name().and_then(|name| name.to_str()?.strip_prefix('v')?.parse::<u32>().ok());
+        let number = version
+            .file_name()
+            .and_then(|name| name.to_str()?.strip_prefix('v')?.parse::<u32>().ok());
         if number.is_none() {
             continue;
         }

@@ -194,7 +194,16 @@ impl Follower {
         let mut faults = Vec::new();
         let view = self.look(config, &mut faults).await?;
         faults.extend(sysctl::apply(&self.task.state, config.snat_ports.as_ref()));
-        faults.extend(announce::apply(&self.handle, &view.links, &self.task.state, &config.announce).await);
+        faults.extend(
+            announce::apply(
+                &self.handle,
+                &view.links,
+                &view.addresses,
+                &self.task.state,
+                &config.announce,
+            )
+            .await,
+        );
         self.attach(&view, config.xdp);
         for (wish, fault) in self.carried.values() {
             faults.extend(fault.clone());
@@ -365,14 +374,14 @@ impl Follower {
                 Some(entry) if entry.managed || entry.permanent => continue,
                 _ => {}
             }
-            let result = netlink::manage_neighbour(&self.handle, hop.0, hop.1).await;
-            faults.extend(result.err().map(|e| format!("device {}: {e}", name(hop.0))));
             faults.extend(
                 record(&self.task.state, true, hop)
                     .err()
                     .map(|e| format!("state file: {e}")),
             );
             self.managed.insert(*hop);
+            let result = netlink::manage_neighbour(&self.handle, hop.0, hop.1).await;
+            faults.extend(result.err().map(|e| format!("device {}: {e}", name(hop.0))));
         }
         let ours: BTreeSet<_> = self.task.state.get().neighbours;
         for link in &view.links {

@@ -18,6 +18,7 @@ use lb_common::{
     flow::{Address, FlowKey},
     maps::{Flow, Meta, Timeouts, flow_state},
 };
+use lb_ebpf::tables::{partner_key, timeout};
 use tokio::{sync::watch, task::JoinError};
 
 use super::{
@@ -36,8 +37,6 @@ const MIN_PACKET: usize = 64;
 const CALIBRATION: Duration = Duration::from_millis(60);
 /// Rates that Linux can be built with (kernel/Kconfig.hz).
 const RATES: [u32; 4] = [100, 250, 300, 1000];
-/// `IPPROTO_UDP`.
-const UDP: u32 = 17;
 
 /// What a sweep found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -192,7 +191,7 @@ impl Sweeper {
                 }
                 // A connection lives while either direction does; the forward entry speaks for both.
                 let partner = if expired {
-                    flows.get(&partner(key, flow))?
+                    flows.get(&partner_key(flow, key.proto))?
                 } else {
                     None
                 };
@@ -241,36 +240,11 @@ fn bump(counts: &mut Vec<u64>, id: u32) {
     counts[id as usize] += 1;
 }
 
-/// The key of the other direction.
-pub fn partner<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> FlowKey<A> {
-    FlowKey {
-        src: flow.dst,
-        dst: flow.src,
-        sport: flow.dport,
-        dport: flow.sport,
-        proto: key.proto,
-    }
-}
-
-/// The idle time, in ticks, after which a flow of this state ends.
-pub fn timeout(proto: u32, state: u32, timeouts: &Timeouts) -> u32 {
-    const BOTH_FINS: u32 = flow_state::FIN_CLIENT | flow_state::FIN_BACKEND;
-    if proto == UDP {
-        timeouts.udp
-    } else if state & flow_state::RESET != 0 || state & BOTH_FINS == BOTH_FINS {
-        timeouts.closing
-    } else if state & flow_state::ESTABLISHED == 0 {
-        timeouts.syn
-    } else {
-        timeouts.established
-    }
-}
-
 fn expired<A: Address>(now: u32, proto: u32, flow: &Flow<A>, timeouts: &[Timeouts]) -> bool {
     timeouts.get(flow.service as usize).is_some_and(|t| {
         let age = now.wrapping_sub(flow.last_seen);
         // A stamp from the future (written after `now` was read) is fresh, not 2^32 ticks old.
-        age < 1 << 31 && age > timeout(proto, flow.state, t)
+        age < 1 << 31 && age > timeout(t, flow.state, proto)
     })
 }
 
@@ -337,23 +311,6 @@ mod tests {
         assert_eq!(snap(61, Duration::from_micros(61_200)), Some(1000));
         assert_eq!(snap(30, Duration::from_millis(60)), None);
         assert_eq!(snap(0, Duration::from_millis(60)), None);
-    }
-
-    #[test]
-    fn states_choose_their_timeouts() {
-        use flow_state as s;
-        let t = Timeouts {
-            established: 1,
-            syn: 2,
-            closing: 3,
-            udp: 4,
-        };
-        assert_eq!(timeout(17, s::ESTABLISHED, &t), 4);
-        assert_eq!(timeout(6, 0, &t), 2);
-        assert_eq!(timeout(6, s::ESTABLISHED, &t), 1);
-        assert_eq!(timeout(6, s::ESTABLISHED | s::FIN_CLIENT, &t), 1);
-        assert_eq!(timeout(6, s::ESTABLISHED | s::FIN_CLIENT | s::FIN_BACKEND, &t), 3);
-        assert_eq!(timeout(6, s::RESET, &t), 3);
     }
 
     #[test]
