@@ -506,7 +506,11 @@ mod tests {
     use crate::admin::fixture;
 
     fn text() -> String {
-        exposition(&fixture::status(), &Counters::new(&fixture::reading(5), &fixture::status(), 0)).unwrap()
+        exposition(
+            &fixture::status(),
+            &Counters::new(&fixture::reading(5), &fixture::status(), 0),
+        )
+        .unwrap()
     }
 
     #[test]
@@ -551,7 +555,11 @@ mod tests {
         (old.id, old.leaving, old.flows, old.ring_share) = (12, true, 1, 0);
         old.state = BackendState::Draining;
         status.services[0].backends.push(old);
-        let text = exposition(&status, &Counters::new(&fixture::reading(0), &fixture::status(), 0)).unwrap();
+        let text = exposition(
+            &status,
+            &Counters::new(&fixture::reading(0), &fixture::status(), 0),
+        )
+        .unwrap();
         let of = |metric: &str| {
             let start =
                 format!("{metric}{{service=\"web\",service_address=\"10.0.0.1:80/tcp\",backend=\"web-1\"");

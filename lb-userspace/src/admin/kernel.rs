@@ -24,7 +24,11 @@ impl Kernel {
     /// Nothing is pinned there.
     pub fn open(pins: Pins, capacities: Capacities) -> Result<Self, MapError> {
         let counters = Counters::open(&pins.maps())?;
-        Ok(Self { pins, counters, capacities })
+        Ok(Self {
+            pins,
+            counters,
+            capacities,
+        })
     }
 }
 
@@ -46,7 +50,11 @@ impl Readings for Kernel {
         // A name seldom means more than one id, so a walk for each is no loss.
         for service in ids(filter.services.as_ref()) {
             for backend in ids(filter.backends.as_ref()) {
-                let one = flows::FlowFilter { client: filter.client, service, backend };
+                let one = flows::FlowFilter {
+                    client: filter.client,
+                    service,
+                    backend,
+                };
                 let room = filter.limit - list.flows.len();
                 let (lines, count) = flows::list(&self.pins, &one, room)?;
                 list.more |= count > lines.len() as u64;
@@ -66,7 +74,11 @@ fn ids(wanted: Option<&std::collections::BTreeSet<u32>>) -> Vec<Option<u32>> {
 fn row(line: flows::FlowLine) -> FlowRow {
     let seconds = |d: std::time::Duration| u32::try_from(d.as_secs()).unwrap_or(u32::MAX);
     FlowRow {
-        protocol: if line.protocol == u32::from(Protocol::Udp.number()) { Protocol::Udp } else { Protocol::Tcp },
+        protocol: if line.protocol == u32::from(Protocol::Udp.number()) {
+            Protocol::Udp
+        } else {
+            Protocol::Tcp
+        },
         client: line.client,
         vip: line.vip,
         backend: line.backend,

@@ -28,7 +28,11 @@ mod tests;
 
 pub use kernel::Kernel;
 
-use crate::{datapath::{MapError, sweep::SweepError}, reconcile::Command, status::Status};
+use crate::{
+    datapath::{MapError, sweep::SweepError},
+    reconcile::Command,
+    status::Status,
+};
 
 /// Where the admin socket is unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/weir/weir.sock";

@@ -20,8 +20,7 @@ use tokio::sync::{broadcast::error::RecvError, oneshot};
 use super::{
     Context,
     api::{BackendName, Counters, Done, DrainRequest, FlowFilter, FlowList, FlowQuery, Refusal},
-    event,
-    select,
+    event, select,
 };
 use crate::{
     metrics,
@@ -143,7 +142,11 @@ async fn undrain(
     let Json(body) = body.map_err(|e| bad_request(&e))?;
     // A drain outlives the backend it names, and must be possible to lift.
     let gone = select::matches(&context.status.borrow(), &body.backend).is_empty();
-    let backends = if gone { Vec::new() } else { resolve(&context, &body)? };
+    let backends = if gone {
+        Vec::new()
+    } else {
+        resolve(&context, &body)?
+    };
     for backend in selectors(&body.backend, &backends) {
         command(&context, |reply| Command::Undrain { backend, reply }).await?;
     }
@@ -214,7 +217,14 @@ pub(super) fn reasons(status: &Status) -> Vec<String> {
 fn resolve(context: &Context, body: &DrainRequest) -> Result<Vec<BackendName>, Refused> {
     select::resolve(&context.status.borrow(), &body.backend, body.all).map_err(|refusal| {
         let several = refusal.candidates.len() > 1 && refusal.error.contains("means");
-        Refused(if several { StatusCode::CONFLICT } else { StatusCode::NOT_FOUND }, refusal)
+        Refused(
+            if several {
+                StatusCode::CONFLICT
+            } else {
+                StatusCode::NOT_FOUND
+            },
+            refusal,
+        )
     })
 }
 
@@ -253,7 +263,11 @@ async fn command(
         Ok(answer) => match answer? {
             Ok(_) => Ok(()),
             Err(e @ CommandError::Unknown(_)) => Err(Refused::new(StatusCode::NOT_FOUND, e, "")),
-            Err(e) => Err(Refused::new(StatusCode::INTERNAL_SERVER_ERROR, e, "see `weir status` for faults")),
+            Err(e) => Err(Refused::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                e,
+                "see `weir status` for faults",
+            )),
         },
     }
 }
@@ -261,7 +275,11 @@ async fn command(
 /// Reads the counters of everything in the status.
 async fn read(context: &Context, status: &Status) -> Result<Counters, Refused> {
     let services: Vec<u32> = status.services.iter().map(|s| s.id).collect();
-    let backends: Vec<u32> = status.services.iter().flat_map(|s| s.backends.iter().map(|b| b.id)).collect();
+    let backends: Vec<u32> = status
+        .services
+        .iter()
+        .flat_map(|s| s.backends.iter().map(|b| b.id))
+        .collect();
     let reading = blocking(context, move |c| c.readings.counters(&services, &backends)).await?;
     Ok(Counters::new(&reading, status, taken_us(context)))
 }

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use tokio::task::JoinHandle;
 
 use super::{
-    api::{Counters, FlowFilter, Done, DrainRequest, EventRecord, FlowList, Reading},
+    api::{Counters, Done, DrainRequest, EventRecord, FlowFilter, FlowList, Reading},
     client::{Client, ClientError},
     *,
 };
@@ -189,7 +189,11 @@ async fn a_drain_reaches_the_reconciler_and_its_answer_the_caller() {
         assert_eq!(backend, told);
         reply.send(Ok(1)).unwrap();
         let done = call.await.unwrap().unwrap();
-        assert_eq!(done.backends.iter().map(|b| b.id).collect::<Vec<_>>(), ids, "{typed}");
+        assert_eq!(
+            done.backends.iter().map(|b| b.id).collect::<Vec<_>>(),
+            ids,
+            "{typed}"
+        );
     }
 }
 
@@ -210,7 +214,10 @@ async fn failures_and_ambiguity_come_back_with_a_remedy() {
     let mut agent = agent().await;
     let ambiguous = post(&agent, "/v1/drain", body("web-1", false)).await.unwrap();
     let ambiguous = ambiguous.unwrap_err().to_string();
-    assert!(ambiguous.contains("--all") && ambiguous.contains("#11") && ambiguous.contains("#22"), "{ambiguous}");
+    assert!(
+        ambiguous.contains("--all") && ambiguous.contains("#11") && ambiguous.contains("#22"),
+        "{ambiguous}"
+    );
     let call = post(&agent, "/v1/drain", body("web-2", false));
     let Command::Drain { reply, .. } = agent.commands.recv().await.unwrap() else {
         panic!("not a drain")
@@ -226,7 +233,11 @@ async fn failures_and_ambiguity_come_back_with_a_remedy() {
     let gone = {
         let client = agent.client.clone();
         drop(agent.commands);
-        client.post::<Done>("/v1/resync", &()).await.unwrap_err().to_string()
+        client
+            .post::<Done>("/v1/resync", &())
+            .await
+            .unwrap_err()
+            .to_string()
     };
     assert!(gone.contains("reconciler has ended"), "{gone}");
 }

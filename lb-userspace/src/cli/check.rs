@@ -10,7 +10,11 @@ pub(super) fn check(path: &Path, out: &mut impl Write, err: &mut impl Write) -> 
     match Config::load(path) {
         Ok(config) => {
             let (vips, services) = (config.policy.vips.len(), config.services.len());
-            writeln!(out, "{}: good: {vips} VIPs, {services} services of its own", path.display())?;
+            writeln!(
+                out,
+                "{}: good: {vips} VIPs, {services} services of its own",
+                path.display()
+            )?;
             Ok(Exit::Ok)
         }
         Err(errors) => {
@@ -30,7 +34,11 @@ mod tests {
         std::fs::write(&path, text).unwrap();
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let exit = check(&path, &mut out, &mut err).unwrap();
-        (exit, String::from_utf8(out).unwrap(), String::from_utf8(err).unwrap())
+        (
+            exit,
+            String::from_utf8(out).unwrap(),
+            String::from_utf8(err).unwrap(),
+        )
     }
 
     #[test]

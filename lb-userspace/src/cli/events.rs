@@ -28,11 +28,18 @@ fn line(record: &EventRecord) -> String {
     parts.extend(record.service.clone());
     if let (Some(client), Some(vip)) = (record.client, record.vip) {
         let protocol = record.protocol.map_or("?".into(), |p| p.to_string());
-        let backend = record.backend.as_ref().map_or(String::new(), |b| format!(" → {b}"));
+        let backend = record
+            .backend
+            .as_ref()
+            .map_or(String::new(), |b| format!(" → {b}"));
         parts.push(format!("{client} → {vip}/{protocol}{backend}"));
     }
     parts.extend(record.reason.clone());
-    parts.extend(record.count.map(|n| format!("{n} events: this reader was too slow")));
+    parts.extend(
+        record
+            .count
+            .map(|n| format!("{n} events: this reader was too slow")),
+    );
     parts.join("  ").replace(char::is_control, "?") + "\n"
 }
 

@@ -37,7 +37,8 @@ pub(super) async fn flows(client: &Client, args: &FlowsArgs) -> anyhow::Result<(
     if args.json {
         return print_json(&list);
     }
-    list.flows.sort_by(|a, b| (&a.service, a.vip, a.client).cmp(&(&b.service, b.vip, b.client)));
+    list.flows
+        .sort_by(|a, b| (&a.service, a.vip, a.client).cmp(&(&b.service, b.vip, b.client)));
     Ok(print(&render(&list, look()))?)
 }
 
@@ -48,7 +49,13 @@ fn render(list: &FlowList, look: Look) -> String {
     let mut table = Table::new(FLOWS, 0);
     table.head();
     let seconds = |s: u32| span(Duration::from_secs(s.into()));
-    let or_id = |name: &str, id: u32| if name.is_empty() { format!("#{id}") } else { name.to_owned() };
+    let or_id = |name: &str, id: u32| {
+        if name.is_empty() {
+            format!("#{id}")
+        } else {
+            name.to_owned()
+        }
+    };
     for flow in &list.flows {
         table.row(vec![
             or_id(&flow.service, flow.service_id).into(),
@@ -63,7 +70,9 @@ fn render(list: &FlowList, look: Look) -> String {
         ]);
     }
     if list.more {
-        table.line(vec![format!("the first {} flows; more with --limit", list.flows.len()).into()]);
+        table.line(vec![
+            format!("the first {} flows; more with --limit", list.flows.len()).into(),
+        ]);
     }
     table.render(look)
 }
@@ -95,7 +104,10 @@ mod tests {
             state: "closing".into(),
             ..row.clone()
         };
-        let list = FlowList { flows: vec![row, gone], more: true };
+        let list = FlowList {
+            flows: vec![row, gone],
+            more: true,
+        };
         assert_eq!(
             render(&list, Look::default()),
             "SERVICE  CLIENT           VIP              BACKEND          NAME   STATE          AGE  IDLE\n\

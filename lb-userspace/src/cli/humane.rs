@@ -37,7 +37,7 @@ pub fn short(value: f64) -> String {
     }
     let mut value = value;
     for unit in ["", "k", "M", "G", "T"] {
-        let digits = usize::from(value < 9.95 && (unit != "" || value.fract().abs() > 0.049));
+        let digits = usize::from(value < 9.95 && (!unit.is_empty() || value.fract().abs() > 0.049));
         if value < 999.5 {
             return format!("{value:.digits$}{unit}");
         }
@@ -70,7 +70,13 @@ pub fn grouped(value: u64) -> String {
 pub fn clock(time: SystemTime) -> String {
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     let s = since.as_secs() % 86_400;
-    format!("{:02}:{:02}:{:02}.{:03}Z", s / 3_600, s / 60 % 60, s % 60, since.subsec_millis())
+    format!(
+        "{:02}:{:02}:{:02}.{:03}Z",
+        s / 3_600,
+        s / 60 % 60,
+        s % 60,
+        since.subsec_millis()
+    )
 }
 
 /// A length of time as people write it: `500ms`, `30s`, `5m`, `1h`.
@@ -88,7 +94,10 @@ pub fn parse_span(text: &str) -> Result<Duration, String> {
         "h" => 3_600_000,
         _ => return Err(wrong()),
     };
-    number.checked_mul(milliseconds).map(Duration::from_millis).ok_or_else(wrong)
+    number
+        .checked_mul(milliseconds)
+        .map(Duration::from_millis)
+        .ok_or_else(wrong)
 }
 
 #[cfg(test)]
@@ -142,16 +151,35 @@ mod tests {
 
     #[test]
     fn spans_are_read_back() {
-        for (text, ms) in [("500ms", 500), ("30s", 30_000), ("5m", 300_000), ("1h", 3_600_000), ("0s", 0)] {
+        for (text, ms) in [
+            ("500ms", 500),
+            ("30s", 30_000),
+            ("5m", 300_000),
+            ("1h", 3_600_000),
+            ("0s", 0),
+        ] {
             assert_eq!(parse_span(text), Ok(Duration::from_millis(ms)));
         }
-        for wrong in ["", "30", "s", "1.5s", "-1s", "30 s", "1d", "99999999999999999999s", "9999999999999999999h"] {
+        for wrong in [
+            "",
+            "30",
+            "s",
+            "1.5s",
+            "-1s",
+            "30 s",
+            "1d",
+            "99999999999999999999s",
+            "9999999999999999999h",
+        ] {
             assert!(parse_span(wrong).is_err(), "{wrong}");
         }
     }
 
     #[test]
     fn the_clock_is_utc() {
-        assert_eq!(clock(SystemTime::UNIX_EPOCH + Duration::from_millis(1_767_225_600_120)), "00:00:00.120Z");
+        assert_eq!(
+            clock(SystemTime::UNIX_EPOCH + Duration::from_millis(1_767_225_600_120)),
+            "00:00:00.120Z"
+        );
     }
 }

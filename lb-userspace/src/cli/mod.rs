@@ -196,7 +196,10 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
 
 /// Runs a call of the agent; one thread is enough for it.
 fn call(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<Exit> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(work)?;
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?
+        .block_on(work)?;
     Ok(Exit::Ok)
 }
 
@@ -252,7 +255,10 @@ mod tests {
         Cli::command().debug_assert();
         let help = Cli::command().render_help().to_string();
         for exit in [Exit::Ok, Exit::Failure, Exit::Usage, Exit::BadConfig] {
-            assert!(help.contains(&format!("\n  {} ", exit as u8)), "{exit:?} is missing in {help}");
+            assert!(
+                help.contains(&format!("\n  {} ", exit as u8)),
+                "{exit:?} is missing in {help}"
+            );
         }
     }
 
@@ -263,11 +269,19 @@ mod tests {
             panic!("not a drain")
         };
         assert_eq!((args.backend.as_str(), args.all), ("web-1", true));
-        let Command::Status(args) = parse("weir status --watch").unwrap().command else { panic!("not a status") };
+        let Command::Status(args) = parse("weir status --watch").unwrap().command else {
+            panic!("not a status")
+        };
         assert_eq!(args.watch, Some(Duration::from_secs(2)));
         let cli = parse("weir flows --socket /tmp/x --limit 3").unwrap();
         assert_eq!(cli.socket.as_deref(), Some(Path::new("/tmp/x")));
-        for wrong in ["weir", "weir drain", "weir status --watch 5", "weir flows --client web", "weir check"] {
+        for wrong in [
+            "weir",
+            "weir drain",
+            "weir status --watch 5",
+            "weir flows --client web",
+            "weir check",
+        ] {
             assert!(parse(wrong).is_err(), "{wrong}");
         }
     }

@@ -7,14 +7,20 @@ use crate::admin::{
 };
 
 pub(super) async fn drain(client: &Client, args: &DrainArgs) -> anyhow::Result<()> {
-    let request = DrainRequest { backend: args.backend.clone(), all: args.all };
+    let request = DrainRequest {
+        backend: args.backend.clone(),
+        all: args.all,
+    };
     let done: Done = client.post("/v1/drain", &request).await?;
     let what = "takes no new flows; old flows go on until they end or its drain time is over";
     Ok(print(&report(&done.backends, what))?)
 }
 
 pub(super) async fn undrain(client: &Client, args: &UndrainArgs) -> anyhow::Result<()> {
-    let request = DrainRequest { backend: args.backend.clone(), all: args.all };
+    let request = DrainRequest {
+        backend: args.backend.clone(),
+        all: args.all,
+    };
     let done: Done = client.post("/v1/undrain", &request).await?;
     if done.backends.is_empty() {
         return Ok(print(&format!("{} is no longer drained\n", args.backend))?);
@@ -29,7 +35,10 @@ pub(super) async fn resync(client: &Client) -> anyhow::Result<()> {
 
 /// A line for each backend.
 fn report(backends: &[BackendName], what: &str) -> String {
-    backends.iter().map(|b| format!("{}/{} ({}) {what}\n", b.service, b.name, b.address)).collect()
+    backends
+        .iter()
+        .map(|b| format!("{}/{} ({}) {what}\n", b.service, b.name, b.address))
+        .collect()
 }
 
 #[cfg(test)]

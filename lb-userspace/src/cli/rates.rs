@@ -33,7 +33,10 @@ impl<'a> Rates<'a> {
 
     /// Of one backend; `None` if it was not counted both times.
     pub fn backend(&self, backend: &BackendStatus) -> Option<Rate> {
-        let (before, after) = (self.before.backends.get(&backend.id)?, self.after.backends.get(&backend.id)?);
+        let (before, after) = (
+            self.before.backends.get(&backend.id)?,
+            self.after.backends.get(&backend.id)?,
+        );
         let rate = |of: fn(&BackendCounters) -> u64| self.per_second(of(before), of(after));
         Some(Rate {
             flows: rate(|c| c.flows),
@@ -45,12 +48,16 @@ impl<'a> Rates<'a> {
 
     /// Of all backends of a service together.
     pub fn service(&self, service: &ServiceStatus) -> Rate {
-        service.backends.iter().filter_map(|b| self.backend(b)).fold(Rate::default(), |sum, rate| Rate {
-            flows: sum.flows + rate.flows,
-            packets: sum.packets + rate.packets,
-            bytes_in: sum.bytes_in + rate.bytes_in,
-            bytes_out: sum.bytes_out + rate.bytes_out,
-        })
+        service
+            .backends
+            .iter()
+            .filter_map(|b| self.backend(b))
+            .fold(Rate::default(), |sum, rate| Rate {
+                flows: sum.flows + rate.flows,
+                packets: sum.packets + rate.packets,
+                bytes_in: sum.bytes_in + rate.bytes_in,
+                bytes_out: sum.bytes_out + rate.bytes_out,
+            })
     }
 
     /// Of one drop reason of the node.
@@ -73,19 +80,32 @@ mod tests {
 
     #[test]
     fn rates_are_differences_by_the_agents_clock() {
-        let (before, after) =
-            (Counters::new(&fixture::reading(0), &fixture::status(), 1_000_000), Counters::new(&fixture::reading(10), &fixture::status(), 3_000_000));
+        let (before, after) = (
+            Counters::new(&fixture::reading(0), &fixture::status(), 1_000_000),
+            Counters::new(&fixture::reading(10), &fixture::status(), 3_000_000),
+        );
         let rates = Rates::new(&before, &after).unwrap();
         let status = fixture::status();
         let one = rates.backend(&status.services[0].backends[0]).unwrap();
-        assert_eq!(one, Rate { flows: 5.0, packets: 150.0, bytes_in: 7_500.0, bytes_out: 150_000.0 });
+        assert_eq!(
+            one,
+            Rate {
+                flows: 5.0,
+                packets: 150.0,
+                bytes_in: 7_500.0,
+                bytes_out: 150_000.0
+            }
+        );
         assert_eq!(rates.service(&status.services[0]).flows, 15.0);
         assert_eq!(rates.drops("no_flow"), 5.0);
     }
 
     #[test]
     fn a_restart_or_a_new_backend_makes_no_rate() {
-        let (early, late) = (Counters::new(&fixture::reading(9), &fixture::status(), 5), Counters::new(&fixture::reading(1), &fixture::status(), 6));
+        let (early, late) = (
+            Counters::new(&fixture::reading(9), &fixture::status(), 5),
+            Counters::new(&fixture::reading(1), &fixture::status(), 6),
+        );
         assert!(Rates::new(&late, &early).is_none());
         let rates = Rates::new(&early, &late).unwrap();
         let mut backend = fixture::status().services[0].backends[0].clone();

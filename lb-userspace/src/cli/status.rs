@@ -41,7 +41,12 @@ const SOURCES: &[Column] = &[
 const DEVICES: &[Column] = &[Column::words("DEVICE"), Column::words("XDP"), Column::words("TC")];
 
 /// Everything, as of `now`. `counters` are two readings some time apart; without them there are no rates.
-pub fn render(status: &Status, counters: Option<(&Counters, &Counters)>, now: SystemTime, look: Look) -> String {
+pub fn render(
+    status: &Status,
+    counters: Option<(&Counters, &Counters)>,
+    now: SystemTime,
+    look: Look,
+) -> String {
     let rates = counters.and_then(|(before, after)| Rates::new(before, after));
     let parts = [
         headline(status, now).render(look),
@@ -52,7 +57,11 @@ pub fn render(status: &Status, counters: Option<(&Counters, &Counters)>, now: Sy
         refused(status).render(look),
         faults(status).render(look),
     ];
-    parts.into_iter().filter(|part| !part.is_empty()).collect::<Vec<_>>().join("\n")
+    parts
+        .into_iter()
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 fn headline(status: &Status, now: SystemTime) -> Table {
@@ -74,7 +83,9 @@ fn headline(status: &Status, now: SystemTime) -> Table {
 fn services(status: &Status, rates: Option<Rates<'_>>, now: SystemTime) -> Table {
     let mut table = Table::new(BACKENDS, 2);
     if status.services.is_empty() {
-        table.line(vec!["no services: label a container with weir.service.<name>.listen".into()]);
+        table.line(vec![
+            "no services: label a container with weir.service.<name>.listen".into(),
+        ]);
         return table;
     }
     for (index, service) in status.services.iter().enumerate() {
@@ -100,7 +111,10 @@ fn service_line(service: &ServiceStatus, rates: Option<Rates<'_>>) -> Vec<Cell> 
     let mut parts = vec![
         Cell::new(service.name.clone(), Tone::Head),
         service.address.to_string().into(),
-        Cell::new(format!("{active} of {} backends active", service.backends.len()), tone),
+        Cell::new(
+            format!("{active} of {} backends active", service.backends.len()),
+            tone,
+        ),
         format!("{} flows", grouped(flows)).into(),
     ];
     if let Some(rate) = rates.map(|r| r.service(service)) {
@@ -138,7 +152,9 @@ fn backend_row(backend: &BackendStatus, rate: Option<Option<Rate>>, now: SystemT
 }
 
 fn state(backend: &BackendStatus, now: SystemTime) -> Cell {
-    let left = backend.drain_deadline.map(|end| span(end.duration_since(now).unwrap_or_default()));
+    let left = backend
+        .drain_deadline
+        .map(|end| span(end.duration_since(now).unwrap_or_default()));
     match (backend.state, backend.leaving, left) {
         (BackendState::Active, false, _) => Cell::new("active", Tone::Good),
         (BackendState::Unready, false, _) => Cell::new("unready", Tone::Bad),
@@ -181,7 +197,11 @@ fn devices(status: &Status) -> Table {
         table.head();
     }
     for device in &status.attachments {
-        table.row(vec![device.device.clone().into(), device.xdp.clone().into(), device.tc.clone().into()]);
+        table.row(vec![
+            device.device.clone().into(),
+            device.xdp.clone().into(),
+            device.tc.clone().into(),
+        ]);
     }
     table
 }
@@ -195,7 +215,10 @@ fn datapath(counters: Option<&Counters>, rates: Option<Rates<'_>>) -> Table {
         let share = 100.0 * flows.entries as f64 / flows.capacity.max(1) as f64;
         let tone = if share > 80.0 { Tone::Warn } else { Tone::Plain };
         let text = format!("{entries} of {capacity} entries ({share:.1}%)");
-        table.line(vec![Cell::new(format!("flow table {}", flows.family), Tone::Head), Cell::new(text, tone)]);
+        table.line(vec![
+            Cell::new(format!("flow table {}", flows.family), Tone::Head),
+            Cell::new(text, tone),
+        ]);
     }
     let mut drops = vec![Cell::new("drops", Tone::Head)];
     for (reason, count) in counters.drops.iter().filter(|(_, count)| **count > 0) {
@@ -216,12 +239,23 @@ fn datapath(counters: Option<&Counters>, rates: Option<Rates<'_>>) -> Table {
 fn refused(status: &Status) -> Table {
     let mut table = Table::new(&[Column::words(""), Column::words("")], 4);
     if !status.rejections.is_empty() {
-        table.line(vec![Cell::new(format!("REJECTED ({})", status.rejections.len()), Tone::Bad)]);
+        table.line(vec![Cell::new(
+            format!("REJECTED ({})", status.rejections.len()),
+            Tone::Bad,
+        )]);
     }
     for rejection in &status.rejections {
-        table.line(vec![format!("  {}: {}", rejection.source, rejection.object).into()]);
-        table.row(vec![Cell::new("fault", Tone::Faint), rejection.fault.clone().into()]);
-        table.row(vec![Cell::new("remedy", Tone::Faint), rejection.remedy.clone().into()]);
+        table.line(vec![
+            format!("  {}: {}", rejection.source, rejection.object).into(),
+        ]);
+        table.row(vec![
+            Cell::new("fault", Tone::Faint),
+            rejection.fault.clone().into(),
+        ]);
+        table.row(vec![
+            Cell::new("remedy", Tone::Faint),
+            rejection.remedy.clone().into(),
+        ]);
     }
     table
 }
@@ -229,7 +263,10 @@ fn refused(status: &Status) -> Table {
 fn faults(status: &Status) -> Table {
     let mut table = Table::new(&[], 0);
     if !status.faults.is_empty() {
-        table.line(vec![Cell::new(format!("FAULTS ({})", status.faults.len()), Tone::Bad)]);
+        table.line(vec![Cell::new(
+            format!("FAULTS ({})", status.faults.len()),
+            Tone::Bad,
+        )]);
     }
     for fault in &status.faults {
         table.line(vec![format!("  {fault}").into()]);
@@ -248,13 +285,21 @@ mod tests {
             Counters::new(&fixture::reading(0), &fixture::status(), 0),
             Counters::new(&fixture::reading(10), &fixture::status(), 2_000_000),
         );
-        let text = render(&fixture::status(), Some((&before, &after)), *fixture::NOW, Look::default());
+        let text = render(
+            &fixture::status(),
+            Some((&before, &after)),
+            *fixture::NOW,
+            Look::default(),
+        );
         assert_eq!(text, include_str!("golden/status.txt"), "\n{text}");
     }
 
     #[test]
     fn a_terminal_of_eighty_columns_gets_no_longer_line() {
-        let look = Look { colour: false, width: Some(80) };
+        let look = Look {
+            colour: false,
+            width: Some(80),
+        };
         let text = render(&fixture::status(), None, *fixture::NOW, look);
         assert_eq!(text, include_str!("golden/status-80.txt"), "\n{text}");
         assert!(text.lines().all(|l| l.chars().count() <= 80));
@@ -262,7 +307,15 @@ mod tests {
 
     #[test]
     fn an_empty_agent_says_what_to_do() {
-        let text = render(&Status { version: "0.1.0".into(), ..Status::default() }, None, *fixture::NOW, Look::default());
+        let text = render(
+            &Status {
+                version: "0.1.0".into(),
+                ..Status::default()
+            },
+            None,
+            *fixture::NOW,
+            Look::default(),
+        );
         assert_eq!(
             text,
             "weir 0.1.0  not ready  0 ring commits\n\nno services: label a container with weir.service.<name>.listen\n"

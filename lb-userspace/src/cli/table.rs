@@ -79,7 +79,11 @@ impl Cell {
     /// A text with a tone. Control characters, which a name from outside may hold, become `?`.
     pub fn new(text: impl Into<String>, tone: Tone) -> Self {
         let text: String = text.into();
-        let text = if text.contains(char::is_control) { text.replace(char::is_control, "?") } else { text };
+        let text = if text.contains(char::is_control) {
+            text.replace(char::is_control, "?")
+        } else {
+            text
+        };
         Self { text, tone }
     }
 
@@ -93,11 +97,19 @@ impl Cell {
 impl Column {
     /// A column of words.
     pub const fn words(head: &'static str) -> Self {
-        Self { head, right: false, expendable: 0 }
+        Self {
+            head,
+            right: false,
+            expendable: 0,
+        }
     }
     /// A column of numbers.
     pub const fn numbers(head: &'static str) -> Self {
-        Self { head, right: true, expendable: 0 }
+        Self {
+            head,
+            right: true,
+            expendable: 0,
+        }
     }
     /// Goes when the terminal is narrow; columns with a higher `order` go first.
     pub const fn expendable(mut self, order: u8) -> Self {
@@ -111,7 +123,11 @@ impl Column {
 impl Table {
     /// An empty table.
     pub fn new(columns: &[Column], indent: usize) -> Self {
-        Self { columns: columns.to_vec(), lines: Vec::new(), indent }
+        Self {
+            columns: columns.to_vec(),
+            lines: Vec::new(),
+            indent,
+        }
     }
 
     /// Adds a row; missing cells are empty.
@@ -126,7 +142,11 @@ impl Table {
 
     /// The heading as a row, wherever it is wanted.
     pub fn head(&mut self) {
-        let heads = self.columns.iter().map(|c| Cell::new(c.head, Tone::Head)).collect();
+        let heads = self
+            .columns
+            .iter()
+            .map(|c| Cell::new(c.head, Tone::Head))
+            .collect();
         self.lines.push(Line::Row(heads));
     }
 
@@ -147,7 +167,11 @@ impl Table {
                         .map(|&(index, width)| {
                             let cell = cells.get(index).unwrap_or(&empty);
                             let space = width.saturating_sub(cell.width());
-                            if self.columns[index].right { (cell, space, 0) } else { (cell, 0, space) }
+                            if self.columns[index].right {
+                                (cell, space, 0)
+                            } else {
+                                (cell, 0, space)
+                            }
                         })
                         .collect();
                     write_line(&mut text, self.indent, &parts, look);
@@ -193,7 +217,8 @@ impl Table {
 
     fn has_content(&self, column: usize) -> bool {
         let head = self.columns[column].head;
-        self.cells(column).any(|c| c.tone != Tone::Head && !c.text.is_empty() && c.text != "-" && c.text != head)
+        self.cells(column)
+            .any(|c| c.tone != Tone::Head && !c.text.is_empty() && c.text != "-" && c.text != head)
     }
 }
 
@@ -224,7 +249,11 @@ fn write_line(out: &mut String, indent: usize, parts: &[(&Cell, usize, usize)], 
         if cut {
             break;
         }
-        let after = if Some(index) == last { 0 } else { (*after).min(room) };
+        let after = if Some(index) == last {
+            0
+        } else {
+            (*after).min(room)
+        };
         out.extend(std::iter::repeat_n(' ', after));
         room -= after;
     }
@@ -247,11 +276,19 @@ mod tests {
     use super::*;
 
     fn table() -> Table {
-        let columns = [Column::words("NAME"), Column::numbers("N").expendable(1), Column::words("WHY")];
+        let columns = [
+            Column::words("NAME"),
+            Column::numbers("N").expendable(1),
+            Column::words("WHY"),
+        ];
         let mut table = Table::new(&columns, 1);
         table.line(vec![Cell::new("all", Tone::Head), "of them".into()]);
         table.head();
-        table.row(vec!["a".into(), "12".into(), Cell::new("well enough", Tone::Good)]);
+        table.row(vec![
+            "a".into(),
+            "12".into(),
+            Cell::new("well enough", Tone::Good),
+        ]);
         table.row(vec!["longer".into(), "3".into()]);
         table
     }
@@ -266,18 +303,35 @@ mod tests {
 
     #[test]
     fn a_narrow_terminal_loses_expendable_columns_then_text() {
-        let narrow = |width| table().render(Look { colour: false, width: Some(width) });
-        assert_eq!(narrow(20), "all  of them\n NAME    WHY\n a       well enough\n longer\n");
+        let narrow = |width| {
+            table().render(Look {
+                colour: false,
+                width: Some(width),
+            })
+        };
+        assert_eq!(
+            narrow(20),
+            "all  of them\n NAME    WHY\n a       well enough\n longer\n"
+        );
         assert_eq!(narrow(12), "all  of them\n NAME    WHY\n a       we…\n longer\n");
         for width in 1..30 {
-            assert!(narrow(width).lines().all(|l| l.chars().count() <= width.max(1)), "{width}");
+            assert!(
+                narrow(width).lines().all(|l| l.chars().count() <= width.max(1)),
+                "{width}"
+            );
         }
     }
 
     #[test]
     fn colour_adds_only_escapes() {
-        let coloured = table().render(Look { colour: true, width: None });
-        assert!(coloured.contains("\u{1b}[32mwell enough\u{1b}[0m"), "{coloured:?}");
+        let coloured = table().render(Look {
+            colour: true,
+            width: None,
+        });
+        assert!(
+            coloured.contains("\u{1b}[32mwell enough\u{1b}[0m"),
+            "{coloured:?}"
+        );
         assert!(!table().render(Look::default()).contains('\u{1b}'));
     }
 

@@ -40,7 +40,11 @@ pub(super) async fn status(client: &Client, args: &StatusArgs) -> anyhow::Result
             print(&text)?;
             return Ok(());
         };
-        let clear = if io::stdout().is_terminal() && !args.json { CLEAR } else { "" };
+        let clear = if io::stdout().is_terminal() && !args.json {
+            CLEAR
+        } else {
+            ""
+        };
         print(&format!("{clear}{text}"))?;
         (before, wait) = (after, every);
     }

@@ -35,7 +35,10 @@ pub(super) fn run(args: &RunArgs, socket: Option<&Path>) -> anyhow::Result<Exit>
         config.admin.socket = socket.to_owned();
     }
     log_to_stderr(args)?;
-    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(wiring::agent(config))?;
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()?
+        .block_on(wiring::agent(config))?;
     Ok(Exit::Ok)
 }
 
@@ -52,7 +55,9 @@ pub(super) fn detach(args: &DetachArgs, socket: Option<&Path>) -> anyhow::Result
         },
     };
     let socket = socket.map_or(configured, Path::to_owned);
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()?;
     let report = runtime.block_on(async {
         match Client::new(&socket).get::<Status>("/v1/status").await {
             Err(ClientError::NotRunning(_)) => {}
@@ -76,7 +81,11 @@ pub(super) fn detach(args: &DetachArgs, socket: Option<&Path>) -> anyhow::Result
     for fault in &report.faults {
         writeln!(io::stderr(), "weir: {fault}")?;
     }
-    Ok(if report.faults.is_empty() { Exit::Ok } else { Exit::Failure })
+    Ok(if report.faults.is_empty() {
+        Exit::Ok
+    } else {
+        Exit::Failure
+    })
 }
 
 /// Files that the agent keeps beside its socket: gone at boot, as is all that they speak of.
@@ -90,17 +99,29 @@ struct Files {
 
 impl Files {
     fn beside(socket: &Path) -> Self {
-        Self { state: socket.with_file_name("state.json"), drains: socket.with_file_name("drains") }
+        Self {
+            state: socket.with_file_name("state.json"),
+            drains: socket.with_file_name("drains"),
+        }
     }
 }
 
 fn log_to_stderr(args: &RunArgs) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&args.log)
-        .with_context(|| format!("--log {:?} is no filter; write it as info, debug or weir=debug", args.log))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr);
+    let filter = EnvFilter::try_new(&args.log).with_context(|| {
+        format!(
+            "--log {:?} is no filter; write it as info, debug or weir=debug",
+            args.log
+        )
+    })?;
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr);
     let set = match args.log_json {
         true => log.json().try_init(),
-        false => log.with_target(false).with_ansi(super::stderr_colour()).try_init(),
+        false => log
+            .with_target(false)
+            .with_ansi(super::stderr_colour())
+            .try_init(),
     };
     set.map_err(|e| anyhow::anyhow!("logging: {e}"))
 }
@@ -121,8 +142,15 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("weir.toml");
         std::fs::write(&path, "colour = 1\n").unwrap();
-        let args = RunArgs { config: path.clone(), log_json: false, log: "info".into() };
+        let args = RunArgs {
+            config: path.clone(),
+            log_json: false,
+            log: "info".into(),
+        };
         assert_eq!(run(&args, None).unwrap(), Exit::BadConfig);
-        assert_eq!(detach(&DetachArgs { config: Some(path) }, None).unwrap(), Exit::BadConfig);
+        assert_eq!(
+            detach(&DetachArgs { config: Some(path) }, None).unwrap(),
+            Exit::BadConfig
+        );
     }
 }

@@ -70,8 +70,13 @@ pub(super) fn network(config: &Config) -> NetConfig {
 
 /// A sweep as the plan counts it. It began at a time of day, the plan thinks in instants.
 pub(super) fn sweep(report: &SweepReport) -> Sweep {
-    let ago = SystemTime::now().duration_since(report.started).unwrap_or(report.took);
-    Sweep { started: Instant::now().checked_sub(ago), flows: report.flows_by_backend.clone() }
+    let ago = SystemTime::now()
+        .duration_since(report.started)
+        .unwrap_or(report.took);
+    Sweep {
+        started: Instant::now().checked_sub(ago),
+        flows: report.flows_by_backend.clone(),
+    }
 }
 
 /// VIPs that the node puts on its interfaces.
@@ -106,7 +111,10 @@ mod tests {
         };
         let sweep = sweep(&report);
         let age = sweep.started.unwrap().elapsed();
-        assert!(age >= Duration::from_secs(5) && age < Duration::from_secs(60), "{age:?}");
+        assert!(
+            age >= Duration::from_secs(5) && age < Duration::from_secs(60),
+            "{age:?}"
+        );
         assert_eq!(sweep.flows, report.flows_by_backend);
     }
 }

@@ -57,7 +57,11 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let mut warnings = preflight::preflight(&config.bpf.pin_path)?;
     warnings.extend(port_overlap(&config));
     let state = StateFile::open(&files.state)?;
-    let loaded = load::load(object::programs()?, &config.bpf.pin_path, &translate::sizes(&config))?;
+    let loaded = load::load(
+        object::programs()?,
+        &config.bpf.pin_path,
+        &translate::sizes(&config),
+    )?;
     warnings.extend(loaded.warnings.iter().cloned());
     let pins = loaded.pins.clone();
     info!(pins = %pins.root().display(), adopted = loaded.adopted, "datapath loaded");
@@ -91,7 +95,9 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     };
     tasks.spawn(async { admin.serve(context).await.context("admin API") });
     let event_maps = pins.maps();
-    until(&mut tasks, &stop, async move { tap::follow(&event_maps, events).await.context("event stream") });
+    until(&mut tasks, &stop, async move {
+        tap::follow(&event_maps, events).await.context("event stream")
+    });
     let net_task = net::NetTask {
         devices: maps.devices()?,
         attacher: Attacher::new(loaded, state.clone(), TcChoice::Auto),
@@ -101,7 +107,9 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         topology: topology_to,
         report: report_to,
     };
-    until(&mut tasks, &stop, async { net::run(net_task).await.context("network") });
+    until(&mut tasks, &stop, async {
+        net::run(net_task).await.context("network")
+    });
     until(&mut tasks, &stop, async {
         sweep::run(sweeper, SWEEP_EVERY, swept_to).await;
         Ok(())
@@ -109,12 +117,19 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let inputs = reconcile::Inputs {
         inbox,
         topology,
-        sweeps: derived(&mut tasks, &stop, swept, |r| r.as_ref().map_or_else(Sweep::default, translate::sweep)),
-        policy: derived(&mut tasks, &stop, config.clone(), move |c| translate::policy(c, hz)),
+        sweeps: derived(&mut tasks, &stop, swept, |r| {
+            r.as_ref().map_or_else(Sweep::default, translate::sweep)
+        }),
+        policy: derived(&mut tasks, &stop, config.clone(), move |c| {
+            translate::policy(c, hz)
+        }),
         surroundings: derived(&mut tasks, &stop, report, move |r| surroundings(r, &warnings)),
         commands,
     };
-    let outputs = reconcile::Outputs { status: status_to, places: places_to };
+    let outputs = reconcile::Outputs {
+        status: status_to,
+        places: places_to,
+    };
     let options = reconcile::Options {
         sources: sources(&first),
         source_wait: first.startup_wait,
@@ -123,7 +138,9 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     };
     let token = stop.clone();
     tasks.spawn(async move {
-        reconcile::run(Box::new(maps), options, inputs, outputs, token).await.context("reconciler")
+        reconcile::run(Box::new(maps), options, inputs, outputs, token)
+            .await
+            .context("reconciler")
     });
     if first.docker.is_some() {
         let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
@@ -136,7 +153,9 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     stop.cancel();
     let farewell = async { while tasks.join_next().await.is_some() {} };
     let _late_ones_end_with_the_process = tokio::time::timeout(FAREWELL, farewell).await;
-    info!("agent stopped; programs and maps stay in the kernel: traffic goes on. `weir detach` takes them off");
+    info!(
+        "agent stopped; programs and maps stay in the kernel: traffic goes on. `weir detach` takes them off"
+    );
     result
 }
 
@@ -205,8 +224,14 @@ where
 
 /// Sources that must have been read before anything is removed.
 fn sources(config: &Config) -> Vec<SourceId> {
-    let docker = config.docker.is_some().then(|| SourceId(source::docker::SOURCE.into()));
-    docker.into_iter().chain([SourceId(source::file::SOURCE.into())]).collect()
+    let docker = config
+        .docker
+        .is_some()
+        .then(|| SourceId(source::docker::SOURCE.into()));
+    docker
+        .into_iter()
+        .chain([SourceId(source::file::SOURCE.into())])
+        .collect()
 }
 
 /// What the network and the start have to say in the status.
@@ -226,10 +251,14 @@ fn socket_group() -> Option<String> {
 /// A warning when the node itself hands out ports of the SNAT range.
 fn port_overlap(config: &Config) -> Option<String> {
     let text = sysctl::read("net.ipv4.ip_local_port_range").ok()?;
-    config.snat.check_port_overlap(port_range(&text)?).err().map(|e| e.to_string())
+    config
+        .snat
+        .check_port_overlap(port_range(&text)?)
+        .err()
+        .map(|e| e.to_string())
 }
 
-/// `32768	60999` as a range.
+/// Two ports, as `ip_local_port_range` has them, as a range.
 fn port_range(text: &str) -> Option<RangeInclusive<u16>> {
     let mut ports = text.split_whitespace().map(str::parse::<u16>);
     Some(ports.next()?.ok()?..=ports.next()?.ok()?)
