@@ -1,2 +1,7 @@
-//! The `weir` binary.
-fn main() {}
+//! The `weir` binary: see `weir --help`.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    weir::cli::main()
+}

@@ -1,1 +1,233 @@
-//! To come.
+//! The ring of one service: Maglev (Eisenbud et al., NSDI 2016) with weights. Pure.
+//!
+//! A ring is built over backend *addresses*; ids come in only afterwards. So every node that wishes the same builds the
+//! same ring, bit by bit, whatever order it heard things in. Tables are powers of two with odd skips: a permutation as
+//! with a prime, and the kernel's index is a mask that the verifier can follow.
+
+use std::{
+    hash::{DefaultHasher, Hash, Hasher},
+    net::{IpAddr, SocketAddr},
+};
+
+use lb_common::limits::{LARGE_RING_FROM_BACKENDS, RING_ROW, RING_ROWS_LARGE};
+
+/// A backend's share of a ring.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Member {
+    /// Address and port: the identity that the permutation is made of.
+    pub address: SocketAddr,
+    /// Relative share; 0 never appears.
+    pub weight: u32,
+    /// What is written into the ring.
+    pub id: u32,
+}
+
+/// Rows of `RINGS` that the ring of so many backends takes.
+pub const fn rows_for(backends: usize) -> u32 {
+    if backends >= LARGE_RING_FROM_BACKENDS {
+        RING_ROWS_LARGE
+    } else {
+        1
+    }
+}
+
+/// Builds the ring: `rows_for(members)` rows of ids, or `None` when no member has a weight.
+///
+/// An address that occurs twice counts once, by its first occurrence in (address, weight, id) order.
+pub fn build(members: &[Member]) -> Option<Vec<u32>> {
+    let mut members: Vec<Member> = members.iter().copied().filter(|m| m.weight > 0).collect();
+    members.sort_unstable();
+    members.dedup_by_key(|m| m.address);
+    let heaviest = u64::from(members.iter().map(|m| m.weight).max()?);
+    let size = rows_for(members.len()) as usize * RING_ROW;
+
+    let mut turns: Vec<Turn> = members.iter().map(|m| Turn::new(m.address)).collect();
+    let mut ring = vec![0u32; size];
+    let mut taken = vec![false; size];
+    let mut left = size;
+    for round in 1u64.. {
+        for (member, turn) in members.iter().zip(&mut turns) {
+            // A member of weight w gets w turns in every `heaviest` rounds, spread evenly.
+            if round * u64::from(member.weight) < turn.due {
+                continue;
+            }
+            turn.due += heaviest;
+            let slot = turn.next_free(&taken);
+            taken[slot] = true;
+            ring[slot] = member.id;
+            left -= 1;
+            if left == 0 {
+                return Some(ring);
+            }
+        }
+    }
+    None
+}
+
+/// Tells two rings apart without keeping either.
+pub fn digest(ring: &[u32]) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    ring.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Where one member stands in its permutation of the table.
+struct Turn {
+    /// Next entry to try, modulo the table.
+    at: usize,
+    /// Step: odd, so that every entry is visited once.
+    skip: usize,
+    /// Weighted round from which it has a turn again.
+    due: u64,
+}
+
+// === impl Turn ===
+
+impl Turn {
+    fn new(address: SocketAddr) -> Self {
+        let (high, low) = hash(address);
+        Self {
+            at: high as usize,
+            skip: low as usize | 1,
+            due: 0,
+        }
+    }
+
+    fn next_free(&mut self, taken: &[bool]) -> usize {
+        let mask = taken.len() - 1;
+        loop {
+            let slot = self.at & mask;
+            self.at = self.at.wrapping_add(self.skip);
+            if !taken[slot] {
+                return slot;
+            }
+        }
+    }
+}
+
+/// Two independent 64-bit hashes of an address, the same on every machine and release: never change it, since nodes of
+/// different releases must agree.
+fn hash(address: SocketAddr) -> (u64, u64) {
+    let octets = match address.ip() {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped().octets(),
+        IpAddr::V6(v6) => v6.octets(),
+    };
+    let ip = u128::from_be_bytes(octets);
+    let mut state = mix((ip >> 64) as u64 ^ 0x5745_4952_5249_4e47);
+    state = mix(state ^ ip as u64);
+    state = mix(state ^ u64::from(address.port()));
+    (state, mix(state ^ 0x9e37_79b9_7f4a_7c15))
+}
+
+/// The finalizer of SplitMix64 (public domain, S. Vigna) after one golden-ratio step.
+const fn mix(value: u64) -> u64 {
+    let mut z = value.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::collections::BTreeMap;
+
+    fn members(count: usize, seed: u32) -> Vec<Member> {
+        (0..count as u32)
+            .map(|i| Member {
+                address: SocketAddr::new(IpAddr::from((seed.wrapping_mul(7919) + i).to_be_bytes()), 8080),
+                weight: 1,
+                id: i + 1,
+            })
+            .collect()
+    }
+
+    fn shares(ring: &[u32]) -> BTreeMap<u32, usize> {
+        let mut shares = BTreeMap::new();
+        for id in ring {
+            *shares.entry(*id).or_default() += 1;
+        }
+        shares
+    }
+
+    #[test]
+    fn no_weight_no_ring() {
+        assert_eq!(build(&[]), None);
+        let mut one = members(1, 1);
+        one[0].weight = 0;
+        assert_eq!(build(&one), None);
+    }
+
+    #[test]
+    fn the_large_ring_starts_at_its_threshold() {
+        let below = build(&members(LARGE_RING_FROM_BACKENDS - 1, 3)).unwrap();
+        let at = build(&members(LARGE_RING_FROM_BACKENDS, 3)).unwrap();
+        assert_eq!((below.len(), at.len()), (RING_ROW, RING_ROW * 4));
+    }
+
+    /// The hash is a contract between nodes of different releases: these values may never change.
+    #[test]
+    fn the_ring_is_the_same_in_every_release() {
+        let ring = build(&members(5, 1)).unwrap();
+        assert_eq!(&ring[..16], RELEASED, "{:?}", &ring[..16]);
+    }
+    const RELEASED: &[u32] = &[1, 3, 3, 2, 1, 4, 2, 4, 3, 4, 3, 4, 1, 4, 1, 1];
+
+    #[test]
+    fn removing_one_of_n_moves_few_survivors() {
+        for (count, bound) in [(2, 1), (10, 1), (50, 1), (100, 2), (127, 2), (129, 1), (500, 1)] {
+            let all = members(count, 11);
+            let before = build(&all).unwrap();
+            let after = build(&all[1..]).unwrap();
+            let (mut moved, mut survivors) = (0, 0);
+            for (b, a) in before.iter().zip(&after) {
+                if *b != all[0].id {
+                    survivors += 1;
+                    moved += usize::from(a != b);
+                }
+            }
+            assert!(
+                moved * 100 <= survivors * bound,
+                "{count}: {moved} of {survivors} moved"
+            );
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(24))]
+
+        /// Every share is within 2 % (and two entries, for rounding) of its weight.
+        #[test]
+        fn shares_follow_weights(weights in proptest::collection::vec(0u32..10, 1..100), seed: u16) {
+            let mut all = members(weights.len(), seed.into());
+            for (member, weight) in all.iter_mut().zip(&weights) {
+                member.weight = *weight;
+            }
+            let sum: u32 = weights.iter().sum();
+            let Some(ring) = build(&all) else { prop_assert_eq!(sum, 0); return Ok(()) };
+            let shares = shares(&ring);
+            for member in &all {
+                let share = shares.get(&member.id).copied().unwrap_or(0) as f64;
+                let ideal = ring.len() as f64 * f64::from(member.weight) / f64::from(sum);
+                if member.weight == 0 {
+                    prop_assert_eq!(share, 0.0);
+                } else {
+                    prop_assert!((share - ideal).abs() <= 2.0 + ideal * 0.02, "{} for {}", share, ideal);
+                }
+            }
+        }
+
+        /// Neither the order of the members nor their ids decide where an address lies.
+        #[test]
+        fn order_and_ids_do_not_matter(count in 1usize..40, seed: u16, shift in 1u32..1000) {
+            let all = members(count, seed.into());
+            let mut other: Vec<Member> = all.iter().rev().copied().collect();
+            for member in &mut other {
+                member.id += shift;
+            }
+            let expected: Vec<u32> = build(&all).unwrap().iter().map(|id| id + shift).collect();
+            prop_assert_eq!(build(&other).unwrap(), expected);
+        }
+    }
+}

@@ -1,9 +1,30 @@
 //! The kernel side as the reconciler sees it: a few map operations behind a trait.
 
+pub mod announce;
+pub mod attach;
+pub mod batch;
+pub mod bpf;
+pub mod counters;
+pub mod detach;
+pub mod flows;
+pub mod load;
+pub mod net;
+pub mod netlink;
+pub mod preflight;
+pub mod shape;
+pub mod slots;
+pub mod state;
+pub mod sweep;
+pub mod sysctl;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use lb_common::maps;
+
+pub mod object;
 
 /// One change of one map entry. Applying it twice is applying it once.
 #[derive(Clone, Debug, PartialEq)]

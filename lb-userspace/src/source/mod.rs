@@ -1,5 +1,9 @@
 //! Producers of wishes. A source knows nothing of maps: it sends [`Update`]s to one inbox.
 
+pub mod docker;
+pub mod file;
+pub mod labels;
+
 use std::time::SystemTime;
 
 use crate::model::{Rejection, ServiceWish};

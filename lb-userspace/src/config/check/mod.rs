@@ -1,0 +1,116 @@
+//! Raw → checked: every value is judged, every fault is kept, and only a file without one becomes a [`Config`].
+
+mod docker;
+mod sections;
+mod services;
+
+use std::{fmt, ops::Range, path::Path};
+
+use toml::Spanned;
+
+use super::{
+    Config, ConfigErrors, ConfigFault,
+    errors::position,
+    raw::{self, Given, Strings},
+    value::{self, ValueError},
+};
+
+/// Checks a text; `path` is for messages.
+pub(super) fn check(path: &Path, text: &str) -> Result<Config, ConfigErrors> {
+    let (raw, faults) = raw::read(text);
+    let mut check = Check { text, faults };
+    let vips = sections::vips(&mut check, &raw);
+    let policy = sections::policy(&mut check, &raw.defaults, vips);
+    let config = Config {
+        path: path.to_owned(),
+        interfaces: sections::interfaces(&mut check, raw.interfaces.as_ref()),
+        limits: sections::limits(&mut check, &raw.limits),
+        snat: sections::snat(&mut check, &raw.snat),
+        docker: docker::docker(&mut check, &raw.docker),
+        admin: sections::admin(&mut check, &raw.admin),
+        startup_wait: check.text_or(
+            "startup.wait",
+            &raw.startup.wait,
+            super::DEFAULT_STARTUP_WAIT,
+            value::duration,
+        ),
+        event_sample: raw.events.sample.as_ref().map_or(0, |sample| *sample.get_ref()),
+        bpf: sections::bpf(&mut check, &raw.bpf),
+        services: services::services(&mut check, &raw.services, &policy),
+        policy,
+    };
+    let mut faults = check.faults;
+    if faults.is_empty() {
+        return Ok(config);
+    }
+    faults.sort_by_key(|fault| fault.position);
+    Err(ConfigErrors {
+        path: path.to_owned(),
+        faults,
+    })
+}
+
+/// The text and the faults found in it so far.
+struct Check<'t> {
+    text: &'t str,
+    faults: Vec<ConfigFault>,
+}
+
+impl Check<'_> {
+    /// Notes a fault.
+    fn fault(
+        &mut self,
+        key: impl Into<String>,
+        span: Option<Range<usize>>,
+        fault: impl fmt::Display,
+        remedy: impl Into<String>,
+    ) {
+        self.faults.push(ConfigFault {
+            key: key.into(),
+            position: span.map(|span| position(self.text, &span)),
+            fault: fault.to_string(),
+            remedy: remedy.into(),
+        });
+    }
+
+    /// Unwraps a parsed value or notes why it is none.
+    fn keep<T>(&mut self, key: &str, span: Range<usize>, result: Result<T, ValueError>) -> Option<T> {
+        result
+            .map_err(|error| self.fault(key, Some(span), &error, error.remedy()))
+            .ok()
+    }
+
+    /// A string value, or the default when it is absent (or faulty, which is noted).
+    fn text_or<T>(
+        &mut self,
+        key: &str,
+        given: &Given<String>,
+        default: T,
+        parse: impl FnOnce(&str) -> Result<T, ValueError>,
+    ) -> T {
+        given
+            .as_ref()
+            .and_then(|text| self.keep(key, text.span(), parse(text.get_ref())))
+            .unwrap_or(default)
+    }
+
+    /// A list of strings; empty when it is absent or faulty.
+    fn list<T: PartialEq>(
+        &mut self,
+        key: &str,
+        given: Option<&Spanned<Strings>>,
+        parse: impl Fn(&str) -> Result<T, ValueError>,
+    ) -> Vec<T> {
+        given
+            .and_then(|list| {
+                let texts = list.get_ref().0.iter().map(String::as_str);
+                self.keep(key, list.span(), value::items(texts, parse))
+            })
+            .unwrap_or_default()
+    }
+
+    /// Notes that a required key is missing.
+    fn missing(&mut self, key: &str, span: Option<Range<usize>>, remedy: &str) {
+        self.fault(key, span, "is missing", remedy);
+    }
+}

@@ -1,0 +1,258 @@
+//! The file as written. Unknown keys are refused; no value is judged here.
+
+use std::{collections::BTreeMap, fmt, ops::Range};
+
+use serde::{
+    Deserialize, Deserializer,
+    de::{SeqAccess, Visitor},
+};
+use toml::{
+    Spanned,
+    de::{DeTable, DeValue},
+};
+
+use super::errors::{ConfigFault, position};
+
+/// A value and where the file says it.
+pub(super) type Given<T> = Option<Spanned<T>>;
+
+/// One string or a list of them.
+#[derive(Debug)]
+pub(super) struct Strings(pub(super) Vec<String>);
+
+/// Every section.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawConfig {
+    pub(super) interfaces: Given<Strings>,
+    pub(super) vips: BTreeMap<String, Spanned<RawVip>>,
+    pub(super) defaults: RawDefaults,
+    pub(super) limits: RawLimits,
+    pub(super) snat: RawSnat,
+    pub(super) docker: RawDocker,
+    pub(super) admin: RawAdmin,
+    pub(super) startup: RawStartup,
+    pub(super) events: RawEvents,
+    pub(super) bpf: RawBpf,
+    pub(super) services: Vec<Spanned<RawService>>,
+}
+
+/// `[vips.<name>]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawVip {
+    pub(super) address: Given<Strings>,
+    pub(super) announce: Given<String>,
+    pub(super) interface: Given<String>,
+    pub(super) node_address: Given<bool>,
+}
+
+/// `[defaults]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawDefaults {
+    pub(super) drain: Given<String>,
+    pub(super) snat: Given<String>,
+    pub(super) when_empty: Given<String>,
+    pub(super) reset_unknown: Given<bool>,
+    pub(super) timeouts: RawTimeouts,
+}
+
+/// `[defaults.timeouts]` and `[services.timeouts]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawTimeouts {
+    pub(super) tcp_established: Given<String>,
+    pub(super) tcp_syn: Given<String>,
+    pub(super) tcp_closing: Given<String>,
+    pub(super) udp: Given<String>,
+}
+
+/// `[limits]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawLimits {
+    pub(super) services: Given<u32>,
+    pub(super) backends: Given<u32>,
+    #[serde(alias = "ring_rows")]
+    pub(super) ring_rows: Given<u32>,
+    pub(super) flows4: Given<u32>,
+    pub(super) flows6: Given<u32>,
+    pub(super) events: Given<u32>,
+}
+
+/// `[snat]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawSnat {
+    pub(super) addresses: Given<Strings>,
+    pub(super) ports: Given<String>,
+}
+
+/// `[docker]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawDocker {
+    pub(super) enabled: Given<bool>,
+    pub(super) endpoint: Given<String>,
+    pub(super) remote: Given<bool>,
+    pub(super) node_address: Given<Strings>,
+    pub(super) tls_ca: Given<String>,
+    pub(super) tls_cert: Given<String>,
+    pub(super) tls_key: Given<String>,
+    pub(super) resync: Given<String>,
+    pub(super) liveness: Given<String>,
+}
+
+/// `[admin]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawAdmin {
+    pub(super) socket: Given<String>,
+    pub(super) metrics: Given<String>,
+    pub(super) allow_remote: Given<bool>,
+}
+
+/// `[startup]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawStartup {
+    pub(super) wait: Given<String>,
+}
+
+/// `[events]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawEvents {
+    pub(super) sample: Given<u32>,
+}
+
+/// `[bpf]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawBpf {
+    pub(super) pin_path: Given<String>,
+    pub(super) xdp: Given<String>,
+}
+
+/// `[[services]]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawService {
+    pub(super) name: Given<String>,
+    pub(super) vip: Given<String>,
+    pub(super) listen: Given<Strings>,
+    pub(super) affinity: Given<String>,
+    pub(super) snat: Given<String>,
+    pub(super) allow: Given<Strings>,
+    pub(super) deny: Given<Strings>,
+    pub(super) when_empty: Given<String>,
+    pub(super) reset_unknown: Given<bool>,
+    pub(super) timeouts: RawTimeouts,
+    pub(super) backends: Vec<Spanned<RawBackend>>,
+}
+
+/// `[[services.backends]]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawBackend {
+    pub(super) address: Given<String>,
+    pub(super) weight: Given<u32>,
+    pub(super) drain: Given<String>,
+    pub(super) name: Given<String>,
+}
+
+/// Reads the text. Every fault of syntax, every unknown key and every value of the wrong type comes back, not the
+/// first alone: what serde complains of is cut out and the rest is read again.
+pub(super) fn read(text: &str) -> (RawConfig, Vec<ConfigFault>) {
+    let (mut document, syntax) = DeTable::parse_recoverable(text);
+    let mut faults: Vec<_> = syntax
+        .iter()
+        .map(|error| ConfigFault {
+            key: String::new(),
+            position: error.span().map(|span| position(text, &span)),
+            fault: error.message().to_owned(),
+            remedy: "correct the TOML".into(),
+        })
+        .collect();
+    loop {
+        match RawConfig::deserialize(toml::de::Deserializer::from(document.clone())) {
+            Ok(raw) => return (raw, faults),
+            Err(error) => {
+                let span = error.span();
+                let cut = span.as_ref().and_then(|span| cut(document.get_mut(), span));
+                let found = cut.is_some();
+                let (path, unknown) = cut.unwrap_or_default();
+                faults.push(ConfigFault {
+                    key: path,
+                    position: span.map(|span| position(text, &span)),
+                    fault: error.message().to_owned(),
+                    remedy: if unknown {
+                        "correct or remove the key; docs/config.md lists them all".into()
+                    } else {
+                        "docs/config.md says what belongs here".into()
+                    },
+                });
+                if !found {
+                    return (RawConfig::default(), faults);
+                }
+            }
+        }
+    }
+}
+
+/// Removes the innermost entry that the span lies in; its path, and whether the span is its key.
+fn cut(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<(String, bool)> {
+    for (key, value) in table.iter_mut() {
+        let found = match value.get_mut() {
+            DeValue::Table(inner) => cut(inner, span).map(|(path, unknown)| (format!(".{path}"), unknown)),
+            DeValue::Array(items) => items.iter_mut().enumerate().find_map(|(index, item)| {
+                let DeValue::Table(inner) = item.get_mut() else {
+                    return None;
+                };
+                cut(inner, span).map(|(path, unknown)| (format!("[{index}].{path}"), unknown))
+            }),
+            _ => None,
+        };
+        if let Some((path, unknown)) = found {
+            return Some((format!("{}{path}", key.get_ref()), unknown));
+        }
+    }
+    let within = |outer: Range<usize>| outer.start <= span.start && span.end <= outer.end;
+    let (key, unknown) = table.iter().find_map(|(key, value)| {
+        let unknown = within(key.span());
+        (unknown || within(value.span())).then(|| (key.get_ref().to_string(), unknown))
+    })?;
+    table.remove(key.as_str());
+    Some((key, unknown))
+}
+
+// === impl Strings ===
+
+impl<'de> Deserialize<'de> for Strings {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneOrMany;
+
+        impl<'de> Visitor<'de> for OneOrMany {
+            type Value = Strings;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a string or a list of strings")
+            }
+
+            fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<Strings, E> {
+                Ok(Strings(vec![text.to_owned()]))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Strings, A::Error> {
+                let mut strings = Vec::new();
+                while let Some(item) = items.next_element()? {
+                    strings.push(item);
+                }
+                Ok(Strings(strings))
+            }
+        }
+
+        deserializer.deserialize_any(OneOrMany)
+    }
+}

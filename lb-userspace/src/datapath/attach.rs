@@ -1,0 +1,388 @@
+//! Puts the programs on devices and keeps them there: links are pinned, so they outlive the agent, and a new
+//! program takes the place of the old one in the link, so that no packet passes between the two.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf,
+    programs::{
+        LinkOrder, ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode,
+        links::{FdLink, LinkError, PinnedLink},
+        tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
+        xdp::XdpLink,
+    },
+    util::KernelVersion,
+};
+
+use super::{
+    load::{Loaded, Pins, TC_EGRESS_PROGRAM, TC_INGRESS_PROGRAM, XDP_PROGRAM},
+    state::StateFile,
+};
+use crate::status::AttachmentStatus;
+
+/// Priority of our filters where TCX does not exist: before everybody else's.
+const FILTER_PRIORITY: u16 = 1;
+/// Handle of our filters: fixed, so that a restarted agent replaces its own in place.
+const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0x5745);
+
+/// `bpf.xdp` of the configuration.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum XdpChoice {
+    /// In the driver, or else generic with a warning.
+    #[default]
+    Auto,
+    /// In the driver or not at all.
+    Native,
+    /// In the stack, on any device.
+    Generic,
+    /// Not at all: TC does everything.
+    Off,
+}
+
+/// How TC programs are attached.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TcChoice {
+    /// TCX from kernel 6.6 on, else filters of a clsact qdisc.
+    #[default]
+    Auto,
+    /// TCX only.
+    Tcx,
+    /// Filters of a clsact qdisc.
+    Clsact,
+}
+
+/// What a device is to carry.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DeviceWish {
+    /// Interface index.
+    pub ifindex: u32,
+    /// Interface name.
+    pub name: String,
+    /// XDP.
+    pub xdp: XdpChoice,
+    /// TC egress; ingress always is.
+    pub egress: bool,
+}
+
+/// Why a device does not carry our programs.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// The kernel refused.
+    #[error("device {device}: {what} could not be attached: {source}")]
+    Program {
+        /// Interface name.
+        device: String,
+        /// Which program, how.
+        what: &'static str,
+        /// The kernel's word.
+        source: Box<ProgramError>,
+    },
+    /// The pin or the state file could not be written.
+    #[error("device {device}: {}: {source}", .path.display())]
+    Pin {
+        /// Interface name.
+        device: String,
+        /// Where.
+        path: PathBuf,
+        /// The kernel's word.
+        source: io::Error,
+    },
+}
+
+/// Owns the loaded programs and their places.
+#[derive(Debug)]
+pub struct Attacher {
+    ebpf: Ebpf,
+    pins: Pins,
+    state: StateFile,
+    tcx: bool,
+    attached: BTreeMap<u32, AttachmentStatus>,
+}
+
+impl Attacher {
+    /// Of programs just loaded; attaches nothing.
+    pub fn new(loaded: Loaded, state: StateFile, choice: TcChoice) -> Self {
+        let tcx = match choice {
+            TcChoice::Auto => {
+                KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 6, 0))
+            }
+            TcChoice::Tcx => true,
+            TcChoice::Clsact => false,
+        };
+        Self {
+            ebpf: loaded.ebpf,
+            pins: loaded.pins,
+            state,
+            tcx,
+            attached: BTreeMap::new(),
+        }
+    }
+
+    /// What is where, by interface index.
+    pub fn attached(&self) -> &BTreeMap<u32, AttachmentStatus> {
+        &self.attached
+    }
+
+    /// Puts the programs on a device, in place of those of an earlier agent. Returns warnings.
+    pub fn attach(&mut self, wish: &DeviceWish) -> Result<Vec<String>, AttachError> {
+        let mut warnings = Vec::new();
+        let xdp = self.attach_xdp(wish, &mut warnings)?;
+        self.attach_tc(wish, TcAttachType::Ingress)?;
+        if wish.egress {
+            self.attach_tc(wish, TcAttachType::Egress)?;
+        }
+        let status = AttachmentStatus {
+            device: wish.name.clone(),
+            xdp: xdp.to_owned(),
+            tc: if self.tcx { "tcx" } else { "clsact" }.to_owned(),
+        };
+        self.attached.insert(wish.ifindex, status);
+        Ok(warnings)
+    }
+
+    /// Forgets a device: takes our programs off it if it still exists, and removes the pins.
+    pub fn forget(&mut self, ifindex: u32) {
+        let status = self.attached.remove(&ifindex);
+        for path in self.link_pins(ifindex) {
+            if let Err(e) = fs::remove_file(&path)
+                && e.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!(path = %path.display(), error = %e, "link pin could not be removed");
+            }
+        }
+        // Filters are gone with their device; on a device that stays they are taken off by name.
+        if let Some(status) = status.filter(|_| !self.tcx) {
+            for (direction, name) in [
+                (TcAttachType::Ingress, TC_INGRESS_PROGRAM),
+                (TcAttachType::Egress, TC_EGRESS_PROGRAM),
+            ] {
+                if let Err(e) = tc::qdisc_detach_program(&status.device, direction, name) {
+                    tracing::debug!(device = %status.device, error = %e, "no filter to remove");
+                }
+            }
+        }
+    }
+
+    /// Indexes of the devices that have link pins, of this agent or an earlier one.
+    pub fn pinned_devices(&self) -> Vec<u32> {
+        let paths = super::load::entries(&self.pins.links()).unwrap_or_default();
+        let mut found: Vec<u32> = paths.iter().filter_map(|path| ifindex_of(path)).collect();
+        found.sort_unstable();
+        found.dedup();
+        found
+    }
+
+    fn link_pins(&self, ifindex: u32) -> Vec<PathBuf> {
+        ["xdp_native", "xdp_generic", "tc_ingress", "tc_egress"]
+            .iter()
+            .map(|kind| self.link(kind, ifindex))
+            .collect()
+    }
+
+    fn link(&self, kind: &str, ifindex: u32) -> PathBuf {
+        self.pins.links().join(format!("{kind}_{ifindex}"))
+    }
+
+    /// Attaches XDP as wished; which mode it became.
+    fn attach_xdp(
+        &mut self,
+        wish: &DeviceWish,
+        warnings: &mut Vec<String>,
+    ) -> Result<&'static str, AttachError> {
+        let (native, generic) = (
+            self.link("xdp_native", wish.ifindex),
+            self.link("xdp_generic", wish.ifindex),
+        );
+        // A device has room for one XDP program: the mode that is not wanted goes first.
+        let unwanted: &[&PathBuf] = match wish.xdp {
+            XdpChoice::Off => &[&native, &generic],
+            XdpChoice::Native => &[&generic],
+            XdpChoice::Generic => &[&native],
+            XdpChoice::Auto => &[],
+        };
+        for path in unwanted {
+            let _absent = fs::remove_file(path);
+        }
+        if wish.xdp == XdpChoice::Off {
+            return Ok("-");
+        }
+        let program = program::<Xdp>(&mut self.ebpf, XDP_PROGRAM, wish)?;
+        for (path, mode) in [(&native, "native"), (&generic, "generic")] {
+            if let Some(link) = pinned(path)
+                && replace_xdp(program, link).is_ok()
+            {
+                return Ok(mode);
+            }
+            // The link of a device that is gone, or none at all.
+            let _absent = fs::remove_file(path);
+        }
+        if wish.xdp != XdpChoice::Generic {
+            match new_xdp(program, wish.ifindex, XdpMode::Driver) {
+                Ok(link) => return pin(link, &native, wish).map(|()| "native"),
+                Err(source) if wish.xdp == XdpChoice::Native => {
+                    return Err(refused(wish, "native XDP", source));
+                }
+                Err(e) => warnings.push(format!(
+                    "device {}: native XDP is not possible ({}): generic XDP is used, which is slower",
+                    wish.name,
+                    root(&e)
+                )),
+            }
+        }
+        let link =
+            new_xdp(program, wish.ifindex, XdpMode::Skb).map_err(|e| refused(wish, "generic XDP", e))?;
+        pin(link, &generic, wish).map(|()| "generic")
+    }
+
+    fn attach_tc(&mut self, wish: &DeviceWish, direction: TcAttachType) -> Result<(), AttachError> {
+        let (name, kind) = match direction {
+            TcAttachType::Egress => (TC_EGRESS_PROGRAM, "tc_egress"),
+            _ => (TC_INGRESS_PROGRAM, "tc_ingress"),
+        };
+        if !self.tcx {
+            return self.attach_filter(wish, direction, name);
+        }
+        let path = self.link(kind, wish.ifindex);
+        let program = program::<SchedClassifier>(&mut self.ebpf, name, wish)?;
+        if let Some(link) = pinned(&path)
+            && replace_tc(program, link).is_ok()
+        {
+            return Ok(());
+        }
+        let _absent = fs::remove_file(&path);
+        let id = program
+            .attach_with_options(
+                &wish.name,
+                direction,
+                TcAttachOptions::TcxOrder(LinkOrder::first()),
+            )
+            .map_err(|e| refused(wish, kind, e))?;
+        let link = program.take_link(id).map_err(|e| refused(wish, kind, e))?;
+        let link = FdLink::try_from(link).map_err(|e| refused(wish, kind, no_link(e)))?;
+        pin(link, &path, wish)
+    }
+
+    /// The way of kernels before 6.6: a filter lives on the device, not in a link, so it needs no pin.
+    fn attach_filter(
+        &mut self,
+        wish: &DeviceWish,
+        direction: TcAttachType,
+        name: &'static str,
+    ) -> Result<(), AttachError> {
+        let what = "TC filter";
+        let own_qdisc = match tc::qdisc_add_clsact(&wish.name) {
+            Ok(()) => true,
+            Err(TcError::NetlinkError(e)) if e.raw_os_error() == Some(libc::EEXIST) => {
+                self.state.get().clsact.get(&wish.name).copied().unwrap_or(false)
+            }
+            Err(e) => return Err(refused(wish, what, e.into())),
+        };
+        self.state
+            .update(|changes| {
+                changes.clsact.insert(wish.name.clone(), own_qdisc);
+            })
+            .map_err(|source| AttachError::Pin {
+                device: wish.name.clone(),
+                path: "state file".into(),
+                source,
+            })?;
+        let program = program::<SchedClassifier>(&mut self.ebpf, name, wish)?;
+        let old = SchedClassifierLink::attached(&wish.name, direction, FILTER_PRIORITY, FILTER_HANDLE, None)
+            .map_err(|e| refused(wish, what, ProgramError::IOError(e)))?;
+        let id = match program.attach_to_link(old) {
+            Ok(id) => id,
+            // There is none to replace.
+            Err(_) => {
+                let options = NlOptions {
+                    priority: FILTER_PRIORITY,
+                    handle: FILTER_HANDLE,
+                    classid: None,
+                };
+                program
+                    .attach_with_options(&wish.name, direction, TcAttachOptions::Netlink(options))
+                    .map_err(|e| refused(wish, what, e))?
+            }
+        };
+        // The filter shall outlive the agent, and dropping the link would remove it.
+        std::mem::forget(program.take_link(id).map_err(|e| refused(wish, what, e))?);
+        Ok(())
+    }
+}
+
+/// The interface index in the name of a link pin.
+pub(super) fn ifindex_of(path: &Path) -> Option<u32> {
+    path.file_name()?.to_str()?.rsplit_once('_')?.1.parse().ok()
+}
+
+fn refused(wish: &DeviceWish, what: &'static str, source: ProgramError) -> AttachError {
+    AttachError::Program {
+        device: wish.name.clone(),
+        what,
+        source: Box::new(source),
+    }
+}
+
+/// The last cause of an error: the kernel's own word.
+fn root(error: &dyn std::error::Error) -> String {
+    let mut last = error;
+    while let Some(next) = last.source() {
+        last = next;
+    }
+    last.to_string()
+}
+
+/// A link that is none, or not of this kind.
+fn no_link(error: LinkError) -> ProgramError {
+    ProgramError::IOError(io::Error::other(error))
+}
+
+fn program<'a, P>(ebpf: &'a mut Ebpf, name: &'static str, wish: &DeviceWish) -> Result<&'a mut P, AttachError>
+where
+    &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = ProgramError>,
+{
+    let missing = || ProgramError::IOError(io::Error::new(io::ErrorKind::NotFound, name));
+    let program = ebpf
+        .program_mut(name)
+        .ok_or_else(|| refused(wish, "program", missing()))?;
+    program.try_into().map_err(|e| refused(wish, "program", e))
+}
+
+fn pinned(path: &Path) -> Option<FdLink> {
+    path.exists()
+        .then(|| PinnedLink::from_pin(path).ok().map(FdLink::from))
+        .flatten()
+}
+
+fn pin(link: FdLink, path: &Path, wish: &DeviceWish) -> Result<(), AttachError> {
+    match link.pin(path) {
+        Ok(_pinned) => Ok(()),
+        Err(e) => Err(AttachError::Pin {
+            device: wish.name.clone(),
+            path: path.to_owned(),
+            source: io::Error::other(e),
+        }),
+    }
+}
+
+/// Attaches through a link. The loader's way around the link (netlink) is refused: it cannot be pinned.
+fn new_xdp(program: &mut Xdp, ifindex: u32, mode: XdpMode) -> Result<FdLink, ProgramError> {
+    let id = program.attach_to_if_index(ifindex, mode)?;
+    FdLink::try_from(program.take_link(id)?).map_err(no_link)
+}
+
+fn replace_xdp(program: &mut Xdp, link: FdLink) -> Result<(), ProgramError> {
+    let id = program.attach_to_link(XdpLink::try_from(link).map_err(no_link)?)?;
+    // The pin holds the link; ours may go.
+    drop(program.take_link(id)?);
+    Ok(())
+}
+
+fn replace_tc(program: &mut SchedClassifier, link: FdLink) -> Result<(), ProgramError> {
+    let id = program.attach_to_link(SchedClassifierLink::try_from(link).map_err(no_link)?)?;
+    drop(program.take_link(id)?);
+    Ok(())
+}

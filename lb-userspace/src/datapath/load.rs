@@ -1,0 +1,305 @@
+//! Loads the kernel programs against pinned maps: makes the maps, or adopts those of an earlier agent after
+//! comparing them with what this one expects. Pins lie under `<pin>/v<SCHEMA>/{maps,programs,links}`.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::MapInfo,
+    programs::{Program, ProgramError},
+};
+use lb_common::maps::{ABI_VERSION, Meta, SCHEMA};
+
+use super::{
+    Capacities, MapError,
+    batch::Table,
+    shape::{self, SHAPES},
+};
+
+/// The program on XDP.
+pub const XDP_PROGRAM: &str = "weir_xdp";
+/// The program on TC ingress.
+pub const TC_INGRESS_PROGRAM: &str = "weir_tc_ingress";
+/// The program on TC egress.
+pub const TC_EGRESS_PROGRAM: &str = "weir_tc_egress";
+/// The program that removes expired flows when it is run by the agent.
+pub const SWEEP_PROGRAM: &str = "weir_sweep";
+const PROGRAMS: [&str; 4] = [XDP_PROGRAM, TC_INGRESS_PROGRAM, TC_EGRESS_PROGRAM, SWEEP_PROGRAM];
+
+/// Where the pins of this schema lie.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pins {
+    root: PathBuf,
+}
+
+impl Pins {
+    /// Under `pin` (`/sys/fs/bpf/weir` unless configured).
+    pub fn new(pin: &Path) -> Self {
+        Self {
+            root: pin.join(format!("v{SCHEMA}")),
+        }
+    }
+    /// The directory of this schema.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+    /// Maps, by name.
+    pub fn maps(&self) -> PathBuf {
+        self.root.join("maps")
+    }
+    /// Programs, by name.
+    pub fn programs(&self) -> PathBuf {
+        self.root.join("programs")
+    }
+    /// Links, by kind and interface index.
+    pub fn links(&self) -> PathBuf {
+        self.root.join("links")
+    }
+}
+
+/// Sizes that the maps get when they are first made.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// `[limits]`; flow entries, not connections (two entries each).
+    pub limits: Capacities,
+    /// Bytes of the event ring, a power of two and a multiple of the page size.
+    pub events_bytes: u32,
+}
+
+/// Why the programs are not in the kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// The binary was built without its kernel object.
+    #[error("this binary holds no kernel programs: run `cargo xtask build-ebpf`, then build again")]
+    NotBuilt,
+    /// Another agent's maps.
+    #[error("the pinned maps under {} were made by another version of Weir ({fault}): run `weir detach` \
+             (it ends all flows), then start again", .pins.display())]
+    Incompatible {
+        /// Where.
+        pins: PathBuf,
+        /// What differs.
+        fault: String,
+    },
+    /// The object and this agent disagree.
+    #[error("kernel object: {0}: build agent and programs from the same source (`cargo xtask build-ebpf`)")]
+    Object(String),
+    /// The object could not be loaded.
+    #[error("kernel object could not be loaded: {0:#}")]
+    Load(#[from] Box<EbpfError>),
+    /// A program was refused.
+    #[error("program {name} was refused by the kernel: {source}")]
+    Program {
+        /// Its name.
+        name: &'static str,
+        /// With the verifier's log.
+        source: Box<ProgramError>,
+    },
+    /// A map failed.
+    #[error(transparent)]
+    Map(#[from] MapError),
+    /// The pin directory failed.
+    #[error("{}: {source}", .path.display())]
+    Pin {
+        /// Where.
+        path: PathBuf,
+        /// The kernel's word.
+        source: io::Error,
+    },
+}
+
+/// Programs in the kernel and maps pinned; nothing attached yet.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The programs.
+    pub ebpf: Ebpf,
+    /// Where everything is pinned.
+    pub pins: Pins,
+    /// The maps of an earlier agent were taken over.
+    pub adopted: bool,
+    /// What people should know.
+    pub warnings: Vec<String>,
+}
+
+/// Makes or adopts the maps and loads the programs of `object` (an ELF file, aligned to 8 bytes). Packets go on being handled by the programs of an earlier
+/// agent until [`super::attach::Attacher`] replaces them.
+pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadError> {
+    if object.is_empty() {
+        return Err(LoadError::NotBuilt);
+    }
+    let pins = Pins::new(pin);
+    for directory in [pins.maps(), pins.programs(), pins.links()] {
+        fs::create_dir_all(&directory).map_err(|source| LoadError::Pin {
+            path: directory,
+            source,
+        })?;
+    }
+    let adopted = adopt(&pins)?;
+    let mut loader = EbpfLoader::new();
+    let maps = pins.maps();
+    for shape in SHAPES {
+        loader.map_pin_path(shape.name, maps.join(shape.name));
+        if let Some(entries) = shape.size.of(&sizes.limits) {
+            loader.map_max_entries(shape.name, entries);
+        }
+    }
+    loader.map_max_entries("EVENTS", sizes.events_bytes);
+    let mut ebpf = loader.load(object).map_err(Box::new)?;
+    let mut warnings = Vec::new();
+    for shape in SHAPES {
+        let path = maps.join(shape.name);
+        let info = match MapInfo::from_pin(&path) {
+            Ok(info) => info,
+            Err(e) => return Err(LoadError::Object(format!("map {} is missing ({e})", shape.name))),
+        };
+        if let Some(fault) = mismatch(shape, &info) {
+            return Err(LoadError::Object(fault));
+        }
+        let wanted = shape.size.of(&sizes.limits);
+        if let Some(wanted) = wanted.filter(|wanted| *wanted != info.max_entries()) {
+            warnings.push(format!(
+                "map {} keeps its {} entries: {wanted} (limits.{}) takes effect after `weir detach`",
+                shape.name,
+                info.max_entries(),
+                shape.size.setting()
+            ));
+        }
+    }
+    for name in PROGRAMS {
+        load_program(&mut ebpf, name, &pins)?;
+    }
+    let meta: Table<u32, Meta> = Table::open(&maps, "META")?;
+    let hz = meta.get(&0)?.map_or(0, |m| m.hz);
+    // Last of all: a set of maps without this stamp is known to be incomplete.
+    meta.put(
+        &0,
+        &Meta {
+            schema: SCHEMA,
+            abi: ABI_VERSION,
+            hz,
+            _pad: 0,
+        },
+    )?;
+    Ok(Loaded {
+        ebpf,
+        pins,
+        adopted,
+        warnings,
+    })
+}
+
+/// Whether there is a complete set of maps to adopt. Remains of a start that was cut short are removed.
+fn adopt(pins: &Pins) -> Result<bool, LoadError> {
+    let maps = pins.maps();
+    let incompatible = |fault: String| LoadError::Incompatible {
+        pins: pins.root().to_owned(),
+        fault,
+    };
+    let stamp = match MapInfo::from_pin(maps.join("META")) {
+        Ok(info) => {
+            if let Some(fault) = shape::find("META").and_then(|shape| mismatch(shape, &info)) {
+                return Err(incompatible(fault));
+            }
+            Table::<u32, Meta>::open(&maps, "META")?
+                .get(&0)?
+                .unwrap_or_default()
+        }
+        Err(_) => Meta::default(),
+    };
+    if stamp.schema == 0 {
+        // No stamp: nothing was ever attached to these maps, so nobody misses them.
+        if entries(&pins.links())?.is_empty() {
+            for path in entries(&maps)? {
+                fs::remove_file(&path).map_err(|source| LoadError::Pin { path, source })?;
+            }
+            return Ok(false);
+        }
+        return Err(incompatible(
+            "programs are attached, but the maps are incomplete".to_owned(),
+        ));
+    }
+    if (stamp.schema, stamp.abi) != (SCHEMA, ABI_VERSION) {
+        return Err(incompatible(format!(
+            "schema {} layout {}, this one has schema {SCHEMA} layout {ABI_VERSION}",
+            stamp.schema, stamp.abi
+        )));
+    }
+    for shape in SHAPES {
+        let info = MapInfo::from_pin(maps.join(shape.name))
+            .map_err(|e| incompatible(format!("map {} cannot be opened: {e}", shape.name)))?;
+        if let Some(fault) = mismatch(shape, &info) {
+            return Err(incompatible(fault));
+        }
+    }
+    Ok(true)
+}
+
+/// How a map differs from its shape.
+fn mismatch(shape: &shape::Shape, info: &MapInfo) -> Option<String> {
+    let kind = info.map_type().ok();
+    if kind != Some(shape.kind) || info.key_size() != shape.key || info.value_size() != shape.value {
+        return Some(format!(
+            "map {} is {kind:?} with keys of {} and values of {} bytes, expected {:?}, {} and {}",
+            shape.name,
+            info.key_size(),
+            info.value_size(),
+            shape.kind,
+            shape.key,
+            shape.value
+        ));
+    }
+    None
+}
+
+fn load_program(ebpf: &mut Ebpf, name: &'static str, pins: &Pins) -> Result<(), LoadError> {
+    let missing = || LoadError::Object(format!("program {name} is missing or of another type"));
+    let program = ebpf.program_mut(name).ok_or_else(missing)?;
+    let refused = |source| LoadError::Program {
+        name,
+        source: Box::new(source),
+    };
+    match program {
+        Program::Xdp(xdp) => xdp.load().map_err(refused)?,
+        Program::SchedClassifier(tc) => tc.load().map_err(refused)?,
+        _ => return Err(missing()),
+    }
+    let (path, fresh) = (
+        pins.programs().join(name),
+        pins.programs().join(format!("{name}_new")),
+    );
+    remove_if_there(&fresh)?;
+    program.pin(&fresh).map_err(|e| LoadError::Pin {
+        path: fresh.clone(),
+        source: io::Error::other(e),
+    })?;
+    fs::rename(&fresh, &path).map_err(|source| LoadError::Pin { path, source })
+}
+
+/// Removes a file; a missing one is fine.
+fn remove_if_there(path: &Path) -> Result<(), LoadError> {
+    match fs::remove_file(path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(LoadError::Pin {
+            path: path.to_owned(),
+            source: e,
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// The files of a directory; none when it does not exist.
+pub(super) fn entries(directory: &Path) -> Result<Vec<PathBuf>, LoadError> {
+    let failed = |source| LoadError::Pin {
+        path: directory.to_owned(),
+        source,
+    };
+    match fs::read_dir(directory) {
+        Ok(found) => found
+            .map(|entry| entry.map(|e| e.path()).map_err(failed))
+            .collect(),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        Err(e) => Err(failed(e)),
+    }
+}

@@ -1,0 +1,324 @@
+//! Everything that was heard becomes one desired state. Pure: no I/O, no clock.
+//!
+//! Objects with the same [`ServiceAddress`] form one service. Where their settings contradict each other the operator's
+//! file wins over labels, then the oldest object, then the smaller id. The loser's backends do *not* join: they were
+//! meant for other rules (an allow list, say), and a label author must not be able to change, or slip behind, the rules
+//! of a service that was there first.
+//!
+//! An update touches only the services it speaks of, so that one change among 100,000 backends stays cheap.
+
+mod drains;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+    time::SystemTime,
+};
+
+pub use drains::{Drains, DrainsError, names};
+
+use crate::{
+    model::{Backend, BackendState, Rejection, Service, ServiceAddress, ServiceWish},
+    source::{Freshness, Message, Object, SourceId, Update},
+    status::SourceStatus,
+};
+
+/// The source whose word is the operator's: it wins over every other, however old those are.
+pub const OPERATOR_SOURCE: &str = "file";
+
+/// What shall be programmed.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Desired {
+    /// Services by address.
+    pub services: BTreeMap<ServiceAddress, Wanted>,
+    /// What was refused, by service address.
+    pub contradictions: BTreeMap<ServiceAddress, Vec<Rejection>>,
+}
+
+/// A service and its age.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Wanted {
+    /// The service. The same allocation as long as nothing about it changes.
+    pub service: Arc<Service>,
+    /// Source of the object whose settings it has.
+    pub source: String,
+    /// When that object was created: the newest service is the first to be refused when a limit is reached.
+    pub created: SystemTime,
+}
+
+/// Everything heard, and the desired state it makes.
+#[derive(Debug, Default)]
+pub struct Heard {
+    sources: BTreeMap<SourceId, Source>,
+    by_service: BTreeMap<ServiceAddress, BTreeSet<(SourceId, String)>>,
+    drains: Drains,
+    dirty: BTreeSet<ServiceAddress>,
+    desired: Desired,
+    /// Services of the desired state by the addresses of their backends.
+    addresses: BTreeMap<IpAddr, BTreeSet<ServiceAddress>>,
+}
+
+#[derive(Debug, Default)]
+struct Source {
+    objects: BTreeMap<String, Object>,
+    /// Objects that come with rejections of their own.
+    rejected: BTreeSet<String>,
+    freshness: Option<Freshness>,
+    read: bool,
+}
+
+// === impl Heard ===
+
+impl Heard {
+    /// Takes in one message.
+    pub fn absorb(&mut self, message: Message) {
+        let Message { source: id, update } = message;
+        let mut changed = Vec::new();
+        let source = self.sources.entry(id.clone()).or_default();
+        match update {
+            Update::Reset(objects) => {
+                source.read = true;
+                let objects: BTreeMap<String, Object> =
+                    objects.into_iter().map(|o| (o.id.clone(), o)).collect();
+                let gone: Vec<String> = source
+                    .objects
+                    .keys()
+                    .filter(|id| !objects.contains_key(*id))
+                    .cloned()
+                    .collect();
+                changed.extend(
+                    gone.iter()
+                        .filter_map(|id| source.remove(id))
+                        .map(|old| (Some(old), None)),
+                );
+                changed.extend(objects.into_values().filter_map(|o| source.put(o)));
+            }
+            Update::Put(object) => changed.extend(source.put(object)),
+            Update::Remove(id) => changed.extend(source.remove(&id).map(|old| (Some(old), None))),
+            Update::Freshness(freshness) => source.freshness = Some(freshness),
+        }
+        for (old, new) in changed {
+            for (object, present) in [(old, false), (new, true)] {
+                let Some(object) = object else { continue };
+                for wish in &object.services {
+                    let holders = self.by_service.entry(wish.address).or_default();
+                    let key = (id.clone(), object.id.clone());
+                    if present {
+                        holders.insert(key)
+                    } else {
+                        holders.remove(&key)
+                    };
+                    self.dirty.insert(wish.address);
+                }
+            }
+        }
+    }
+
+    /// Sets what the operator has drained; every service is looked at again.
+    pub fn set_drains(&mut self, drains: Drains) {
+        if drains != self.drains {
+            self.drains = drains;
+            self.dirty.extend(self.by_service.keys());
+        }
+    }
+
+    /// What the operator has drained.
+    pub fn drains(&self) -> &Drains {
+        &self.drains
+    }
+
+    /// Whether anything waits for [`Heard::refresh`].
+    pub fn is_dirty(&self) -> bool {
+        !self.dirty.is_empty()
+    }
+
+    /// Brings the desired state up to date and returns the services that changed.
+    pub fn refresh(&mut self) -> BTreeSet<ServiceAddress> {
+        let mut changed = BTreeSet::new();
+        for address in std::mem::take(&mut self.dirty) {
+            let (wanted, contradictions) = self.merge(address);
+            if contradictions.is_empty() {
+                self.desired.contradictions.remove(&address);
+            } else {
+                self.desired.contradictions.insert(address, contradictions);
+            }
+            if wanted.is_none() {
+                self.by_service.remove(&address);
+            }
+            let old = self.desired.services.get(&address);
+            if old == wanted.as_ref() {
+                continue;
+            }
+            changed.insert(address);
+            for ip in old
+                .iter()
+                .flat_map(|w| &w.service.backends)
+                .map(|b| b.address.ip())
+            {
+                if let Some(services) = self.addresses.get_mut(&ip) {
+                    services.remove(&address);
+                    if services.is_empty() {
+                        self.addresses.remove(&ip);
+                    }
+                }
+            }
+            for backend in wanted.iter().flat_map(|w| &w.service.backends) {
+                self.addresses
+                    .entry(backend.address.ip())
+                    .or_default()
+                    .insert(address);
+            }
+            match wanted {
+                Some(wanted) => self.desired.services.insert(address, wanted),
+                None => self.desired.services.remove(&address),
+            };
+        }
+        changed
+    }
+
+    /// The desired state as of the last [`Heard::refresh`].
+    pub fn desired(&self) -> &Desired {
+        &self.desired
+    }
+
+    /// Addresses of all desired backends.
+    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
+        self.addresses.keys().copied()
+    }
+
+    /// Services with a backend of this address.
+    pub fn services_at(&self, ip: IpAddr) -> impl Iterator<Item = ServiceAddress> {
+        self.addresses.get(&ip).into_iter().flatten().copied()
+    }
+
+    /// Whether this source has sent its complete list once.
+    pub fn has_read(&self, source: &SourceId) -> bool {
+        self.sources.get(source).is_some_and(|s| s.read)
+    }
+
+    /// Everything refused, by sources and by contradiction, in order and without repetition.
+    pub fn rejections(&self) -> BTreeSet<Rejection> {
+        let own = self
+            .sources
+            .values()
+            .flat_map(|s| s.rejected.iter().filter_map(|id| s.objects.get(id)));
+        own.flat_map(|o| &o.rejections)
+            .chain(self.desired.contradictions.values().flatten())
+            .cloned()
+            .collect()
+    }
+
+    /// The sources, in name order.
+    pub fn sources(&self) -> Vec<SourceStatus> {
+        let status = |(id, source): (&SourceId, &Source)| SourceStatus {
+            name: id.0.clone(),
+            connected: source.freshness.as_ref().map_or(source.read, |f| f.connected),
+            last_heard: source.freshness.as_ref().and_then(|f| f.last_heard),
+            last_full_read: source.freshness.as_ref().and_then(|f| f.last_full_read),
+            fault: source.freshness.as_ref().and_then(|f| f.fault.clone()),
+            objects: source.objects.len(),
+        };
+        self.sources.iter().map(status).collect()
+    }
+
+    /// All wishes for one address as one service.
+    fn merge(&self, address: ServiceAddress) -> (Option<Wanted>, Vec<Rejection>) {
+        let holders = self.by_service.get(&address).into_iter().flatten();
+        let mut wishes: Vec<(&SourceId, &Object, &ServiceWish)> = holders
+            .filter_map(|(source, id)| Some((source, self.sources.get(source)?.objects.get(id)?)))
+            .flat_map(|(source, object)| object.services.iter().map(move |wish| (source, object, wish)))
+            .filter(|(.., wish)| wish.address == address)
+            .collect();
+        // Stable: two wishes of one object stay in the order it made them.
+        wishes.sort_by_key(|(source, object, _)| {
+            (source.0 != OPERATOR_SOURCE, object.created, &object.id, *source)
+        });
+        let Some(&(first_source, first, owner)) = wishes.first() else {
+            return (None, Vec::new());
+        };
+
+        let mut rejections = Vec::new();
+        let mut backends: BTreeMap<_, Backend> = BTreeMap::new();
+        for (source, object, wish) in wishes {
+            if wish.settings != owner.settings {
+                rejections.push(Rejection {
+                    source: source.0.clone(),
+                    object: format!("{}: service {}", object.name, wish.name),
+                    fault: format!("its settings contradict those that {} gave {address}", first.name),
+                    remedy: format!("give it the settings of {} or another address", first.name),
+                });
+                continue;
+            }
+            for backend in &wish.backends {
+                let backend = self.judged(backend);
+                let known = backends.entry(backend.address).or_insert_with(|| backend.clone());
+                // An address that was taken over by a new container serves, although the old one is still leaving.
+                if backend.state < known.state {
+                    *known = backend;
+                }
+            }
+        }
+        let service = Service {
+            name: owner.name.clone(),
+            address,
+            settings: owner.settings.clone(),
+            backends: backends.into_values().collect(),
+        };
+        let old = self.desired.services.get(&address).map(|w| &w.service);
+        let service = match old {
+            Some(old) if **old == service => Arc::clone(old),
+            _ => Arc::new(service),
+        };
+        let wanted = Wanted {
+            service,
+            source: first_source.0.clone(),
+            created: first.created,
+        };
+        (Some(wanted), rejections)
+    }
+
+    /// A backend with the operator's drain and a weight of 0 made part of its state.
+    fn judged(&self, backend: &Backend) -> Backend {
+        let mut backend = backend.clone();
+        if backend.state != BackendState::Active {
+            return backend;
+        }
+        if self.drains.name(&backend) {
+            backend.state = BackendState::Draining;
+            backend.reason = "drained by operator".into();
+        } else if backend.weight == 0 {
+            backend.state = BackendState::Draining;
+            backend.reason = "weight 0".into();
+        }
+        backend
+    }
+}
+
+// === impl Source ===
+
+/// An object before and after an update.
+type Change = (Option<Object>, Option<Object>);
+
+impl Source {
+    fn put(&mut self, object: Object) -> Option<Change> {
+        if self.objects.get(&object.id) == Some(&object) {
+            return None;
+        }
+        if object.rejections.is_empty() {
+            self.rejected.remove(&object.id);
+        } else {
+            self.rejected.insert(object.id.clone());
+        }
+        let old = self.objects.insert(object.id.clone(), object.clone());
+        Some((old, Some(object)))
+    }
+
+    fn remove(&mut self, id: &str) -> Option<Object> {
+        self.rejected.remove(id);
+        self.objects.remove(id)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,202 @@
+//! The part of a plan that belongs to no single service: devices, SNAT addresses, settings, the `OURS` filter, VIPs.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use lb_common::{
+    addr::Hop,
+    limits::MAX_SNAT_ADDRESSES,
+    maps::{self, backend_flags, device_flags, vip_flags},
+};
+
+use super::{Inputs, Policy};
+use crate::{
+    datapath::{DeviceInfo, MapOp, Place, Topology},
+    model::SnatMode,
+    plan::programmed::Programmed,
+};
+
+/// A list of source addresses: device slot, or `None` for the configured ones; whether IPv6.
+type SnatKey = (Option<u16>, bool);
+
+/// Ranges of `SNAT_ADDRESSES`: (first, count).
+pub(super) type SnatRanges = BTreeMap<SnatKey, (u16, u16)>;
+
+/// Where a backend can be reached, as map fields.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Reach {
+    pub hop: Hop,
+    pub flags: u16,
+    pub snat: (u16, u16),
+}
+
+/// Writes that bring devices and settings up to date. A device that has gone is not among them: see [`gone_devices`].
+pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<MapOp> {
+    let mut ops = Vec::new();
+    for (slot, info) in &inputs.topology.devices {
+        let device = record(info);
+        if programmed.devices.get(slot) != Some(&device) {
+            ops.push(MapOp::PutDevice { slot: *slot, device });
+        }
+    }
+    let Policy {
+        snat_port_min,
+        snat_port_max,
+        event_sample,
+        ..
+    } = *inputs.policy;
+    let loopback_ifindex = match inputs.topology.loopback_ifindex {
+        // The topology has not been read yet: what is there stays.
+        0 => programmed.settings.loopback_ifindex,
+        ifindex => ifindex,
+    };
+    let settings = maps::Settings {
+        snat_port_min,
+        snat_port_max,
+        event_sample,
+        loopback_ifindex,
+        _pad: 0,
+    };
+    if settings != programmed.settings {
+        ops.push(MapOp::PutSettings { settings });
+    }
+    ops
+}
+
+/// Clears the slots of devices that have gone; nothing before the topology has been read.
+pub(super) fn gone_devices(programmed: &Programmed, topology: &Topology) -> Vec<MapOp> {
+    if topology.loopback_ifindex == 0 {
+        return Vec::new();
+    }
+    let gone = programmed
+        .devices
+        .keys()
+        .filter(|slot| !topology.devices.contains_key(slot));
+    gone.map(|slot| MapOp::PutDevice {
+        slot: *slot,
+        device: maps::Device::default(),
+    })
+    .collect()
+}
+
+/// Finds or makes a range of `SNAT_ADDRESSES` for every list of addresses. A list that has its range keeps it: records
+/// name ranges by index, so an index changes its meaning only when no record and no list uses it.
+pub(super) fn snat_ranges(programmed: &Programmed, inputs: &Inputs<'_>) -> (SnatRanges, Vec<MapOp>) {
+    let mut lists: Vec<(SnatKey, Vec<IpAddr>)> = Vec::new();
+    for v6 in [false, true] {
+        let of_family = |all: &[IpAddr]| {
+            all.iter()
+                .copied()
+                .filter(|ip| ip.is_ipv6() == v6)
+                .collect::<Vec<_>>()
+        };
+        lists.push(((None, v6), of_family(&inputs.policy.snat_addresses)));
+        let devices = inputs.topology.devices.iter();
+        lists.extend(devices.map(|(slot, info)| ((Some(*slot), v6), of_family(&info.addresses))));
+    }
+    lists.retain(|(_, list)| !list.is_empty());
+
+    let mut ranges = SnatRanges::new();
+    let mut ops = Vec::new();
+    let mut used = vec![false; MAX_SNAT_ADDRESSES as usize];
+    lists.retain(|(key, list)| {
+        let found = (0..used.len().saturating_sub(list.len())).find(|first| {
+            list.iter()
+                .enumerate()
+                .all(|(i, ip)| programmed.snat.get(&((first + i) as u16)) == Some(ip))
+        });
+        let Some(first) = found else { return true };
+        used[first..first + list.len()].fill(true);
+        ranges.insert(*key, (first as u16, list.len() as u16));
+        false
+    });
+    if lists.is_empty() {
+        return (ranges, ops);
+    }
+    for slot in programmed.slots.values() {
+        let first = usize::from(slot.record.snat_first).min(used.len());
+        let end = (first + usize::from(slot.record.snat_count)).min(used.len());
+        used[first..end].fill(true);
+    }
+    for (key, list) in lists {
+        let free =
+            (0..used.len().saturating_sub(list.len())).find(|i| !used[*i..*i + list.len()].contains(&true));
+        // Without room the list has no range, and the services that need it are refused by name.
+        let Some(first) = free else { continue };
+        used[first..first + list.len()].fill(true);
+        ranges.insert(key, (first as u16, list.len() as u16));
+        for (i, address) in list.into_iter().enumerate() {
+            let index = (first + i) as u16;
+            if programmed.snat.get(&index) != Some(&address) {
+                ops.push(MapOp::PutSnatAddress { index, address });
+            }
+        }
+    }
+    (ranges, ops)
+}
+
+/// The map fields for a backend in this place; `Err` names why it cannot serve.
+pub(super) fn reach(place: &Place, v6: bool, mode: SnatMode, ranges: &SnatRanges) -> Result<Reach, NoSnat> {
+    let range = |slot: Option<u16>| ranges.get(&(slot, v6)).copied();
+    let reach = match place {
+        Place::Node => Reach {
+            hop: Hop::UNKNOWN,
+            flags: backend_flags::NODE,
+            snat: range(None).unwrap_or_default(),
+        },
+        // On a bridge only its own address will do: containers answer others by their default route.
+        Place::Bridge { slot } => Reach {
+            hop: Hop::new([0; 6], *slot),
+            flags: backend_flags::LOCAL,
+            snat: match range(Some(*slot)) {
+                Some(range) => range,
+                None if mode == SnatMode::Always => return Err(NoSnat),
+                None => (0, 0),
+            },
+        },
+        Place::Remote { slot, mac } => Reach {
+            hop: Hop::new(mac.unwrap_or_default(), *slot),
+            flags: 0,
+            snat: match range(None).or_else(|| range(Some(*slot))) {
+                Some(range) => range,
+                None if mode == SnatMode::Never => (0, 0),
+                None => return Err(NoSnat),
+            },
+        },
+        Place::Unroutable => Reach {
+            hop: Hop::UNKNOWN,
+            flags: 0,
+            snat: (0, 0),
+        },
+    };
+    Ok(reach)
+}
+
+/// The node has no source address of the backend's family on the way to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct NoSnat;
+
+/// The value of a VIP: echo is answered unless the node's own stack does.
+pub(super) fn vip_value(vip: IpAddr, inputs: &Inputs<'_>) -> maps::Vip {
+    let of_node = inputs.topology.node_addresses.contains(&vip) && !inputs.policy.own_vips.contains(&vip);
+    maps::Vip {
+        flags: if of_node { 0 } else { vip_flags::ECHO },
+    }
+}
+
+fn record(info: &DeviceInfo) -> maps::Device {
+    let [a, b, c, d, e, f] = info.mac;
+    let mut flags = 0;
+    if info.xdp {
+        flags |= device_flags::XDP;
+    }
+    if info.bridge {
+        flags |= device_flags::BRIDGE;
+    }
+    maps::Device {
+        ifindex: info.ifindex,
+        mtu: info.mtu,
+        mac_high: u32::from_ne_bytes([a, b, c, d]),
+        mac_low: u16::from_ne_bytes([e, f]),
+        flags,
+    }
+}

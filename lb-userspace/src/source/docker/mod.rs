@@ -1,0 +1,277 @@
+//! The Docker source: connects, lists, follows events, and says what containers wish.
+//!
+//! Events are subscribed to before the list is read, so that nothing falls between. Loss of Docker removes nothing.
+//! A connection ends at the latest after `resync`, and the next one begins with a complete list: an event that was
+//! missed and a stream that died unnoticed are both repaired by then.
+
+pub mod container;
+mod engine;
+mod events;
+pub(crate) mod signal;
+mod site;
+
+use std::{
+    pin::pin,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+    time::{Instant, sleep, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{Freshness, Message, SourceId, Update, labels::Site};
+use crate::config::{Config, DockerConfig};
+use container::Container;
+use engine::{Engine, EngineError};
+use events::{Action, Cache, Event, Kind};
+
+/// Name of this source.
+pub const SOURCE: &str = "docker";
+/// First wait after a failure: an engine that restarts is back within a second.
+const FIRST_BACKOFF: Duration = Duration::from_millis(250);
+/// Longest wait between two tries.
+const LAST_BACKOFF: Duration = Duration::from_secs(15);
+/// Signs of life are passed on no more often than this.
+const FRESHNESS_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Starts the source. It follows `config`: other VIPs or defaults are applied to the containers that are known,
+/// another endpoint is connected to, and a switched-off source says that it has nothing. Ends with `stop`, or when the
+/// inbox is gone.
+pub fn spawn(
+    config: watch::Receiver<Arc<Config>>,
+    inbox: mpsc::Sender<Message>,
+    stop: CancellationToken,
+) -> JoinHandle<()> {
+    let source = Source {
+        config,
+        inbox,
+        cache: Cache::default(),
+        freshness: Freshness {
+            connected: false,
+            last_heard: None,
+            last_full_read: None,
+            fault: None,
+        },
+    };
+    tokio::spawn(async move {
+        stop.run_until_cancelled(source.run()).await;
+    })
+}
+
+/// Nobody listens any more.
+struct InboxGone;
+
+/// Why a connection ended.
+enum End {
+    /// It is time for a new one.
+    Renew,
+    /// Docker cannot be heard.
+    Lost(EngineError),
+    /// Nobody listens any more.
+    InboxGone,
+}
+
+impl From<EngineError> for End {
+    fn from(error: EngineError) -> Self {
+        Self::Lost(error)
+    }
+}
+
+impl From<InboxGone> for End {
+    fn from(InboxGone: InboxGone) -> Self {
+        Self::InboxGone
+    }
+}
+
+struct Source {
+    config: watch::Receiver<Arc<Config>>,
+    inbox: mpsc::Sender<Message>,
+    cache: Cache,
+    freshness: Freshness,
+}
+
+/// An answered inspection: container, ticket, answer.
+type Inspected = (String, u64, Result<Option<Container>, EngineError>);
+
+impl Source {
+    async fn run(mut self) {
+        let mut backoff = FIRST_BACKOFF;
+        loop {
+            let config = self.config.borrow_and_update().clone();
+            let Some(docker) = config.docker.clone() else {
+                self.cache = Cache::default();
+                let silent = self.send(Update::Reset(Vec::new())).await.is_err();
+                if silent || self.config.changed().await.is_err() {
+                    return;
+                }
+                continue;
+            };
+            let listed_before = self.freshness.last_full_read;
+            match self.session(config, &docker).await {
+                End::Renew => backoff = FIRST_BACKOFF,
+                End::InboxGone => return,
+                End::Lost(error) => {
+                    if self.freshness.last_full_read != listed_before {
+                        backoff = FIRST_BACKOFF;
+                    }
+                    let fault = Some(error.to_string());
+                    // Once for each reason, not once for each try.
+                    if self.freshness.fault != fault {
+                        tracing::warn!(source = SOURCE, %error, "Docker cannot be heard; what is known stays as it is");
+                    }
+                    self.freshness.connected = false;
+                    self.freshness.fault = fault;
+                    if self
+                        .send(Update::Freshness(self.freshness.clone()))
+                        .await
+                        .is_err()
+                    {
+                        return;
+                    }
+                    // Half fixed, half by chance: agents of many nodes must not knock in step.
+                    sleep(backoff.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+                    backoff = LAST_BACKOFF.min(backoff * 2);
+                }
+            }
+        }
+    }
+
+    async fn send(&self, update: Update) -> Result<(), InboxGone> {
+        let message = Message {
+            source: SourceId(SOURCE.into()),
+            update,
+        };
+        self.inbox.send(message).await.map_err(|_| InboxGone)
+    }
+
+    /// One connection, from the first question to the time of the next complete list.
+    async fn session(&mut self, mut config: Arc<Config>, docker: &DockerConfig) -> End {
+        match self.converse(&mut config, docker).await {
+            Ok(()) => End::Renew,
+            Err(end) => end,
+        }
+    }
+
+    async fn converse(&mut self, config: &mut Arc<Config>, docker: &DockerConfig) -> Result<(), End> {
+        let engine = Engine::connect(&docker.endpoint).await?;
+        let mut site = site::site(config, docker);
+        let mut stream = pin!(engine.events());
+        self.cache.begin_listing();
+        let mut listing = Some(engine.clone().list().boxed());
+        let mut inspections: FuturesUnordered<BoxFuture<'static, Inspected>> = FuturesUnordered::new();
+        let mut ping: Option<BoxFuture<'static, Result<(), EngineError>>> = None;
+        let renew = Instant::now() + docker.resync;
+        let mut heard = Instant::now();
+        let mut told = heard;
+
+        loop {
+            let quiet = heard + docker.liveness;
+            tokio::select! {
+                // Events first: `kill` is the one that cannot wait.
+                biased;
+                event = stream.next() => {
+                    heard = Instant::now();
+                    let message = event.ok_or(EngineError::Ended)??;
+                    let Some(event) = Event::parse(&message) else { continue };
+                    // Older ones are in the list; of signals alone it says nothing.
+                    if event.at < engine.connected_at && !matches!(event.kind, Kind::Kill(_)) {
+                        continue;
+                    }
+                    match self.cache.on_event(&event) {
+                        Action::Inspect { id, ticket } => {
+                            let engine = engine.clone();
+                            inspections.push(async move {
+                                let answer = engine.inspect(&id).await;
+                                (id, ticket, answer)
+                            }.boxed());
+                        }
+                        action => self.tell(action, &site, config).await?,
+                    }
+                }
+                Some((id, ticket, answer)) = inspections.next() => {
+                    heard = Instant::now();
+                    match answer {
+                        Err(error) if error.is_answer() => {
+                            tracing::warn!(source = SOURCE, container = id, %error, "what was known of it stays as it is");
+                            self.cache.on_unclear(&id, ticket);
+                        }
+                        answer => {
+                            let action = self.cache.on_inspected(&id, ticket, answer?);
+                            self.tell(action, &site, config).await?;
+                        }
+                    }
+                }
+                list = ready(&mut listing) => {
+                    heard = Instant::now();
+                    let list = list?;
+                    self.cache.finish_listing(list.containers, &list.unclear);
+                    self.freshness.last_full_read = Some(SystemTime::now());
+                    self.send(Update::Reset(self.cache.objects(&site, &config.policy))).await?;
+                    self.tell_freshness().await?;
+                    told = heard;
+                }
+                answer = ready(&mut ping) => {
+                    answer?;
+                    heard = Instant::now();
+                }
+                changed = self.config.changed() => {
+                    changed.map_err(|_| End::InboxGone)?;
+                    *config = self.config.borrow_and_update().clone();
+                    if config.docker.as_ref() != Some(docker) {
+                        return Ok(());
+                    }
+                    site = site::site(config, docker);
+                    if listing.is_none() {
+                        self.send(Update::Reset(self.cache.objects(&site, &config.policy))).await?;
+                    }
+                }
+                () = sleep_until(quiet), if ping.is_none() && listing.is_none() => {
+                    ping = Some(engine.clone().ping().boxed());
+                }
+                () = sleep_until(renew), if listing.is_none() => return Ok(()),
+            }
+            if listing.is_none() && heard - told >= FRESHNESS_INTERVAL {
+                self.tell_freshness().await?;
+                told = heard;
+            }
+        }
+    }
+
+    /// Passes on what an event came to.
+    async fn tell(&self, action: Action, site: &Site, config: &Config) -> Result<(), InboxGone> {
+        match action {
+            Action::Put(id) => match self.cache.object(&id, site, &config.policy) {
+                Some(object) => self.send(Update::Put(object)).await,
+                None => Ok(()),
+            },
+            Action::Remove(id) => self.send(Update::Remove(id)).await,
+            Action::Ignore | Action::Inspect { .. } => Ok(()),
+        }
+    }
+
+    /// Docker was heard just now.
+    async fn tell_freshness(&mut self) -> Result<(), InboxGone> {
+        if !self.freshness.connected {
+            tracing::info!(source = SOURCE, "Docker is heard");
+        }
+        self.freshness.connected = true;
+        self.freshness.fault = None;
+        self.freshness.last_heard = Some(SystemTime::now());
+        self.send(Update::Freshness(self.freshness.clone())).await
+    }
+}
+
+/// Waits for a future that may not be there (then for ever), and forgets it when it is done.
+async fn ready<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
+    let Some(future) = slot else {
+        return std::future::pending().await;
+    };
+    let answer = future.await;
+    *slot = None;
+    answer
+}

@@ -1,0 +1,297 @@
+//! Labels of a container → what it wishes. Pure: container, site and policy in, [`Object`] out.
+//!
+//! A bad label refuses the one service that it belongs to, of this one container, and nothing else.
+
+mod reach;
+mod refusal;
+#[cfg(test)]
+mod tests;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, SocketAddr},
+};
+
+use reach::places;
+use refusal::Refusal;
+
+use super::{
+    Object,
+    docker::container::{Container, Health, NetworkMode, RunState},
+};
+use crate::{
+    config::{
+        Policy,
+        value::{self, Listen, ValueError},
+    },
+    model::{Backend, BackendState, Protocol, Rejection, ServiceAddress, ServiceSettings, ServiceWish},
+};
+
+/// Every label of Weir begins with this.
+pub const PREFIX: &str = "weir.";
+/// Labels of a service: `weir.service.<name>.<setting>`.
+const SERVICE: &str = "weir.service.";
+/// `weir.enable`.
+const ENABLE: &str = "weir.enable";
+/// Every setting of a service.
+pub const SETTINGS: &[&str] = &[
+    "listen",
+    "vip",
+    "port",
+    "weight",
+    "drain",
+    "affinity",
+    "snat",
+    "allow",
+    "deny",
+    "network",
+    "when-empty",
+    "reset-unknown",
+];
+
+/// Where the engine's containers are, seen from this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Site {
+    /// The engine runs on another node.
+    pub remote: bool,
+    /// Addresses of the engine's node: of host-network containers, and of published ports when it is remote.
+    pub node: Vec<IpAddr>,
+}
+
+/// What a container wishes; `None` when it says nothing to Weir, is switched off, or does not run.
+pub fn object(container: &Container, site: &Site, policy: &Policy) -> Option<Object> {
+    if container.state == RunState::Stopped || !container.labels.keys().any(|key| key.starts_with(PREFIX)) {
+        return None;
+    }
+    let mut refused = Refused {
+        container,
+        rejections: Vec::new(),
+    };
+    match container.labels.get(ENABLE).map(|text| value::boolean(text)) {
+        Some(Ok(false)) => return None,
+        // Whether it shall serve is unknown: not serving is what can be seen and mended.
+        Some(Err(error)) => {
+            refused.note(ENABLE, "", error.into());
+            return Some(refused.into_object(Vec::new()));
+        }
+        Some(Ok(true)) | None => {}
+    }
+
+    let mut wishes: Vec<ServiceWish> = Vec::new();
+    for (name, labels) in group(container, &mut refused) {
+        match service(name, &labels, container, site, policy) {
+            Ok(found) => match clash(&found, &wishes) {
+                None => wishes.extend(found),
+                Some(refusal) => refused.note(&format!("{SERVICE}{name}.listen"), name, refusal),
+            },
+            Err((label, refusal)) => refused.note(&format!("{SERVICE}{name}.{label}"), name, refusal),
+        }
+    }
+    Some(refused.into_object(wishes))
+}
+
+/// The refusals of one container.
+struct Refused<'c> {
+    container: &'c Container,
+    rejections: Vec<Rejection>,
+}
+
+impl Refused<'_> {
+    fn note(&mut self, label: &str, service: &str, refusal: Refusal) {
+        let short: String = self.container.id.chars().take(12).collect();
+        self.rejections.push(Rejection {
+            source: super::docker::SOURCE.into(),
+            object: format!("container {} ({short}): label {label}", self.container.name),
+            fault: refusal.to_string(),
+            remedy: refusal.remedy(service),
+        });
+    }
+
+    fn into_object(self, services: Vec<ServiceWish>) -> Object {
+        Object {
+            id: self.container.id.clone(),
+            name: self.container.name.clone(),
+            created: self.container.created,
+            services,
+            rejections: self.rejections,
+        }
+    }
+}
+
+/// Labels by service. A label outside `weir.service.` that nobody knows is refused here: it concerns no service.
+fn group<'c>(
+    container: &'c Container,
+    refused: &mut Refused<'_>,
+) -> BTreeMap<&'c str, BTreeMap<&'c str, &'c str>> {
+    let mut services: BTreeMap<&str, BTreeMap<&str, &str>> = BTreeMap::new();
+    for (label, text) in container
+        .labels
+        .iter()
+        .filter(|(label, _)| label.starts_with(PREFIX))
+    {
+        match label.strip_prefix(SERVICE).and_then(|rest| rest.split_once('.')) {
+            Some((name, setting)) => {
+                services.entry(name).or_default().insert(setting, text);
+            }
+            None if label == ENABLE => {}
+            None => {
+                let unknown = Refusal::Unknown {
+                    prefix: PREFIX.into(),
+                    text: label.trim_start_matches(PREFIX).into(),
+                    known: &["enable", "service.<name>.<setting>"],
+                };
+                refused.note(label, "", unknown);
+            }
+        }
+    }
+    services
+}
+
+/// One service, or the label that spoils it.
+fn service(
+    name: &str,
+    labels: &BTreeMap<&str, &str>,
+    container: &Container,
+    site: &Site,
+    policy: &Policy,
+) -> Result<Vec<ServiceWish>, (&'static str, Refusal)> {
+    let labels = Labels(labels);
+    value::name(name).map_err(|error| ("listen", error.into()))?;
+    labels.all_known(name)?;
+    let settings = ServiceSettings {
+        client_ip_affinity: labels.get("affinity", policy.defaults.client_ip_affinity, value::affinity)?,
+        snat: labels.get("snat", policy.defaults.snat, value::snat)?,
+        allow: labels.get("allow", Vec::new(), value::prefixes)?,
+        deny: labels.get("deny", Vec::new(), value::prefixes)?,
+        timeouts: policy.defaults.timeouts,
+        when_empty: labels.get("when-empty", policy.defaults.when_empty, value::when_empty)?,
+        reset_unknown: labels.get("reset-unknown", policy.defaults.reset_unknown, value::boolean)?,
+    };
+    let weight = labels.get("weight", value::DEFAULT_WEIGHT, value::weight)?;
+    let drain = labels.get("drain", policy.drain, value::duration)?;
+    let port = labels.get("port", None, |text| value::port(text).map(Some))?;
+    let listens = labels.get("listen", Vec::new(), value::listens)?;
+    if listens.is_empty() {
+        return Err(("listen", Refusal::NoListen { name: name.into() }));
+    }
+    let vips = policy
+        .choose_vip(labels.0.get("vip").copied())
+        .map_err(|error| ("vip", error.into()))?;
+
+    let (state, reason) = state(container);
+    let network = labels.0.get("network").copied();
+    let mut wishes = Vec::new();
+    let mut reachable = BTreeSet::new();
+    for listen in &listens {
+        let inside = container_port(*listen, port, container).map_err(|refusal| ("port", refusal))?;
+        let places = places(*listen, inside, network, container, site)?;
+        reachable.extend(places.iter().map(SocketAddr::ip));
+        for vip in &vips {
+            let Some(address) = places.iter().find(|place| place.is_ipv4() == vip.is_ipv4()) else {
+                continue;
+            };
+            wishes.push(ServiceWish {
+                name: name.into(),
+                address: ServiceAddress {
+                    vip: *vip,
+                    port: listen.port,
+                    protocol: listen.protocol,
+                },
+                settings: settings.clone(),
+                backends: vec![Backend {
+                    address: *address,
+                    weight,
+                    state,
+                    reason: reason.into(),
+                    drain,
+                    name: container.name.clone(),
+                }],
+            });
+        }
+    }
+    if wishes.is_empty() {
+        return Err(("vip", Refusal::Family(reachable.into_iter().collect())));
+    }
+    Ok(wishes)
+}
+
+/// The labels of one service by setting.
+struct Labels<'l>(&'l BTreeMap<&'l str, &'l str>);
+
+impl Labels<'_> {
+    fn get<T>(
+        &self,
+        setting: &'static str,
+        default: T,
+        parse: impl FnOnce(&str) -> Result<T, ValueError>,
+    ) -> Result<T, (&'static str, Refusal)> {
+        match self.0.get(setting) {
+            Some(text) => parse(text).map_err(|error| (setting, error.into())),
+            None => Ok(default),
+        }
+    }
+
+    fn all_known(&self, name: &str) -> Result<(), (&'static str, Refusal)> {
+        match self.0.keys().find(|setting| !SETTINGS.contains(setting)) {
+            Some(unknown) => Err((
+                "*",
+                Refusal::Unknown {
+                    prefix: format!("{SERVICE}{name}."),
+                    text: (*unknown).into(),
+                    known: SETTINGS,
+                },
+            )),
+            None => Ok(()),
+        }
+    }
+}
+
+/// A service of the same container that has one of the addresses already.
+fn clash(found: &[ServiceWish], others: &[ServiceWish]) -> Option<Refusal> {
+    found.iter().find_map(|wish| {
+        let other = others.iter().find(|other| other.address == wish.address)?;
+        Some(Refusal::Twice {
+            address: wish.address,
+            other: other.name.clone(),
+        })
+    })
+}
+
+/// Whether a container serves, and why not.
+fn state(container: &Container) -> (BackendState, &'static str) {
+    match (container.stopping, container.state, container.health) {
+        (true, ..) => (BackendState::Draining, "container stopping"),
+        (_, RunState::Paused, _) => (BackendState::Unready, "container paused"),
+        (_, _, Some(Health::Starting)) => (BackendState::Unready, "health: starting"),
+        (_, _, Some(Health::Unhealthy)) => (BackendState::Unready, "health: unhealthy"),
+        (_, _, Some(Health::Healthy)) => (BackendState::Active, "health: healthy"),
+        (_, _, None) => (BackendState::Active, "running"),
+    }
+}
+
+/// The port inside the container; 0 keeps the client's.
+fn container_port(listen: Listen, named: Option<u16>, container: &Container) -> Result<u16, Refusal> {
+    if let Some(port) = named {
+        return Ok(port);
+    }
+    if listen.port == 0 {
+        return Ok(0);
+    }
+    let of_protocol = |(port, protocol): &(u16, Protocol)| (*protocol == listen.protocol).then_some(*port);
+    let exposed: Vec<u16> = container.exposed.iter().filter_map(of_protocol).collect();
+    match exposed.as_slice() {
+        [only] => Ok(*only),
+        several if several.contains(&listen.port) => Ok(listen.port),
+        // A container in the node's network exposes nothing to Docker: it listens where it says.
+        [] if container.network_mode == NetworkMode::Host => Ok(listen.port),
+        _ => Err(Refusal::Port {
+            exposed: exposed
+                .into_iter()
+                .map(|port| Listen {
+                    port,
+                    protocol: listen.protocol,
+                })
+                .collect(),
+        }),
+    }
+}

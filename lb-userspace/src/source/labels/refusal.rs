@@ -1,0 +1,91 @@
+//! Why labels are refused, and what to do about it.
+
+use std::net::IpAddr;
+
+use super::SERVICE;
+use crate::{
+    config::{
+        VipError,
+        value::{self, Listen, ValueError},
+    },
+    model::ServiceAddress,
+};
+
+/// Why a service is refused. `Display` is the fault, [`Refusal::remedy`] what to do.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Refusal {
+    #[error("{0}")]
+    Value(#[from] ValueError),
+    #[error("{0}")]
+    Vip(#[from] VipError),
+    #[error("there is no label `{prefix}{text}`")]
+    Unknown {
+        prefix: String,
+        text: String,
+        known: &'static [&'static str],
+    },
+    #[error("the service does not say where it listens")]
+    NoListen { name: String },
+    #[error("the container port is not clear: {}", if .exposed.is_empty() { "the container exposes none" } else { "it exposes several" })]
+    Port { exposed: Vec<Listen> },
+    #[error("`{0}` listens on every port, but only single ports are published by a remote engine")]
+    EveryPortRemote(Listen),
+    #[error("port {0} is not published, and the engine is on another node")]
+    Unpublished(Listen),
+    #[error("the container is on several networks ({})", .0.join(", "))]
+    NetworkChoice(Vec<String>),
+    #[error("the container is not on network `{network}`")]
+    NoNetwork { network: String, known: Vec<String> },
+    #[error("the container shares the network of container {0}")]
+    SharedNetwork(String),
+    #[error("the container has no network")]
+    NoAddress,
+    #[error("the address of the engine's node is not known")]
+    NoNodeAddress,
+    #[error("no address of the VIP is of a family that the container has ({})", list(.0))]
+    Family(Vec<IpAddr>),
+    #[error("{address} is claimed by service `{other}` of the same container")]
+    Twice { address: ServiceAddress, other: String },
+}
+
+impl Refusal {
+    pub(super) fn remedy(&self, service: &str) -> String {
+        match self {
+            Self::Value(error) => error.remedy(),
+            Self::Vip(error) => error.remedy(&format!("{SERVICE}{service}.vip")),
+            Self::Unknown { prefix, text, known } => match value::nearest(text, known) {
+                Some(word) => format!("did you mean `{prefix}{word}`?"),
+                None => format!("known after `{prefix}`: {}", known.join(", ")),
+            },
+            Self::NoListen { name } => format!("add the label {SERVICE}{name}.listen=80/tcp"),
+            Self::Port { exposed } if exposed.is_empty() => {
+                format!("set {SERVICE}{service}.port to the port that the container listens on")
+            }
+            Self::Port { exposed } => {
+                format!("set {SERVICE}{service}.port to one of: {}", list(exposed))
+            }
+            Self::EveryPortRemote(_) => "name the ports, or run an agent on the container's node".into(),
+            Self::Unpublished(_) => "publish it, or run an agent on the container's node".into(),
+            Self::NetworkChoice(known) => {
+                format!("set {SERVICE}{service}.network to one of: {}", known.join(", "))
+            }
+            Self::NoNetwork { known, .. } if known.is_empty() => "connect the container to it".into(),
+            Self::NoNetwork { known, .. } => format!("name one of: {}", known.join(", ")),
+            Self::SharedNetwork(_) => "put the labels on that container".into(),
+            Self::NoAddress => "connect the container to a network".into(),
+            Self::NoNodeAddress => "set docker.node-address in the agent's configuration".into(),
+            Self::Family(_) => {
+                "give the VIP or the container's network an address of the other family".into()
+            }
+            Self::Twice { .. } => "choose another port or VIP for one of them".into(),
+        }
+    }
+}
+
+fn list(items: &[impl ToString]) -> String {
+    items
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(", ")
+}

@@ -1,0 +1,34 @@
+//! The agent's side of the kernel, on the real kernel: loading, adoption, maps, attachment, sweep, network, detach.
+
+mod agent;
+mod maps;
+mod netns;
+mod network;
+
+use std::path::PathBuf;
+
+use weir::datapath::{Capacities, load::Sizes, shape::DEFAULT_LIMITS};
+
+/// Small maps: each test makes a set of its own.
+fn sizes() -> Sizes {
+    Sizes {
+        limits: Capacities {
+            services: 64,
+            backends: 9000,
+            ring_rows: 8,
+            acl: 64,
+            flows4: 4096,
+            flows6: 1024,
+            ..DEFAULT_LIMITS
+        },
+        events_bytes: 4096,
+    }
+}
+
+/// The kernel object: the file that `WEIR_BPF_OBJECT_FILE` names, read aligned as the parser wants it.
+fn object() -> Vec<u8> {
+    let path = PathBuf::from(
+        std::env::var_os("WEIR_BPF_OBJECT_FILE").expect("WEIR_BPF_OBJECT_FILE names the object"),
+    );
+    std::fs::read(path).unwrap()
+}

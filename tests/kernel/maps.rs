@@ -1,0 +1,413 @@
+//! Loading, adoption and the maps.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use lb_common::{
+    addr::{Addr4, Addr16, Be16, Hop},
+    flow::{FlowKey4, FlowKey6},
+    limits::RING_ROW,
+    maps::{self as m, ABI_VERSION, Meta, SCHEMA, flow_state},
+};
+use weir::datapath::{
+    Dump, MapError, MapOp, Maps as _,
+    batch::Table,
+    bpf::KernelMaps,
+    counters::Counters,
+    flows::{self, FlowFilter},
+    load::{LoadError, Sizes, load},
+    preflight::preflight,
+    sweep::Sweeper,
+};
+
+use crate::{netns::Netns, object, sizes};
+
+#[test]
+fn maps_are_made_adopted_and_refused() {
+    let ns = Netns::new();
+    preflight(&ns.pin).unwrap();
+    assert!(matches!(load(&[], &ns.pin, &sizes()), Err(LoadError::NotBuilt)));
+    let first = load(&object(), &ns.pin, &sizes()).unwrap();
+    assert!(
+        !first.adopted && first.warnings.is_empty(),
+        "{:?}",
+        first.warnings
+    );
+    let pins = first.pins.clone();
+    let key = m::ServiceKey {
+        port: Be16::new(80),
+        proto: 6,
+        ..Default::default()
+    };
+    let mut maps = KernelMaps::open(&pins.maps()).unwrap();
+    maps.apply(&MapOp::PutService {
+        key,
+        service: m::Service {
+            id: 3,
+            ring_row: m::NO_RING,
+            previous_row: m::NO_RING,
+            ..Default::default()
+        },
+    })
+    .unwrap();
+    drop((first, maps));
+    // Other limits: the pinned sizes stay, and people are told.
+    let mut other = sizes();
+    other.limits.backends = 10_000;
+    let second = load(&object(), &ns.pin, &other).unwrap();
+    assert!(second.adopted);
+    assert!(
+        second
+            .warnings
+            .iter()
+            .any(|w| w.contains("BACKENDS") && w.contains("weir detach")),
+        "{:?}",
+        second.warnings
+    );
+    let maps = KernelMaps::open(&pins.maps()).unwrap();
+    assert_eq!(maps.dump().unwrap().services[&key].id, 3);
+    assert_eq!(maps.capacities(), sizes().limits);
+    // Maps of another layout are refused, and left alone.
+    let meta: Table<u32, Meta> = Table::open(&pins.maps(), "META").unwrap();
+    let stamp = meta.get(&0).unwrap().unwrap();
+    assert_eq!((stamp.schema, stamp.abi), (SCHEMA, ABI_VERSION));
+    meta.put(
+        &0,
+        &Meta {
+            abi: ABI_VERSION + 1,
+            ..stamp
+        },
+    )
+    .unwrap();
+    let refusal = load(&object(), &ns.pin, &sizes()).unwrap_err().to_string();
+    assert!(refusal.contains("weir detach"), "{refusal}");
+    assert_eq!(maps.dump().unwrap().services.len(), 1);
+    // A foreign map under one of our names, too.
+    meta.put(&0, &stamp).unwrap();
+    std::fs::remove_file(pins.maps().join("VIPS")).unwrap();
+    std::fs::rename(pins.maps().join("DEVICE_SLOTS"), pins.maps().join("VIPS")).unwrap();
+    let refusal = load(&object(), &ns.pin, &sizes()).unwrap_err().to_string();
+    assert!(refusal.contains("VIPS"), "{refusal}");
+    // A set without its stamp is the rest of a start cut short: made anew.
+    meta.put(&0, &Meta::default()).unwrap();
+    assert!(!load(&object(), &ns.pin, &sizes()).unwrap().adopted);
+    let fresh = KernelMaps::open(&pins.maps()).unwrap();
+    assert_eq!(fresh.dump().unwrap(), Dump::default());
+}
+
+#[test]
+fn every_operation_is_read_back() {
+    let ns = Netns::new();
+    preflight(&ns.pin).unwrap();
+    let loaded = load(&object(), &ns.pin, &sizes()).unwrap();
+    let mut maps = KernelMaps::open(&loaded.pins.maps()).unwrap();
+    let vip: IpAddr = "192.0.2.7".parse().unwrap();
+    let vip6: IpAddr = "2001:db8::7".parse().unwrap();
+    let key = m::ServiceKey {
+        vip: vip.into(),
+        port: Be16::new(80),
+        proto: 6,
+    };
+    let service = m::Service {
+        id: 5,
+        ring_row: 4,
+        ring_mask: 3,
+        previous_row: 0,
+        previous_mask: 0,
+        ..Default::default()
+    };
+    let timeouts = m::Timeouts {
+        established: 1,
+        syn: 2,
+        closing: 3,
+        udp: 4,
+    };
+    let backend = m::Backend {
+        hop: Hop::new([2, 0, 0, 0, 0, 1], 9),
+        epoch: 1,
+        service: 5,
+        ..Default::default()
+    };
+    let device = m::Device {
+        ifindex: 70,
+        mtu: 1500,
+        ..Default::default()
+    };
+    let large: Vec<u32> = (0..4 * RING_ROW as u32).collect();
+    let settings = m::Settings {
+        snat_port_min: 1,
+        ..Default::default()
+    };
+    let (v4, v6) = ("10.0.0.0/8".parse().unwrap(), "2001:db8::/32".parse().unwrap());
+    let ops = [
+        MapOp::PutDevice { slot: 9, device },
+        MapOp::PutSnatAddress {
+            index: 3,
+            address: vip6,
+        },
+        MapOp::PutBackend { id: 1, backend },
+        MapOp::PutBackend { id: 8500, backend },
+        MapOp::PutTimeouts { service: 5, timeouts },
+        MapOp::PutAcl {
+            service: 5,
+            prefix: v4,
+            action: m::ACL_ALLOW,
+        },
+        MapOp::PutAcl {
+            service: 5,
+            prefix: v6,
+            action: m::ACL_DENY,
+        },
+        MapOp::PutRing {
+            row: 4,
+            ring: large.clone(),
+        },
+        MapOp::PutRing {
+            row: 0,
+            ring: vec![1; RING_ROW],
+        },
+        MapOp::PutOurs { addresses: vec![vip] },
+        MapOp::PutVip {
+            vip,
+            value: m::Vip { flags: 1 },
+        },
+        MapOp::PutService { key, service },
+        MapOp::PutSettings { settings },
+    ];
+    // Twice is once.
+    for op in ops.iter().chain(&ops) {
+        maps.apply(op).unwrap();
+    }
+    let expected = Dump {
+        services: [(key, service)].into(),
+        backends: [(1, backend), (8500, backend)].into(),
+        rings: [(4, large), (0, vec![1; RING_ROW])].into(),
+        timeouts: [(5, timeouts)].into(),
+        acl: [((5, v4), m::ACL_ALLOW), ((5, v6), m::ACL_DENY)].into(),
+        vips: [(vip, m::Vip { flags: 1 })].into(),
+        devices: [(9, device)].into(),
+        snat_addresses: [(3, vip6)].into(),
+        settings,
+    };
+    assert_eq!(maps.dump().unwrap(), expected);
+    // A slot that changes its device takes its index entry along.
+    maps.apply(&MapOp::PutDevice {
+        slot: 9,
+        device: m::Device {
+            ifindex: 71,
+            ..device
+        },
+    })
+    .unwrap();
+    let slots: Table<u32, u32> = Table::open(&loaded.pins.maps(), "DEVICE_SLOTS").unwrap();
+    assert_eq!(
+        (slots.get(&70).unwrap(), slots.get(&71).unwrap()),
+        (None, Some(9))
+    );
+    for op in [
+        MapOp::DelService { key },
+        MapOp::DelVip { vip },
+        MapOp::DelAcl {
+            service: 5,
+            prefix: v4,
+        },
+        MapOp::DelAcl {
+            service: 5,
+            prefix: v6,
+        },
+    ] {
+        maps.apply(&op).unwrap();
+        maps.apply(&op).unwrap();
+    }
+    let dump = maps.dump().unwrap();
+    assert!(dump.services.is_empty() && dump.vips.is_empty() && dump.acl.is_empty() && dump.rings.is_empty());
+    // A full map says which setting to raise.
+    let full = (0..200).find_map(|port| {
+        maps.apply(&MapOp::PutService {
+            key: m::ServiceKey {
+                port: Be16::new(port),
+                ..key
+            },
+            service,
+        })
+        .err()
+    });
+    assert!(
+        matches!(
+            full,
+            Some(MapError::Full {
+                map: "SERVICES",
+                capacity: 64,
+                setting: "services"
+            })
+        ),
+        "{full:?}"
+    );
+    let counters = Counters::open(&loaded.pins.maps()).unwrap();
+    assert_eq!(counters.backends(&[1, 8500, 8999, 70_000]).unwrap().len(), 3);
+    assert!(
+        counters
+            .stats()
+            .unwrap()
+            .iter()
+            .chain(&counters.drops().unwrap())
+            .all(|count| *count == 0)
+    );
+    assert_eq!(counters.services(&[5]).unwrap()[&5], m::ServiceStats::default());
+}
+
+/// One IPv4 connection number `n` as its two entries.
+fn pair(n: u32, seen: u32) -> [(FlowKey4, m::Flow4); 2] {
+    let client = Addr4::from_octets((0x0a00_0000 + n / 60_000).to_be_bytes());
+    let (vip, backend) = (
+        Addr4::from_octets([192, 0, 2, 1]),
+        Addr4::from_octets([172, 17, 0, 2]),
+    );
+    let port = Be16::new((1024 + n % 60_000) as u16);
+    let (front, back) = (Be16::new(80), Be16::new(8080));
+    let key = FlowKey4 {
+        src: client,
+        dst: vip,
+        sport: port,
+        dport: front,
+        proto: 6,
+    };
+    let flow = m::Flow4 {
+        src: client,
+        dst: backend,
+        sport: port,
+        dport: back,
+        backend: 1 + n % 7,
+        service: 1,
+        state: flow_state::ESTABLISHED,
+        last_seen: seen,
+        created: seen,
+        ..Default::default()
+    };
+    let reverse = FlowKey4 {
+        src: backend,
+        dst: client,
+        sport: back,
+        dport: port,
+        proto: 6,
+    };
+    let answer = m::Flow4 {
+        src: vip,
+        dst: client,
+        sport: front,
+        dport: port,
+        state: flow.state | flow_state::REVERSE,
+        ..flow
+    };
+    [(key, flow), (reverse, answer)]
+}
+
+#[test]
+fn a_million_flow_entries_are_swept() {
+    const PAIRS: u32 = 500_000;
+    let ns = Netns::new();
+    preflight(&ns.pin).unwrap();
+    let limits = weir::datapath::Capacities {
+        flows4: 1 << 20,
+        ..sizes().limits
+    };
+    let loaded = load(&object(), &ns.pin, &Sizes { limits, ..sizes() }).unwrap();
+    let sweeper = Sweeper::open(&loaded.pins).unwrap();
+    assert!([100, 250, 300, 1000].contains(&sweeper.hz().unwrap()));
+    let mut maps = KernelMaps::open(&loaded.pins.maps()).unwrap();
+    let timeouts = m::Timeouts {
+        established: 100_000,
+        syn: 100_000,
+        closing: 100_000,
+        udp: 100_000,
+    };
+    maps.apply(&MapOp::PutTimeouts { service: 1, timeouts }).unwrap();
+    let table: Table<FlowKey4, m::Flow4> = Table::open(&loaded.pins.maps(), "FLOWS4").unwrap();
+    let now = sweeper.now().unwrap();
+    let old = now.wrapping_sub(200_000);
+    let mut expected = BTreeMap::new();
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
+    for n in 0..PAIRS {
+        let mut entries = pair(n, if n % 5 == 0 { old } else { now });
+        if n % 10 == 0 {
+            // The client is silent, but the backend still sends: alive.
+            entries[1].1.last_seen = now;
+        }
+        if n % 5 != 0 || n % 10 == 0 {
+            *expected.entry(1 + n % 7).or_insert(0_u64) += 1;
+        }
+        for (key, value) in entries {
+            keys.push(key);
+            values.push(value);
+        }
+    }
+    table.put_all(&keys, &values).unwrap();
+    let began = std::time::Instant::now();
+    let report = sweeper.sweep().unwrap();
+    eprintln!(
+        "sweep of {} entries: {:?}, {} expired",
+        keys.len(),
+        began.elapsed(),
+        report.expired
+    );
+    assert_eq!(report.expired, u64::from(PAIRS / 10));
+    assert_eq!(report.flows_by_backend, expected);
+    assert_eq!(report.flows_by_service, [(1, report.total)].into());
+    assert_eq!(table.all().unwrap().len(), 2 * (PAIRS - PAIRS / 10) as usize);
+    // Nothing more to do the second time.
+    let again = sweeper.sweep().unwrap();
+    assert_eq!((again.expired, again.total), (0, report.total));
+    let filter = FlowFilter {
+        backend: Some(2),
+        ..Default::default()
+    };
+    let (lines, count) = flows::list(&loaded.pins, &filter, 3).unwrap();
+    assert_eq!((lines.len(), count), (3, expected[&2]));
+    assert!(
+        lines
+            .iter()
+            .all(|l| l.state == "established" && l.vip == "192.0.2.1:80".parse().unwrap()),
+        "{lines:?}"
+    );
+}
+
+#[test]
+fn ipv6_flows_and_orphans_expire() {
+    let ns = Netns::new();
+    preflight(&ns.pin).unwrap();
+    let loaded = load(&object(), &ns.pin, &sizes()).unwrap();
+    let sweeper = Sweeper::open(&loaded.pins).unwrap();
+    let mut maps = KernelMaps::open(&loaded.pins.maps()).unwrap();
+    let timeouts = m::Timeouts {
+        established: 1000,
+        syn: 1000,
+        closing: 1000,
+        udp: 1000,
+    };
+    maps.apply(&MapOp::PutTimeouts { service: 1, timeouts }).unwrap();
+    let table: Table<FlowKey6, m::Flow6> = Table::open(&loaded.pins.maps(), "FLOWS6").unwrap();
+    let address = |last: u16| Addr16::from(IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, last]));
+    let old = sweeper.now().unwrap().wrapping_sub(5000);
+    for port in 1..=100 {
+        let key = FlowKey6 {
+            src: address(1),
+            dst: address(2),
+            sport: Be16::new(port),
+            dport: Be16::new(53),
+            proto: 17,
+        };
+        // Halves without a partner: each is the only one of its direction.
+        let state = if port % 2 == 0 { flow_state::REVERSE } else { 0 };
+        let flow = m::Flow6 {
+            src: address(1),
+            dst: address(3),
+            service: 1,
+            state,
+            last_seen: old,
+            ..Default::default()
+        };
+        table.put(&key, &flow).unwrap();
+    }
+    let report = sweeper.sweep().unwrap();
+    assert_eq!((report.expired, report.total), (100, 0));
+    assert!(table.all().unwrap().is_empty());
+}

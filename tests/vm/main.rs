@@ -1,0 +1,167 @@
+//! Both bodies load and attach on the kernel that this runs on: `cargo xtask test vm` runs it on Debian's 6.1 and 6.12.
+//! The packet rows (`prog`) run in the same guests; this is about what they leave out: the devices.
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "a test fails by panicking"
+)]
+
+use std::{net::UdpSocket, path::Path, process::Command, sync::mpsc, thread, time::Duration};
+
+use aya::{
+    Btf, Ebpf, EbpfLoader,
+    programs::{Program, SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
+    util::KernelVersion,
+};
+use nix::sched::{CloneFlags, unshare};
+use weir::datapath::object;
+
+/// The test's device, and its peer in the other namespace.
+const DEVICE: &str = "weir0";
+const DEVICE_ADDRESS: &str = "192.0.2.1";
+const PEER: &str = "peer0";
+const PEER_ADDRESS: &str = "192.0.2.2";
+
+/// TCX exists from here on; before it, TC programs need the clsact qdisc.
+const TCX: KernelVersion = KernelVersion::new(6, 6, 0);
+
+/// Puts the calling thread, which is one test, into a network namespace that ends with it.
+fn own_namespace() {
+    unshare(CloneFlags::CLONE_NEWNET).expect("a network namespace needs root");
+    ip(&["link", "set", "lo", "up"]);
+}
+
+fn ip(arguments: &[&str]) {
+    let output = Command::new("ip")
+        .args(arguments)
+        .output()
+        .expect("iproute2 is there");
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "ip {}: {errors}", arguments.join(" "));
+}
+
+fn load() -> Ebpf {
+    let bytes = object::programs().unwrap();
+    let btf = Btf::from_sys_fs().expect("the kernel describes its types");
+    let mut loader = EbpfLoader::new();
+    loader.btf(Some(&btf));
+    // The guest is small and nothing is balanced: what the maps hold by default does not matter here.
+    for map in ["FLOWS4", "FLOWS6", "RINGS", "BACKENDS", "SERVICES"] {
+        loader.map_max_entries(map, 64);
+    }
+    loader
+        .load(bytes)
+        .unwrap_or_else(|fault| panic!("the object does not load: {fault:?}"))
+}
+
+fn xdp_programs(object: &mut Ebpf) -> Vec<&mut Xdp> {
+    let programs = object.programs_mut().filter_map(|(_, program)| match program {
+        Program::Xdp(program) => Some(program),
+        _ => None,
+    });
+    programs.collect()
+}
+
+fn tc_programs(object: &mut Ebpf) -> Vec<&mut SchedClassifier> {
+    let programs = object.programs_mut().filter_map(|(_, program)| match program {
+        Program::SchedClassifier(program) => Some(program),
+        _ => None,
+    });
+    programs.collect()
+}
+
+/// A peer in a namespace of its own, with [`PEER`] in it, that sends every datagram back.
+fn echoing_peer() {
+    let (sender, namespace) = mpsc::channel();
+    let (moved, go) = mpsc::channel::<()>();
+    thread::spawn(move || {
+        own_namespace();
+        // SAFETY: gettid has no preconditions and cannot fail.
+        let thread_id = unsafe { libc::gettid() };
+        sender
+            .send(format!("/proc/{}/task/{thread_id}/ns/net", std::process::id()))
+            .unwrap();
+        go.recv().unwrap();
+        ip(&["addr", "add", &format!("{PEER_ADDRESS}/24"), "dev", PEER]);
+        ip(&["link", "set", PEER, "up"]);
+        let socket = UdpSocket::bind((PEER_ADDRESS, 9)).unwrap();
+        sender.send(String::new()).unwrap();
+        let mut buffer = [0; 64];
+        while let Ok((length, from)) = socket.recv_from(&mut buffer) {
+            socket.send_to(&buffer[..length], from).unwrap();
+        }
+    });
+    let path = namespace.recv().expect("the peer has a namespace");
+    ip(&["link", "add", DEVICE, "type", "veth", "peer", "name", PEER]);
+    ip(&["link", "set", PEER, "netns", &path]);
+    ip(&["addr", "add", &format!("{DEVICE_ADDRESS}/24"), "dev", DEVICE]);
+    ip(&["link", "set", DEVICE, "up"]);
+    moved.send(()).unwrap();
+    namespace.recv().expect("the peer listens");
+}
+
+/// Traffic that is nobody's service passes untouched through whatever is attached.
+fn assert_foreign_traffic_passes() {
+    let socket = UdpSocket::bind((DEVICE_ADDRESS, 0)).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(1))).unwrap();
+    let mut buffer = [0; 64];
+    // Datagrams may be lost while the link comes up: it is asked again until an answer comes.
+    let answer = (0..20).find_map(|_| {
+        socket.send_to(b"foreign", (PEER_ADDRESS, 9)).ok()?;
+        let length = socket.recv(&mut buffer).ok()?;
+        Some(buffer[..length].to_vec())
+    });
+    assert_eq!(
+        answer.as_deref(),
+        Some(b"foreign".as_slice()),
+        "no answer came through the programs"
+    );
+}
+
+#[test]
+fn the_kernel_has_what_weir_needs() {
+    let kernel = KernelVersion::current().unwrap();
+    assert!(
+        kernel >= KernelVersion::new(6, 1, 0),
+        "{kernel:?} is older than 6.1"
+    );
+    assert!(Path::new("/sys/kernel/btf/vmlinux").exists());
+}
+
+#[test]
+fn the_xdp_body_attaches_natively_and_passes_foreign_traffic() {
+    own_namespace();
+    echoing_peer();
+    let mut object = load();
+    let mut programs = xdp_programs(&mut object);
+    assert!(!programs.is_empty(), "the object has no XDP program");
+    for program in &mut programs {
+        program.load().unwrap_or_else(|fault| panic!("{fault:?}"));
+        let link = program
+            .attach(DEVICE, XdpMode::Driver)
+            .expect("veth has native XDP");
+        assert_foreign_traffic_passes();
+        program.detach(link).unwrap();
+    }
+}
+
+#[test]
+fn the_tc_body_attaches_both_ways_and_passes_foreign_traffic() {
+    own_namespace();
+    echoing_peer();
+    if KernelVersion::current().unwrap() < TCX {
+        tc::qdisc_add_clsact(DEVICE).unwrap();
+    }
+    let mut object = load();
+    let mut programs = tc_programs(&mut object);
+    assert!(!programs.is_empty(), "the object has no TC program");
+    for program in &mut programs {
+        program.load().unwrap_or_else(|fault| panic!("{fault:?}"));
+        for direction in [TcAttachType::Ingress, TcAttachType::Egress] {
+            let link = program.attach(DEVICE, direction).unwrap();
+            assert_foreign_traffic_passes();
+            program.detach(link).unwrap();
+        }
+    }
+}

@@ -1,0 +1,114 @@
+//! Installing Debian packages: nothing recommended, no service started.
+
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{process, workspace};
+
+/// A package and why it is installed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Package {
+    pub name: String,
+    pub why: String,
+}
+
+/// Installs `packages` after saying which and why. None is no work.
+pub fn install(packages: &[Package]) -> Result<()> {
+    if packages.is_empty() {
+        return Ok(());
+    }
+    for package in packages {
+        println!("setup: {} is missing: {}", package.name, package.why);
+    }
+    let names: Vec<&str> = packages.iter().map(|package| package.name.as_str()).collect();
+    require_apt(&names)?;
+    process::run(apt_get().args(["-qq", "update"]))?;
+    let arguments = ["install", "--yes", "--no-install-recommends"];
+    let simulation = process::capture(apt_get().arg("--simulate").args(arguments).args(&names))?;
+    for removed in removals(&simulation) {
+        println!("setup: apt replaces or removes {removed}, which conflicts with these packages");
+    }
+    let _quiet = NoServices::new()?;
+    process::run(
+        apt_get()
+            .args(["-qq", "-o", "Dpkg::Use-Pty=0"])
+            .args(arguments)
+            .args(&names),
+    )
+}
+
+/// Fails with what the user has to do where there is no apt, or no right to use it.
+fn require_apt(names: &[&str]) -> Result<()> {
+    let list = names.join(" ");
+    if workspace::find_program("apt-get").is_none() {
+        bail!("this is no Debian machine; install what these Debian packages bring, then try again: {list}");
+    }
+    if !workspace::is_root() {
+        bail!("installing needs root; run `cargo xtask setup` as root, or install: {list}");
+    }
+    Ok(())
+}
+
+/// `apt-get` without questions.
+pub fn apt_get() -> Command {
+    let mut command = Command::new("apt-get");
+    // RUNLEVEL=1 makes invoke-rc.d leave services stopped, also where policy-rc.d is not asked.
+    command
+        .env("DEBIAN_FRONTEND", "noninteractive")
+        .env("RUNLEVEL", "1");
+    command
+}
+
+/// The packages that a simulated installation removes.
+fn removals(simulation: &str) -> Vec<&str> {
+    simulation
+        .lines()
+        .filter_map(|line| line.strip_prefix("Remv ")?.split_whitespace().next())
+        .collect()
+}
+
+/// Forbids packages to start their services while it lives: the tests start engines of their own.
+struct NoServices {
+    /// Whether the file is ours to remove.
+    ours: bool,
+}
+
+const POLICY: &str = "/usr/sbin/policy-rc.d";
+
+impl NoServices {
+    fn new() -> Result<Self> {
+        let path = Path::new(POLICY);
+        if path.exists() {
+            return Ok(Self { ours: false });
+        }
+        fs::write(path, "#!/bin/sh\nexit 101\n").with_context(|| format!("cannot write {POLICY}"))?;
+        let guard = Self { ours: true };
+        fs::set_permissions(path, fs::Permissions::from_mode(0o755))?;
+        Ok(guard)
+    }
+}
+
+impl Drop for NoServices {
+    fn drop(&mut self) {
+        if self.ours
+            && let Err(error) = fs::remove_file(POLICY)
+        {
+            eprintln!(
+                "setup: cannot remove {POLICY}, which keeps services from starting: {error}; remove it"
+            );
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn removals_are_read_from_a_simulation() {
+        let simulation = "Reading package lists...\nRemv qemu-utils [1:10.0.2]\nInst cpio (2.13 Debian:12.15/oldstable [amd64])\n";
+        assert_eq!(removals(simulation), ["qemu-utils"]);
+        assert!(removals("Inst cpio (2.13)\nConf cpio (2.13)\n").is_empty());
+    }
+}

@@ -1,0 +1,26 @@
+//! `lint`: formatting, then clippy on the host and on the BPF target. A warning is an error.
+
+use anyhow::{Context, Result};
+
+use crate::{ebpf, needs::Group, process, setup, toolchain::Toolchain};
+
+/// The command.
+pub fn run() -> Result<()> {
+    process::run(process::cargo().args(["fmt", "--all", "--check"]))
+        .context("run `cargo fmt` (and `rustup component add rustfmt` where it is missing)")?;
+    process::run(process::cargo().args([
+        "clippy",
+        "--quiet",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]))?;
+    setup::ensure(&[Group::Lint])?;
+    let toolchain = Toolchain::find()?;
+    let mut clippy = toolchain.command(&toolchain.clippy());
+    // Given by path, it wants its own name as the first argument, as cargo would give it.
+    ebpf::in_bpf(clippy.args(["clippy", "--quiet"]), &toolchain).args(["--", "-D", "warnings"]);
+    process::run(&mut clippy)
+}

@@ -1,0 +1,39 @@
+//! The vm tier: the test binaries `prog` and `vm` of lb-tests on other kernels.
+//!
+//! It is part of xtask and not of `tests/`, because it builds and carries test binaries rather than being one. For each
+//! kernel (`kernel`) it packs an initramfs (`image`) with the binaries, the shared libraries they are linked to, and a few
+//! tools, boots it in QEMU by software emulation (`guest`), and reads the results off the serial console (`console`). The
+//! binaries are those that the host runs: nothing is compiled a second time. Any test binary of lb-tests can be added to
+//! [`BINARIES`], if what it needs is in the guest.
+
+use anyhow::{Context, Result};
+
+use crate::test::{cargo, report::Count};
+
+mod console;
+mod guest;
+mod image;
+pub mod kernel;
+
+/// Test targets of lb-tests that run in every guest: the packet rows, and loading and attaching.
+const BINARIES: [&str; 2] = ["prog", "vm"];
+
+/// Runs the tier. A kernel that does not boot, panics or falls silent is a failure and does not keep the next from running.
+pub fn run(filter: Option<&str>) -> Result<Count> {
+    let paths = cargo::build_tests(&BINARIES)?;
+    let binaries: Vec<_> = BINARIES.into_iter().zip(paths).collect();
+    let mut total = Count::default();
+    for kernel in kernel::ensure_all()? {
+        println!("--- kernel {}", kernel.release);
+        let count = image::pack(&kernel, &binaries, filter)
+            .with_context(|| format!("cannot make the guest of kernel {}", kernel.release))
+            .and_then(|image| guest::run(&kernel, &image, &BINARIES))
+            .unwrap_or_else(|fault| {
+                println!("kernel {}: {fault:#}", kernel.release);
+                Count::fault()
+            });
+        println!("--- kernel {}: {count}", kernel.release);
+        total += count;
+    }
+    Ok(total)
+}
