@@ -14,7 +14,7 @@ mod network;
 
 use std::path::PathBuf;
 
-use weir::datapath::{Capacities, load::Sizes, shape::DEFAULT_LIMITS};
+use weir::datapath::{Capacities, load::Sizes};
 
 /// Small maps: each test makes a set of its own.
 fn sizes() -> Sizes {
@@ -26,7 +26,6 @@ fn sizes() -> Sizes {
             acl: 64,
             flows4: 4096,
             flows6: 1024,
-            ..DEFAULT_LIMITS
         },
         events_bytes: 4096,
     }
