@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    path::PathBuf,
+    path::Path,
     time::Duration,
 };
 
@@ -32,7 +32,7 @@ pub struct Agent {
 
 impl Agent {
     /// Loads and starts. Call it on a runtime inside the namespace.
-    pub fn start(pin: &PathBuf, state: &PathBuf, config: NetConfig, wanted: &[&str], tc: TcChoice) -> Self {
+    pub fn start(pin: &Path, state: &Path, config: NetConfig, wanted: &[&str], tc: TcChoice) -> Self {
         preflight(pin).unwrap();
         let loaded = load(&object(), pin, &sizes()).unwrap();
         let adopted = loaded.adopted;

@@ -1,5 +1,12 @@
 //! The agent's side of the kernel, on the real kernel: loading, adoption, maps, attachment, sweep, network, detach.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    reason = "helpers of tests fail as tests do"
+)]
+
 mod agent;
 mod maps;
 mod netns;
@@ -7,7 +14,7 @@ mod network;
 
 use std::path::PathBuf;
 
-use weir::datapath::{Capacities, load::Sizes, shape::DEFAULT_LIMITS};
+use weir::datapath::{Capacities, load::Sizes};
 
 /// Small maps: each test makes a set of its own.
 fn sizes() -> Sizes {
@@ -19,7 +26,6 @@ fn sizes() -> Sizes {
             acl: 64,
             flows4: 4096,
             flows6: 1024,
-            ..DEFAULT_LIMITS
         },
         events_bytes: 4096,
     }
