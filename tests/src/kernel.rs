@@ -19,12 +19,17 @@ use lb_common::{
     },
 };
 
-use crate::world::{Conn, DEVICES, FlowEntry, World, ifindex_of};
+use crate::{
+    row::Datapath,
+    world::{Conn, DEVICES, FlowEntry, World, ifindex_of},
+};
 
 /// Entries of each flow table in the tests.
 pub const FLOW_ENTRIES: u32 = 64;
-const BACKENDS: u32 = 32;
-const SERVICES: u32 = 16;
+/// Backend records in the tests.
+pub const BACKENDS: u32 = 32;
+/// Services in the tests.
+pub const SERVICES: u32 = 16;
 
 /// Where a frame is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,6 +49,8 @@ pub struct Ran {
     pub action: i32,
     /// The frame afterwards.
     pub frame: Vec<u8>,
+    /// Interface index that it is sent out of, where the body tells (the kernel does not).
+    pub to: Option<u32>,
 }
 
 /// All counters by name.
@@ -139,8 +146,51 @@ impl Kernel {
         Ok(())
     }
 
-    /// Makes the maps hold `world` and nothing else. Counters go on.
-    pub fn set(&mut self, world: &World) -> Result<()> {
+
+    fn acl(&mut self) -> Result<LpmTrie<&mut MapData, AclData, u32>> {
+        Ok(LpmTrie::try_from(self.bpf.map_mut("ACL").context("no map ACL")?)?)
+    }
+
+    fn clear_acl(&mut self) -> Result<()> {
+        let mut acl = self.acl()?;
+        let keys = acl.keys().collect::<Result<Vec<_>, _>>()?;
+        for key in keys {
+            acl.remove(&key)?;
+        }
+        Ok(())
+    }
+
+    fn insert(&mut self, conn: &Conn, last_seen: u32) -> Result<()> {
+        conn.entries().iter().try_for_each(|entry| self.insert_entry(entry, last_seen))
+    }
+
+    fn insert_entry(&mut self, entry: &FlowEntry, last_seen: u32) -> Result<()> {
+        if entry.src.0.is_ipv4() {
+            let (key, flow) = flow_of::<Addr4>(entry, last_seen);
+            self.hash("FLOWS4")?.insert(key, flow, 0).context("FLOWS4")
+        } else {
+            let (key, flow) = flow_of::<Addr16>(entry, last_seen);
+            self.hash("FLOWS6")?.insert(key, flow, 0).context("FLOWS6")
+        }
+    }
+
+    /// Fills both flow tables with flows that belong to nobody here, until the kernel says that there is no room.
+    fn fill(&mut self, now: u32) -> Result<()> {
+        for v6 in [false, true] {
+            let full = (0..4 * FLOW_ENTRIES).any(|n| self.insert_entry(&strangers(v6, n), now).is_err());
+            ensure!(full, "a flow table has room for more than {} entries", 4 * FLOW_ENTRIES);
+        }
+        Ok(())
+    }
+
+
+
+}
+
+// === impl Datapath ===
+
+impl Datapath for Kernel {
+    fn set(&mut self, world: &World) -> Result<()> {
         self.clear::<FlowKey<Addr4>, Flow<Addr4>>("FLOWS4")?;
         self.clear::<FlowKey<Addr16>, Flow<Addr16>>("FLOWS6")?;
         self.clear::<ServiceKey, Service>("SERVICES")?;
@@ -199,68 +249,7 @@ impl Kernel {
         Ok(())
     }
 
-    fn acl(&mut self) -> Result<LpmTrie<&mut MapData, AclData, u32>> {
-        Ok(LpmTrie::try_from(self.bpf.map_mut("ACL").context("no map ACL")?)?)
-    }
-
-    fn clear_acl(&mut self) -> Result<()> {
-        let mut acl = self.acl()?;
-        let keys = acl.keys().collect::<Result<Vec<_>, _>>()?;
-        for key in keys {
-            acl.remove(&key)?;
-        }
-        Ok(())
-    }
-
-    fn insert(&mut self, conn: &Conn, last_seen: u32) -> Result<()> {
-        for entry in conn.entries() {
-            if entry.src.0.is_ipv4() {
-                let (key, flow) = flow_of::<Addr4>(&entry, last_seen);
-                self.hash("FLOWS4")?.insert(key, flow, 0).context("FLOWS4")?;
-            } else {
-                let (key, flow) = flow_of::<Addr16>(&entry, last_seen);
-                self.hash("FLOWS6")?.insert(key, flow, 0).context("FLOWS6")?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Fills both flow tables with flows that belong to nobody here, until the kernel says that there is no room.
-    fn fill(&mut self, now: u32) -> Result<()> {
-        for name in ["FLOWS4", "FLOWS6"] {
-            let full = (0..4 * FLOW_ENTRIES).any(|n| {
-                let (src, dst): (IpAddr, IpAddr) = if name == "FLOWS4" {
-                    ([10, 255, 0, 1].into(), [10, 255, 0, 2].into())
-                } else {
-                    ([0xfdff, 0, 0, 0, 0, 0, 0, 1].into(), [0xfdff, 0, 0, 0, 0, 0, 0, 2].into())
-                };
-                let entry = FlowEntry {
-                    proto: 6,
-                    src: (src, n as u16 + 1),
-                    dst: (dst, 9),
-                    to_src: (src, n as u16 + 1),
-                    to_dst: (dst, 9),
-                    backend: 1,
-                    epoch: 100,
-                    service: 1,
-                    state: lb_common::maps::flow_state::ESTABLISHED,
-                    hop: lb_common::addr::Hop::UNKNOWN,
-                };
-                if name == "FLOWS4" {
-                    let (key, flow) = flow_of::<Addr4>(&entry, now);
-                    self.hash(name).is_ok_and(|mut map| map.insert(key, flow, 0).is_err())
-                } else {
-                    let (key, flow) = flow_of::<Addr16>(&entry, now);
-                    self.hash(name).is_ok_and(|mut map| map.insert(key, flow, 0).is_err())
-                }
-            });
-            ensure!(full, "{name} has room for more than {} entries", 4 * FLOW_ENTRIES);
-        }
-        Ok(())
-    }
-
-    /// Every flow entry, in key order.
-    pub fn flows(&mut self) -> Result<Vec<FlowEntry>> {
+    fn flows(&mut self) -> Result<Vec<FlowEntry>> {
         let mut all = Vec::new();
         for entry in self.hash::<FlowKey<Addr4>, Flow<Addr4>>("FLOWS4")?.iter() {
             let (key, flow) = entry?;
@@ -274,8 +263,7 @@ impl Kernel {
         Ok(all)
     }
 
-    /// Everything that is counted, over all CPUs; zeros are left out.
-    pub fn counters(&mut self) -> Result<Counters> {
+    fn counters(&mut self) -> Result<Counters> {
         let mut all = Counters::new();
         let mut put = |name: String, value: u64| {
             if value > 0 {
@@ -310,8 +298,7 @@ impl Kernel {
         Ok(all)
     }
 
-    /// Runs one frame that came in by (or is about to leave by) a device.
-    pub fn run(&mut self, program: Program, slot: u16, frame: &[u8]) -> Result<Ran> {
+    fn run(&mut self, program: Program, slot: u16, frame: &[u8]) -> Result<Ran> {
         let mut out = vec![0; frame.len() + 2048];
         let ifindex = ifindex_of(slot);
         let result = match program {
@@ -334,7 +321,7 @@ impl Kernel {
             }
         };
         out.truncate(result.data_size_out as usize);
-        Ok(Ran { action: result.return_value as i32, frame: out })
+        Ok(Ran { action: result.return_value as i32, frame: out, to: None })
     }
 }
 
@@ -349,6 +336,28 @@ fn options<'a>(frame: &'a [u8], out: &'a mut [u8], context: &'a [u8]) -> TestRun
 
 fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|w| w.to_ne_bytes()).collect()
+}
+
+/// A live flow that belongs to nobody in the rows: what full tables are full of.
+pub fn strangers(v6: bool, n: u32) -> FlowEntry {
+    let (src, dst): (IpAddr, IpAddr) = if v6 {
+        ([0xfdff, 0, 0, 0, 0, 0, 0, 1].into(), [0xfdff, 0, 0, 0, 0, 0, 0, 2].into())
+    } else {
+        ([10, 255, 0, 1].into(), [10, 255, 0, 2].into())
+    };
+    let (src, dst) = ((src, n as u16 + 1), (dst, 9));
+    FlowEntry {
+        proto: 6,
+        src,
+        dst,
+        to_src: src,
+        to_dst: dst,
+        backend: 1,
+        epoch: 100,
+        service: 1,
+        state: lb_common::maps::flow_state::ESTABLISHED,
+        hop: lb_common::addr::Hop::UNKNOWN,
+    }
 }
 
 /// The counters of a backend by name.

@@ -12,6 +12,7 @@
 )]
 
 pub mod kernel;
+pub mod model;
 pub mod packet;
 pub mod row;
 pub mod world;

@@ -3,13 +3,27 @@
 
 use std::fmt::Write as _;
 
+use anyhow::Result;
 use lb_common::{counter::Counter, counter::DropReason};
 
 use crate::{
     kernel::{Counters, Kernel, Program, Ran},
     packet::{Packet, diff},
-    world::{BRIDGE, Conn, FlowEntry, World},
+    model::Model,
+    world::{BRIDGE, Conn, FlowEntry, World, ifindex_of},
 };
+
+/// A body of the core with its maps.
+pub trait Datapath {
+    /// Makes the maps hold `world` and nothing else. Counters go on.
+    fn set(&mut self, world: &World) -> Result<()>;
+    /// Every flow entry, in key order.
+    fn flows(&mut self) -> Result<Vec<FlowEntry>>;
+    /// Everything that is counted; zeros may be left out.
+    fn counters(&mut self) -> Result<Counters>;
+    /// Runs one frame that came in by (or is about to leave by) the device of a slot.
+    fn run(&mut self, program: Program, slot: u16, frame: &[u8]) -> Result<Ran>;
+}
 
 /// What becomes of a packet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,8 +34,12 @@ pub enum Outcome {
     Send(u16),
     /// Out of the device of this slot, the kernel fills in the MACs. TC only.
     Neighbour(u16),
-    /// To a process of the node. TC only.
+    /// Up the stack to a process of the node. TC only.
     Node,
+    /// To a process of the node by way of the loopback device. TC only.
+    Loopback,
+    /// On its way out as the stack was sending it. TC egress only.
+    Stack,
     /// Dropped for a reason, on behalf of a service.
     Drop(DropReason, Option<u32>),
 }
@@ -84,7 +102,7 @@ pub fn row(name: impl Into<String>, given: World) -> Row {
 impl Row {
     /// A packet that comes in by a device; a NIC's XDP program does it alone.
     pub fn comes(mut self, device: u16, packet: &Packet, expect: Expect) -> Self {
-        let needs_tc = matches!(expect.outcome, Outcome::Neighbour(_) | Outcome::Node);
+        let needs_tc = matches!(expect.outcome, Outcome::Neighbour(_) | Outcome::Node | Outcome::Loopback);
         self.steps.push(Step { device, egress: false, needs_tc, packet: packet.clone(), expect });
         self
     }
@@ -100,10 +118,10 @@ impl Row {
     }
 
     /// Runs the row; the text says all that was not as it had to be.
-    pub fn run(&self, kernel: &mut Kernel, body: Body) -> Result<(), String> {
-        kernel.set(&self.given).map_err(|e| format!("  set-up: {e:#}\n"))?;
+    pub fn run(&self, datapath: &mut dyn Datapath, body: Body) -> std::result::Result<(), String> {
+        datapath.set(&self.given).map_err(|e| format!("  set-up: {e:#}\n"))?;
         for (i, step) in self.steps.iter().enumerate() {
-            step.run(kernel, body).map_err(|fault| format!("  packet {} of {}:\n{fault}", i + 1, self.steps.len()))?;
+            step.run(datapath, body).map_err(|fault| format!("  packet {} of {}:\n{fault}", i + 1, self.steps.len()))?;
         }
         Ok(())
     }
@@ -130,6 +148,18 @@ impl Expect {
     /// Delivered to the node as `frame`.
     pub fn node(frame: &Packet) -> Self {
         Self::new(Outcome::Node, Some(frame))
+    }
+    /// Delivered to the node through `lo` as `frame`.
+    pub fn loopback(frame: &Packet) -> Self {
+        Self::new(Outcome::Loopback, Some(frame))
+    }
+    /// Leaves the node as the stack was sending it, as `frame`.
+    pub fn stack(frame: &Packet) -> Self {
+        Self::new(Outcome::Stack, Some(frame))
+    }
+    /// Dropped on behalf of no service.
+    pub fn drop_of_nobody(reason: DropReason) -> Self {
+        Self::new(Outcome::Drop(reason, None), None)
     }
     /// Dropped on behalf of a service.
     pub fn drop(reason: DropReason, service: u32) -> Self {
@@ -176,11 +206,11 @@ impl Expect {
         let mut add = |name: String| *all.entry(name).or_default() += 1;
         match self.outcome {
             Outcome::Pass => add("passed".into()),
-            Outcome::Send(to) if body == Program::Egress && to == device => add("transmitted".into()),
-            Outcome::Send(to) if body == Program::Xdp && to == device => add("transmitted".into()),
+            Outcome::Stack => add("transmitted".into()),
+            Outcome::Send(to) if body != Program::Egress && to == device => add("transmitted".into()),
             Outcome::Send(_) => add("redirected".into()),
             Outcome::Neighbour(_) => add("to_neighbour".into()),
-            Outcome::Node => add("to_node".into()),
+            Outcome::Node | Outcome::Loopback => add("to_node".into()),
             Outcome::Drop(reason, service) => {
                 add("dropped".into());
                 add(format!("drops {}", reason.name()));
@@ -196,14 +226,14 @@ impl Expect {
 // === impl Step ===
 
 impl Step {
-    fn run(&self, kernel: &mut Kernel, body: Body) -> Result<(), String> {
+    fn run(&self, datapath: &mut dyn Datapath, body: Body) -> std::result::Result<(), String> {
         let frame = self.packet.build();
         // The bridge has no XDP program, and no program sees what the node sends before TC egress.
         if body == Body::XdpThenTc && !self.egress && self.device != BRIDGE {
             let handed_on = self.needs_tc;
-            let before = state(kernel)?;
-            let ran = kernel.run(Program::Xdp, self.device, &frame).map_err(|e| format!("    XDP: {e:#}\n"))?;
-            let after = state(kernel)?;
+            let before = state(datapath)?;
+            let ran = datapath.run(Program::Xdp, self.device, &frame).map_err(|e| format!("    XDP: {e:#}\n"))?;
+            let after = state(datapath)?;
             if !handed_on {
                 return self.check(Program::Xdp, &frame, &ran, &before, &after);
             }
@@ -224,9 +254,9 @@ impl Step {
             }
         }
         let program = if self.egress { Program::Egress } else { Program::Ingress };
-        let before = state(kernel)?;
-        let ran = kernel.run(program, self.device, &frame).map_err(|e| format!("    TC: {e:#}\n"))?;
-        let after = state(kernel)?;
+        let before = state(datapath)?;
+        let ran = datapath.run(program, self.device, &frame).map_err(|e| format!("    TC: {e:#}\n"))?;
+        let after = state(datapath)?;
         self.check(program, &frame, &ran, &before, &after)
     }
 
@@ -237,7 +267,7 @@ impl Step {
         ran: &Ran,
         before: &State,
         after: &State,
-    ) -> Result<(), String> {
+    ) -> std::result::Result<(), String> {
         let mut text = compare(&self.expect, program, self.device, frame, ran, before, after);
         let moved = difference(&before.0, &after.0);
         let expected = self.expect.verdict_counters(self.device, program);
@@ -250,9 +280,9 @@ impl Step {
 
 type State = (Counters, Vec<FlowEntry>);
 
-fn state(kernel: &mut Kernel) -> Result<State, String> {
-    let counters = kernel.counters().map_err(|e| format!("    counters: {e:#}\n"))?;
-    let flows = kernel.flows().map_err(|e| format!("    flows: {e:#}\n"))?;
+fn state(datapath: &mut dyn Datapath) -> std::result::Result<State, String> {
+    let counters = datapath.counters().map_err(|e| format!("    counters: {e:#}\n"))?;
+    let flows = datapath.flows().map_err(|e| format!("    flows: {e:#}\n"))?;
     Ok((counters, flows))
 }
 
@@ -277,6 +307,11 @@ fn compare(
             action_name(program, ran.action)
         )
         .expect("a string");
+    }
+    if let (Some(found), Outcome::Send(to) | Outcome::Neighbour(to)) = (ran.to, expect.outcome)
+        && found != ifindex_of(to)
+    {
+        writeln!(text, "    device: expected {}, found {found}", ifindex_of(to)).expect("a string");
     }
     if !matches!(expect.outcome, Outcome::Drop(..)) {
         let mut expected = expect.frame.as_ref().map_or_else(|| frame.to_vec(), Packet::build);
@@ -313,11 +348,9 @@ fn actions(outcome: Outcome, program: Program, device: u16) -> &'static [i32] {
         (Program::Xdp, Outcome::Send(_)) => &[4],
         (Program::Xdp, _) => &[2],
         (_, Outcome::Drop(..)) => &[2],
-        (Program::Egress, Outcome::Send(to)) if to == device => &[-1, 0],
-        (_, Outcome::Send(_) | Outcome::Neighbour(_)) => &[7],
-        (Program::Ingress, Outcome::Node) => &[-1, 0],
-        // On its way out towards a process of this node: by way of the loopback device.
-        (_, Outcome::Node) => &[7],
+        (_, Outcome::Send(_) | Outcome::Neighbour(_) | Outcome::Loopback) => &[7],
+        // Rewritten: programs after ours must not take it for somebody else's, but may see it.
+        (_, Outcome::Node | Outcome::Stack) => &[-1, 0],
         (_, Outcome::Pass) => &[-1],
     }
 }
@@ -358,25 +391,32 @@ fn counters_diff(expected: &Counters, found: &Counters) -> String {
     text
 }
 
-/// Runs rows on both bodies and fails with everything that was not as it had to be.
+/// Runs rows on both bodies in the kernel and fails with everything that was not as it had to be.
 ///
 /// # Panics
 /// If any row fails, with all faults in the message, or if the object does not load.
-pub fn run_all(rows: &[Row]) {
+pub fn run_in_kernel(rows: &[Row]) {
     let mut kernel = Kernel::load().unwrap_or_else(|e| panic!("{e:#}"));
+    run_rows(rows, &mut kernel);
+}
+
+/// Runs rows on both bodies as the host compiles them.
+///
+/// # Panics
+/// As [`run_in_kernel`].
+pub fn run_in_model(rows: &[Row]) {
+    run_rows(rows, &mut Model::default());
+}
+
+fn run_rows(rows: &[Row], datapath: &mut dyn Datapath) {
     let mut faults = Vec::new();
     for body in [Body::XdpThenTc, Body::Tc] {
         for row in rows {
-            if let Err(fault) = row.run(&mut kernel, body) {
+            if let Err(fault) = row.run(datapath, body) {
                 faults.push(format!("{body:?}: {}\n{fault}", row.name));
             }
         }
     }
-    assert!(
-        faults.is_empty(),
-        "{} of {} runs failed:\n{}",
-        faults.len(),
-        2 * rows.len(),
-        faults.join("\n")
-    );
+    let runs = 2 * rows.len();
+    assert!(faults.is_empty(), "{} of {runs} runs failed:\n{}", faults.len(), faults.join("\n"));
 }
