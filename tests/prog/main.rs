@@ -2,6 +2,8 @@
 //! it and as TC alone, and leaves nothing unchecked: verdict, bytes, all counters, all flows.
 
 mod flows;
+mod policy;
+mod tcp;
 mod net;
 
 /// Each group of rows in the kernel and in the model.
@@ -12,4 +14,4 @@ macro_rules! groups {
     };
 }
 
-groups!(flows);
+groups!(flows, tcp, policy);
