@@ -90,6 +90,8 @@ indexed! {
         RewriteFailed = "rewrite_failed",
         /// A header of service traffic is cut short or contradicts itself.
         Malformed = "malformed",
+        /// Another CPU created the same flow at the same moment; the sender will send again.
+        Raced = "raced",
         /// Hidden from the client because another backend is tried.
         RefusalHidden = "refusal_hidden",
     }

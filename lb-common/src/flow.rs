@@ -3,11 +3,13 @@
 use crate::addr::{Addr4, Addr16, Be16};
 
 /// The address of one family as a flow sees it.
-pub trait Address: Copy + PartialEq + 'static {
+pub trait Address: Copy + PartialEq + core::fmt::Debug + 'static {
     /// Fills a `Flow` to the size its map wants.
-    type Pad: Copy + Default + 'static;
+    type Pad: Copy + Default + PartialEq + Eq + core::fmt::Debug + 'static;
     /// All zero.
     const ZERO: Self;
+    /// Whether this is IPv6: chooses `FLOWS6`.
+    const V6: bool;
     /// Folds the address into a hash state.
     fn mix(self, state: u32) -> u32;
     /// Sum of the address's 16-bit words in memory order, unfolded (RFC 1071).
@@ -131,6 +133,7 @@ impl<A: Address> Fold for A {
 impl Address for Addr4 {
     type Pad = [u32; 4];
     const ZERO: Self = Self(0);
+    const V6: bool = false;
     #[inline(always)]
     fn mix(self, state: u32) -> u32 {
         step(state, self.0)
@@ -152,6 +155,7 @@ impl Address for Addr4 {
 impl Address for Addr16 {
     type Pad = [u32; 0];
     const ZERO: Self = Self([0; 4]);
+    const V6: bool = true;
     #[inline(always)]
     fn mix(self, state: u32) -> u32 {
         step(

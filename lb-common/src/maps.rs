@@ -234,7 +234,7 @@ pub struct Flow<A: Address> {
     pub service: u32,
     /// [`flow_state`].
     pub state: u32,
-    /// Flow clock when a packet of this direction was last stamped (at most once a second).
+    /// Flow clock when a packet of this direction was last stamped (at most once in 128 ticks).
     pub last_seen: u32,
     /// Flow clock when the flow was created.
     pub created: u32,
@@ -248,25 +248,36 @@ pub type Flow4 = Flow<Addr4>;
 pub type Flow6 = Flow<Addr16>;
 
 /// Bits of [`Flow::state`]. Both directions carry the same bits but for `REVERSE`.
+///
+/// BPF has no 32-bit atomics in Rust, so each byte has one writer: the creator (bits 0–7), packets of the backend
+/// (8–15), packets of the client (16–23).
 pub mod flow_state {
     /// This entry translates replies.
     pub const REVERSE: u32 = 1 << 0;
-    /// The backend has answered: SYN-ACK (TCP) or any packet (UDP).
-    pub const ESTABLISHED: u32 = 1 << 1;
-    /// The client has sent FIN.
-    pub const FIN_CLIENT: u32 = 1 << 2;
-    /// The backend has sent FIN.
-    pub const FIN_BACKEND: u32 = 1 << 3;
-    /// Either side has sent RST.
-    pub const RESET: u32 = 1 << 4;
-    /// The backend refused the SYN; the next SYN goes elsewhere.
-    pub const REFUSED: u32 = 1 << 5;
     /// The source address is translated too.
-    pub const SNAT: u32 = 1 << 6;
+    pub const SNAT: u32 = 1 << 1;
     /// Shift of the number of re-steers so far.
-    pub const TRIES_SHIFT: u32 = 8;
+    pub const TRIES_SHIFT: u32 = 4;
     /// Mask of the number of re-steers, unshifted.
     pub const TRIES_MASK: u32 = 0xf;
+    /// Bits that packets of the backend write.
+    pub const BY_BACKEND: u32 = 0xff << 8;
+    /// The backend has answered: SYN-ACK (TCP) or any packet (UDP).
+    pub const ESTABLISHED: u32 = 1 << 8;
+    /// The backend refused the SYN; the next SYN goes elsewhere.
+    pub const REFUSED: u32 = 1 << 9;
+    /// The backend has sent FIN.
+    pub const FIN_BACKEND: u32 = 1 << 10;
+    /// The backend has sent RST, and nothing else since.
+    pub const RESET_BACKEND: u32 = 1 << 11;
+    /// Bits that packets of the client write.
+    pub const BY_CLIENT: u32 = 0xff << 16;
+    /// The client has sent FIN.
+    pub const FIN_CLIENT: u32 = 1 << 16;
+    /// The client has sent RST, and nothing else since.
+    pub const RESET_CLIENT: u32 = 1 << 17;
+    /// Either side has sent RST.
+    pub const RESET: u32 = RESET_BACKEND | RESET_CLIENT;
 }
 
 /// Key of `AFFINITY`.

@@ -1,0 +1,225 @@
+//! The packet's kernel bodies: the one module with raw packet pointers.
+
+use aya_ebpf::{
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_md},
+    helpers::{
+        bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data, bpf_xdp_adjust_tail,
+    },
+};
+use lb_ebpf::{
+    csum,
+    packet::{Header, Hook, Packet},
+};
+
+/// Headers start below this offset; tells the verifier that offsets are bounded.
+const MAX_OFFSET: usize = 1 << 11;
+/// Bytes of a frame that hold all headers that are ever read.
+const HEADERS: u32 = 256;
+/// The mark of packets that a program of ours has sent on, so that the next one on their way leaves them alone.
+const DONE: u32 = 0x0800_0000;
+
+/// A frame at XDP.
+pub struct Xdp {
+    ctx: *mut xdp_md,
+}
+
+/// A frame at TC.
+pub struct Skb<const EGRESS: bool> {
+    skb: *mut __sk_buff,
+}
+
+/// Bounds check of a piece of the frame, in the shape that the verifier follows.
+#[inline(always)]
+fn piece<H>(data: usize, end: usize, offset: usize) -> Option<*mut H> {
+    if offset > MAX_OFFSET {
+        return None;
+    }
+    let start = data + offset;
+    if start + size_of::<H>() > end { None } else { Some(start as *mut H) }
+}
+
+// === impl Xdp ===
+
+impl Xdp {
+    #[inline(always)]
+    pub const fn new(ctx: *mut xdp_md) -> Self {
+        Self { ctx }
+    }
+
+    #[inline(always)]
+    fn at<H: Header>(&self, offset: usize) -> Option<*mut H> {
+        // SAFETY: the kernel's context of this program run.
+        let (data, end) = unsafe { ((*self.ctx).data as usize, (*self.ctx).data_end as usize) };
+        piece(data, end, offset)
+    }
+}
+
+impl Packet for Xdp {
+    const HOOK: Hook = Hook::Xdp;
+
+    #[inline(always)]
+    fn get<H: Header>(&self, offset: usize) -> Option<&H> {
+        // SAFETY: inside the frame (checked), any bytes are an `H`. Words in a frame may be misaligned, which every
+        // machine that BPF runs on and the verifier accept.
+        self.at(offset).map(|h| unsafe { &*h })
+    }
+
+    #[inline(always)]
+    fn get_mut<H: Header>(&mut self, offset: usize) -> Option<&mut H> {
+        // SAFETY: as in `get`; the frame belongs to this run, and `&mut self` to the caller.
+        self.at(offset).map(|h| unsafe { &mut *h })
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { ((*self.ctx).data_end - (*self.ctx).data) as usize }
+    }
+
+    #[inline(always)]
+    fn segment_size(&self) -> usize {
+        0
+    }
+
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { (*self.ctx).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn pull(&mut self, _length: usize) -> bool {
+        true
+    }
+
+    #[inline(always)]
+    fn fix_checksum(&mut self, offset: usize, pseudo: u16, other: u16, zero_is_none: bool) -> bool {
+        let Some(check) = self.get_mut::<u16>(offset) else { return false };
+        if zero_is_none && *check == 0 {
+            return true;
+        }
+        let new = csum::apply(*check, pseudo as u32 + other as u32);
+        *check = if zero_is_none && new == 0 { 0xffff } else { new };
+        true
+    }
+
+    #[inline(always)]
+    fn truncate(&mut self, length: usize) -> bool {
+        let delta = length as i32 - self.len() as i32;
+        // SAFETY: the kernel's context of this program run.
+        unsafe { bpf_xdp_adjust_tail(self.ctx, delta) == 0 }
+    }
+
+    #[inline(always)]
+    fn grow_head(&mut self, _bytes: usize) -> bool {
+        false
+    }
+}
+
+// === impl Skb ===
+
+impl<const EGRESS: bool> Skb<EGRESS> {
+    #[inline(always)]
+    pub const fn new(skb: *mut __sk_buff) -> Self {
+        Self { skb }
+    }
+
+    /// Whether a program of ours has sent this packet on already.
+    #[inline(always)]
+    pub fn is_done(&self) -> bool {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { (*self.skb).mark & DONE != 0 }
+    }
+
+    /// See [`Skb::is_done`].
+    #[inline(always)]
+    pub fn set_done(&mut self) {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { (*self.skb).mark |= DONE }
+    }
+
+    /// Makes the headers readable: a frame's bytes may lie in pages that programs cannot see.
+    #[inline(always)]
+    pub fn pull_headers(&mut self) -> bool {
+        // SAFETY: the kernel's context of this program run.
+        let (linear, length) = unsafe { ((*self.skb).data_end - (*self.skb).data, (*self.skb).len) };
+        let wanted = if length < HEADERS { length } else { HEADERS };
+        linear >= wanted || self.pull(wanted as usize)
+    }
+
+    #[inline(always)]
+    fn at<H: Header>(&self, offset: usize) -> Option<*mut H> {
+        // SAFETY: the kernel's context of this program run.
+        let (data, end) = unsafe { ((*self.skb).data as usize, (*self.skb).data_end as usize) };
+        piece(data, end, offset)
+    }
+}
+
+impl<const EGRESS: bool> Packet for Skb<EGRESS> {
+    const HOOK: Hook = if EGRESS { Hook::Egress } else { Hook::Ingress };
+
+    #[inline(always)]
+    fn get<H: Header>(&self, offset: usize) -> Option<&H> {
+        // SAFETY: as for `Xdp`.
+        self.at(offset).map(|h| unsafe { &*h })
+    }
+
+    #[inline(always)]
+    fn get_mut<H: Header>(&mut self, offset: usize) -> Option<&mut H> {
+        // SAFETY: as for `Xdp`; the kernel unshares a frame before a program that writes to it runs.
+        self.at(offset).map(|h| unsafe { &mut *h })
+    }
+
+    #[inline(always)]
+    fn len(&self) -> usize {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { (*self.skb).len as usize }
+    }
+
+    #[inline(always)]
+    fn segment_size(&self) -> usize {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { (*self.skb).gso_size as usize }
+    }
+
+    #[inline(always)]
+    fn device(&self) -> u32 {
+        // SAFETY: the kernel's context of this program run. At egress `ifindex` is the device the packet leaves by.
+        unsafe { if EGRESS { (*self.skb).ifindex } else { (*self.skb).ingress_ifindex } }
+    }
+
+    #[inline(always)]
+    fn pull(&mut self, length: usize) -> bool {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { bpf_skb_pull_data(self.skb, length as u32) == 0 }
+    }
+
+    #[inline(always)]
+    fn fix_checksum(&mut self, offset: usize, pseudo: u16, other: u16, zero_is_none: bool) -> bool {
+        let mangled = if zero_is_none { BPF_F_MARK_MANGLED_0 as u64 } else { 0 };
+        // SAFETY: the kernel's context of this program run; a size of 0 says that `to` is a difference.
+        unsafe {
+            (pseudo == 0
+                || bpf_l4_csum_replace(
+                    self.skb,
+                    offset as u32,
+                    0,
+                    pseudo as u64,
+                    BPF_F_PSEUDO_HDR as u64 | mangled,
+                ) == 0)
+                && (other == 0 || bpf_l4_csum_replace(self.skb, offset as u32, 0, other as u64, mangled) == 0)
+        }
+    }
+
+    #[inline(always)]
+    fn truncate(&mut self, length: usize) -> bool {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { bpf_skb_change_tail(self.skb, length as u32, 0) == 0 && self.pull(length) }
+    }
+
+    #[inline(always)]
+    fn grow_head(&mut self, bytes: usize) -> bool {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { bpf_skb_change_head(self.skb, bytes as u32, 0) == 0 && self.pull_headers() }
+    }
+}

@@ -1,0 +1,400 @@
+//! New flows: service → ACL → backend → source port → the two entries.
+
+use lb_common::{
+    addr::{Addr16, Be16, Hop},
+    counter::{Counter, DropReason},
+    flow::{FlowKey, hash_attempt, hash_client},
+    limits::{RING_ROW_BITS, SNAT_PROBES},
+    maps::{
+        ACL_ALLOW, ACL_DENY, Affinity, AffinityKey, Backend, Event, NO_RING, Service, ServiceKey, backend_flags,
+        backend_state, event_kind, flow_state, service_flags, vip_flags,
+    },
+};
+
+use crate::{
+    csum,
+    headers::{Ethernet, TCP},
+    packet::{Hook, Packet},
+    parse::Datagram,
+    reply,
+    send::{self, Ip},
+    stats,
+    tables::{InsertError, Tables, Work, is_closed, is_expired, remove_pair},
+    tcp,
+    verdict::Verdict,
+};
+
+/// Ring entries looked at for a backend that takes new flows. More than one only while the ring lags behind.
+const RING_TRIES: u32 = 8;
+
+/// A packet without a flow.
+#[inline(always)]
+pub fn unknown<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Datagram<A>) -> Verdict {
+    open(packet, tables, datagram, 0, 0)
+}
+
+/// The service of a forward key: its port's own, or the one of every port.
+#[inline(always)]
+pub fn find_service<'a, T: Tables + 'a, A: Ip>(tables: T, key: &FlowKey<A>) -> Option<&'a Service> {
+    let mut service = ServiceKey { vip: key.dst.wide(), port: key.dport, proto: key.proto as u16 };
+    match tables.service(&service) {
+        Some(found) => Some(found),
+        None => {
+            service.port = Be16(0);
+            tables.service(&service)
+        }
+    }
+}
+
+/// Begins a flow, in place of any that the tuple had. `attempt` counts re-steers, `avoid` is the backend that failed.
+#[inline(never)]
+pub fn open<P: Packet, T: Tables, A: Ip>(
+    packet: &mut P,
+    tables: T,
+    datagram: &Datagram<A>,
+    attempt: u32,
+    avoid: u32,
+) -> Verdict {
+    let key = datagram.key();
+    let Some(service) = find_service(tables, &key) else { return Verdict::PASS };
+    if datagram.header == 0 {
+        // A later fragment of a datagram whose flow is not known any more.
+        return Verdict::drop(DropReason::NoFlow, service.id);
+    }
+    if datagram.proto == TCP {
+        if datagram.header < 20 {
+            return Verdict::drop(DropReason::Malformed, service.id);
+        }
+        if !tcp::is_syn(datagram.flags) {
+            return stray(packet, tables, datagram, service);
+        }
+    }
+    let Some(hop) = client_hop(packet, tables) else { return Verdict::PASS };
+    if service.flags & service_flags::ACL != 0 && !admits(tables, service, &datagram.src.wide()) {
+        return Verdict::drop(DropReason::AclDenied, service.id);
+    }
+    let chosen = choose(tables, service, &key, attempt, avoid);
+    let (id, attempt) = (chosen as u32, (chosen >> 32) as u32);
+    let Some(backend) = tables.backend(id) else { return no_backend(packet, tables, datagram, service) };
+    if id == 0 {
+        return no_backend(packet, tables, datagram, service);
+    }
+    let way = send::to_backend::<P, T>(tables, backend);
+    if let Some(verdict) = send::refuse(packet, tables, datagram, way, service.id) {
+        return verdict;
+    }
+    let Some(work) = tables.work::<A>() else { return Verdict::drop(DropReason::RewriteFailed, service.id) };
+    prepare(tables, work, &key, service, backend);
+    work.forward.backend = id;
+    work.forward.hop = hop;
+    work.forward.state = attempt.min(flow_state::TRIES_MASK) << flow_state::TRIES_SHIFT;
+    let verdict = install(tables, work, service, backend);
+    if verdict != INSTALLED {
+        return verdict;
+    }
+    record(tables, datagram, service, id, avoid);
+    stats::from_client(tables, id, datagram.length);
+    send::send(packet, datagram, &work.forward, way)
+}
+
+/// The ring hash that a service uses for a flow.
+#[inline(always)]
+pub fn ring_hash<A: Ip>(service: &Service, key: &FlowKey<A>) -> u32 {
+    if service.flags & service_flags::AFFINITY != 0 { hash_client(key.src) } else { key.hash() }
+}
+
+/// Whether the service has a backend other than `avoid` for this packet.
+#[inline(never)]
+pub fn has_other<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, attempt: u32, avoid: u32) -> bool {
+    let key = datagram.key();
+    match find_service(tables, &key) {
+        Some(service) => select(tables, service, ring_hash(service, &key), attempt, avoid) != 0,
+        None => false,
+    }
+}
+
+/// Looks in the ring for a backend that takes new flows and is not `avoid`, from `attempt` on.
+///
+/// Returns the id in the low half and the attempt that found it in the high half, or 0.
+#[inline(never)]
+pub fn select<T: Tables>(tables: T, service: &Service, hash: u32, attempt: u32, avoid: u32) -> u64 {
+    if service.ring_row == NO_RING {
+        return 0;
+    }
+    for attempt in attempt..attempt + RING_TRIES {
+        let hash = hash_attempt(hash, attempt);
+        let row = service.ring_row + (hash >> RING_ROW_BITS & service.ring_mask);
+        let id = tables.ring(row, hash);
+        if id != 0
+            && id != avoid
+            && let Some(backend) = tables.backend(id)
+            && backend.state != backend_state::DEAD
+        {
+            return id as u64 | (attempt as u64) << 32;
+        }
+    }
+    0
+}
+
+/// Affinity first, then the ring.
+#[inline(always)]
+fn choose<T: Tables, A: Ip>(tables: T, service: &Service, key: &FlowKey<A>, attempt: u32, avoid: u32) -> u64 {
+    if service.flags & service_flags::AFFINITY != 0 {
+        let known = remembered(tables, service, &key.src.wide());
+        if known != 0 && known != avoid {
+            tables.count(Counter::AffinityHits);
+            return known as u64 | (attempt as u64) << 32;
+        }
+    }
+    select(tables, service, ring_hash(service, key), attempt, avoid)
+}
+
+/// The backend that the client's earlier flows went to, if it still takes new ones; else 0.
+#[inline(never)]
+fn remembered<T: Tables>(tables: T, service: &Service, client: &Addr16) -> u32 {
+    let key = AffinityKey { client: *client, service: service.id };
+    match tables.affinity(&key) {
+        Some(known) => match tables.backend(known.backend) {
+            Some(b) if b.epoch == known.epoch && b.state == backend_state::ACTIVE => known.backend,
+            _ => 0,
+        },
+        None => 0,
+    }
+}
+
+/// Whether the service's allow and deny lists admit a client.
+#[inline(never)]
+fn admits<T: Tables>(tables: T, service: &Service, client: &Addr16) -> bool {
+    match tables.acl(service.id, client) {
+        ACL_ALLOW => true,
+        ACL_DENY => false,
+        _ => service.flags & service_flags::ACL_DEFAULT_DENY == 0,
+    }
+}
+
+/// Where replies to the sender of this frame go; `None` at a device we do not know.
+#[inline(always)]
+fn client_hop<P: Packet, T: Tables>(packet: &P, tables: T) -> Option<Hop> {
+    if P::HOOK == Hook::Egress || tables.settings()?.loopback_ifindex == packet.device() {
+        return Some(Hop::UNKNOWN);
+    }
+    let slot = tables.device_slot(packet.device())?;
+    let eth = packet.get::<Ethernet>(0)?;
+    Some(Hop::from_words(eth.src_high, eth.src_low, slot as u16))
+}
+
+/// TCP without a flow and not a SYN: there is no translation for it.
+#[inline(never)]
+fn stray<P: Packet, T: Tables, A: Ip>(
+    packet: &mut P,
+    tables: T,
+    datagram: &Datagram<A>,
+    service: &Service,
+) -> Verdict {
+    // On the node's own address it may be a connection that is older than the service.
+    match tables.vip(&datagram.dst.wide()) {
+        Some(vip) if vip.flags & vip_flags::ECHO != 0 => {}
+        _ => return Verdict::PASS,
+    }
+    if service.flags & service_flags::RESET_UNKNOWN != 0 && datagram.flags & crate::headers::TCP_RST == 0 {
+        return reply::reset(packet, tables, datagram, service.id);
+    }
+    Verdict::drop(DropReason::NoFlow, service.id)
+}
+
+/// No backend takes new flows.
+#[inline(never)]
+fn no_backend<P: Packet, T: Tables, A: Ip>(
+    packet: &mut P,
+    tables: T,
+    datagram: &Datagram<A>,
+    service: &Service,
+) -> Verdict {
+    if datagram.proto == TCP && service.flags & service_flags::REFUSE_WHEN_EMPTY != 0 {
+        return reply::reset(packet, tables, datagram, service.id);
+    }
+    Verdict::drop(DropReason::NoBackend, service.id)
+}
+
+/// Fills in all of both entries that does not depend on the source port.
+#[inline(always)]
+fn prepare<T: Tables, A: Ip>(
+    tables: T,
+    work: &mut Work<A>,
+    key: &FlowKey<A>,
+    service: &Service,
+    backend: &Backend,
+) {
+    let now = tables.now();
+    let port = if backend.port.0 == 0 { key.dport } else { backend.port };
+    work.forward_key = *key;
+    work.forward.dst = A::from_wide(backend.addr);
+    work.forward.dport = port;
+    work.forward.epoch = backend.epoch;
+    work.forward.service = service.id;
+    work.forward.last_seen = now;
+    work.forward.created = now;
+    work.forward._pad = A::Pad::default();
+    work.reverse_key.src = work.forward.dst;
+    work.reverse_key.sport = port;
+    work.reverse_key.proto = key.proto;
+}
+
+/// Answer of [`install`] when both entries are in.
+const INSTALLED: Verdict = Verdict::PASS;
+
+/// Claims a source for the flow (the reverse entry arbitrates) and inserts the forward entry.
+#[inline(never)]
+fn install<T: Tables, A: Ip>(tables: T, work: &mut Work<A>, service: &Service, backend: &Backend) -> Verdict {
+    if let Some(old) = tables.flow(&work.forward_key) {
+        remove_pair(tables, &work.forward_key, old.flow());
+    }
+    let Some(settings) = tables.settings() else {
+        return Verdict::drop(DropReason::RewriteFailed, service.id);
+    };
+    let local = backend.flags & (backend_flags::LOCAL | backend_flags::NODE) != 0;
+    let same_bridge =
+        backend.flags & backend_flags::LOCAL != 0 && work.forward.hop.slot() == backend.hop.slot();
+    let snat = service.flags & service_flags::SNAT_ALWAYS != 0
+        || (service.flags & service_flags::SNAT_NEVER == 0 && (!local || same_bridge));
+    let exhausted = Verdict::drop(DropReason::SnatPortsExhausted, service.id);
+    if snat && backend.snat_count == 0 {
+        return exhausted;
+    }
+    let (low, high) = (settings.snat_port_min as u32, settings.snat_port_max as u32);
+    let range = (high + 1).saturating_sub(low);
+    let own = work.forward_key.sport.get() as u32;
+    let keep_own = !snat || (own >= low && own <= high);
+    let first = if snat { flow_state::SNAT } else { 0 };
+    work.forward.state |= first;
+    let spread = work.forward_key.hash() >> 8;
+    for probe in 0..SNAT_PROBES {
+        let port = if probe == 0 && keep_own {
+            own
+        } else {
+            low + tables.next_port(work.forward.backend).checked_rem(range).unwrap_or(0)
+        };
+        if snat {
+            let turn = spread.wrapping_add(probe).checked_rem(backend.snat_count as u32).unwrap_or(0);
+            let index = backend.snat_first as u32 + turn;
+            let Some(address) = tables.snat_address(index) else { return exhausted };
+            work.forward.src = A::from_wide(*address);
+        } else {
+            work.forward.src = work.forward_key.src;
+        }
+        work.forward.sport = Be16::new(port as u16);
+        match claim(tables, work) {
+            CLAIMED => return commit(tables, work),
+            FULL => return Verdict::drop(DropReason::FlowTableFull, service.id),
+            _ => {}
+        }
+    }
+    exhausted
+}
+
+/// The reverse entry is in.
+const CLAIMED: u32 = 0;
+/// The source is in use towards this backend.
+const TAKEN: u32 = 1;
+/// The table is full.
+const FULL: u32 = 2;
+
+/// Inserts the reverse entry, in place of a finished flow if need be.
+#[inline(never)]
+fn claim<T: Tables, A: Ip>(tables: T, work: &mut Work<A>) -> u32 {
+    let (key, forward) = (work.forward_key, &mut work.forward);
+    forward.addr_delta = csum::addr_delta((key.src, key.dst), (forward.src, forward.dst));
+    forward.port_delta = csum::port_delta((key.sport, key.dport), (forward.sport, forward.dport));
+    work.reverse_key.dst = forward.src;
+    work.reverse_key.dport = forward.sport;
+    let forward = &work.forward;
+    work.reverse = *forward;
+    work.reverse.src = key.dst;
+    work.reverse.dst = key.src;
+    work.reverse.sport = key.dport;
+    work.reverse.dport = key.sport;
+    work.reverse.addr_delta = !forward.addr_delta;
+    work.reverse.port_delta = !forward.port_delta;
+    work.reverse.state |= flow_state::REVERSE;
+    match tables.insert_flow(&work.reverse_key, &work.reverse) {
+        Ok(()) => CLAIMED,
+        Err(InsertError::Full) => FULL,
+        Err(InsertError::Exists) => reclaim(tables, work),
+    }
+}
+
+/// Takes the place of the flow that has the reverse key, if that one is over.
+#[inline(always)]
+fn reclaim<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> u32 {
+    let key = &work.reverse_key;
+    let Some(old) = tables.flow(key) else { return TAKEN };
+    let now = tables.now();
+    // A closed flow may go as soon as late segments have had a second; an open one must have expired.
+    let closed = is_closed(old.flow().state)
+        && key.proto == TCP as u32
+        && now.wrapping_sub(old.flow().last_seen) >= tables.ticks_per_second();
+    if !closed && !is_expired(tables, old.flow(), key.proto, now) {
+        return TAKEN;
+    }
+    remove_pair(tables, key, old.flow());
+    tables.count(Counter::FlowsReclaimed);
+    match tables.insert_flow(key, &work.reverse) {
+        Ok(()) => CLAIMED,
+        Err(_) => TAKEN,
+    }
+}
+
+/// Inserts the forward entry; without it the reverse one must not stay.
+#[inline(always)]
+fn commit<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> Verdict {
+    match tables.insert_flow(&work.forward_key, &work.forward) {
+        Ok(()) => INSTALLED,
+        Err(error) => {
+            tables.remove_flow(&work.reverse_key);
+            let reason = match error {
+                InsertError::Exists => DropReason::Raced,
+                InsertError::Full => DropReason::FlowTableFull,
+            };
+            Verdict::drop(reason, work.forward.service)
+        }
+    }
+}
+
+/// Counts a new flow, remembers the client's backend and tells who listens.
+#[inline(never)]
+fn record<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, service: &Service, id: u32, avoid: u32) -> u32 {
+    tables.count(Counter::FlowsCreated);
+    if let Some(stats) = tables.backend_stats(id) {
+        stats.flows += 1;
+    }
+    if let Some(stats) = tables.service_stats(service.id) {
+        stats.flows += 1;
+    }
+    if avoid != 0 {
+        tables.count(Counter::Resteered);
+        if let Some(stats) = tables.backend_stats(avoid) {
+            stats.resteered += 1;
+        }
+    }
+    if service.flags & service_flags::AFFINITY != 0
+        && let Some(backend) = tables.backend(id)
+    {
+        let key = AffinityKey { client: datagram.src.wide(), service: service.id };
+        tables.set_affinity(&key, &Affinity { backend: id, epoch: backend.epoch });
+    }
+    let sample = tables.settings().map_or(0, |s| s.event_sample);
+    if sample != 0 && tables.random().checked_rem(sample) == Some(0) {
+        tables.event(&Event {
+            client: datagram.src.wide(),
+            vip: datagram.dst.wide(),
+            client_port: datagram.sport,
+            vip_port: datagram.dport,
+            kind: if avoid == 0 { event_kind::NEW_FLOW } else { event_kind::RESTEER },
+            backend: id,
+            proto: datagram.proto as u32,
+            reason: 0,
+            service: service.id,
+        });
+    }
+    0
+}

@@ -1,0 +1,116 @@
+//! Every map: who writes it, who reads it, what happens when it is full.
+//!
+//! Sizes here are the defaults of `lb_common::limits`; the agent may set others when it first loads the programs.
+
+use aya_ebpf::{
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
+    macros::btf_map,
+};
+use lb_common::{
+    addr::{Addr4, Addr16},
+    flow::{FlowKey4, FlowKey6},
+    limits,
+    maps::{
+        AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Event, Flow4, Flow6, FragmentKey,
+        FragmentPorts, Meta, Ours, RingRow, Service, ServiceKey, ServiceStats, Settings, Stats, Timeouts, Vip,
+    },
+};
+use lb_ebpf::tables::Work;
+
+/// Agent writes once. What the pinned maps are, and how fast the flow clock ticks.
+#[btf_map]
+pub static META: Array<Meta, 1> = Array::new();
+
+/// Agent writes, programs read.
+#[btf_map]
+pub static SETTINGS: Array<Settings, 1> = Array::new();
+
+/// Agent writes, programs read: one bit test spares foreign packets every look-up.
+#[btf_map]
+pub static OURS: Array<Ours, 1> = Array::new();
+
+/// Agent writes, programs read. Full: the agent rejects the newest service by name.
+#[btf_map]
+pub static SERVICES: HashMap<ServiceKey, Service, { limits::DEFAULT_SERVICES as usize }> = HashMap::new();
+
+/// Agent writes, programs read.
+#[btf_map]
+pub static TIMEOUTS: Array<Timeouts, { limits::DEFAULT_SERVICES as usize }> = Array::new();
+
+/// Agent writes, programs read.
+#[btf_map]
+pub static VIPS: HashMap<Addr16, Vip, { limits::DEFAULT_SERVICES as usize }> = HashMap::new();
+
+/// Agent writes rows that no service refers to, programs read. No free row: the agent rejects the newest service.
+#[btf_map]
+pub static RINGS: Array<RingRow, { limits::DEFAULT_RING_ROWS as usize }> = Array::new();
+
+/// Agent writes, programs read. No free id: the agent rejects the newest backend.
+#[btf_map]
+pub static BACKENDS: Array<Backend, { limits::DEFAULT_BACKENDS as usize }> = Array::new();
+
+/// Agent writes, programs read.
+#[btf_map]
+pub static DEVICES: Array<Device, { limits::MAX_DEVICES as usize }> = Array::new();
+
+/// Agent writes, programs read: interface index → slot of `DEVICES`.
+#[btf_map]
+pub static DEVICE_SLOTS: HashMap<u32, u32, { limits::MAX_DEVICES as usize }> = HashMap::new();
+
+/// Agent writes, programs read.
+#[btf_map]
+pub static SNAT_ADDRESSES: Array<Addr16, { limits::MAX_SNAT_ADDRESSES as usize }> = Array::new();
+
+/// Agent writes, programs read. Full: the agent rejects the service whose list does not fit.
+#[btf_map]
+pub static ACL: LpmTrie<AclData, u32, { limits::MAX_ACL_ENTRIES as usize }> = LpmTrie::new();
+
+/// Programs write, agent reads and has expired flows removed. Full: new flows are dropped as `flow_table_full`;
+/// never an LRU, because a connection does not survive the loss of one of its two entries.
+#[btf_map]
+pub static FLOWS4: HashMap<FlowKey4, Flow4, { limits::DEFAULT_FLOW_ENTRIES as usize }> = HashMap::new();
+
+/// See [`FLOWS4`].
+#[btf_map]
+pub static FLOWS6: HashMap<FlowKey6, Flow6, { limits::DEFAULT_FLOW6_ENTRIES as usize }> = HashMap::new();
+
+/// Programs write and read. Full: the least recently used client is forgotten and the ring decides.
+#[btf_map]
+pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFINITY as usize }> = LruHashMap::new();
+
+/// Programs write and read. Full: the oldest datagram's later fragments pass as foreign.
+#[btf_map]
+pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::MAX_FRAGMENTS as usize }> =
+    LruHashMap::new();
+
+/// Programs write: the next SNAT port to try, by backend.
+#[btf_map]
+pub static CURSORS: PerCpuArray<u32, { limits::DEFAULT_BACKENDS as usize }> = PerCpuArray::new();
+
+/// Programs write, agent reads.
+#[btf_map]
+pub static STATS: PerCpuArray<Stats, 1> = PerCpuArray::new();
+
+/// Programs write, agent reads.
+#[btf_map]
+pub static DROPS: PerCpuArray<Drops, 1> = PerCpuArray::new();
+
+/// Programs write, agent reads, by backend id.
+#[btf_map]
+pub static BACKEND_STATS: PerCpuArray<BackendStats, { limits::DEFAULT_BACKENDS as usize }> = PerCpuArray::new();
+
+/// Programs write, agent reads, by service id.
+#[btf_map]
+pub static SERVICE_STATS: PerCpuArray<ServiceStats, { limits::DEFAULT_SERVICES as usize }> = PerCpuArray::new();
+
+/// Programs write, agent reads. Full: the event is lost, the packet is not.
+#[btf_map]
+pub static EVENTS: RingBuf<Event, { limits::EVENTS_BYTES as usize }> = RingBuf::new();
+
+/// Programs' own: room for the entries of a new flow, off the stack.
+#[btf_map]
+pub static SCRATCH4: PerCpuArray<Work<Addr4>, 1> = PerCpuArray::new();
+
+/// See [`SCRATCH4`].
+#[btf_map]
+pub static SCRATCH6: PerCpuArray<Work<Addr16>, 1> = PerCpuArray::new();

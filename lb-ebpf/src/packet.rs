@@ -1,0 +1,55 @@
+//! The packet as the core sees it. Its kernel bodies (the only raw packet pointers) are in the binary's `body`.
+
+/// Where a packet is met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Hook {
+    /// XDP: before the stack, remote backends only.
+    Xdp,
+    /// TC ingress of a NIC, a bridge or `lo`.
+    Ingress,
+    /// TC egress: packets of the node's own processes (and those that were forwarded already).
+    Egress,
+}
+
+/// A plain piece of a frame.
+///
+/// # Safety
+/// The type is `repr(C)`, has no padding and accepts every bit pattern.
+pub unsafe trait Header: Copy + 'static {}
+
+/// A frame, starting with its Ethernet header.
+pub trait Packet {
+    /// The hook, known at compile time so that each body keeps only its own code.
+    const HOOK: Hook;
+
+    /// The header at a byte offset, or `None` if the frame ends before its end.
+    fn get<H: Header>(&self, offset: usize) -> Option<&H>;
+
+    /// Like [`Packet::get`], to write.
+    fn get_mut<H: Header>(&mut self, offset: usize) -> Option<&mut H>;
+
+    /// Length of the frame, bytes.
+    fn len(&self) -> usize;
+
+    /// Payload of one segment if the frame is several in one (GSO), else 0.
+    fn segment_size(&self) -> usize;
+
+    /// Interface index of the device the frame is met at.
+    fn device(&self) -> u32;
+
+    /// Makes the first `length` bytes readable and writable. All headers must be fetched anew afterwards.
+    fn pull(&mut self, length: usize) -> bool;
+
+    /// Applies checksum differences (folded, RFC 1624) to the layer-4 checksum at `offset`.
+    ///
+    /// `pseudo` comes from the pseudo-header (addresses, length), `other` from the segment itself: a frame whose
+    /// checksum hardware completes holds only the first. With `zero_is_none` (UDP) a zero stays and a computed zero
+    /// becomes 0xffff. All headers must be fetched anew afterwards. False if the kernel refused.
+    fn fix_checksum(&mut self, offset: usize, pseudo: u16, other: u16, zero_is_none: bool) -> bool;
+
+    /// Cuts the frame to `length` bytes. All headers must be fetched anew afterwards. False if the kernel refused.
+    fn truncate(&mut self, length: usize) -> bool;
+
+    /// Puts `bytes` of undefined content in front of the frame. As [`Packet::truncate`]; TC only.
+    fn grow_head(&mut self, bytes: usize) -> bool;
+}
