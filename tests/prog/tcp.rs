@@ -78,7 +78,8 @@ fn life(n: Net) -> Vec<Row> {
     use flag::{ACK, FIN_ACK, PSH, RST, RST_ACK, SYN, SYN_ACK};
     let est = state::ESTABLISHED;
     let (fc, fb) = (est | state::FIN_CLIENT, est | state::FIN_BACKEND);
-    let (both, dead) = (est | state::FIN_CLIENT | state::FIN_BACKEND, est | state::RESET);
+    let both = est | state::FIN_CLIENT | state::FIN_BACKEND;
+    let (client_reset, backend_reset) = (est | state::RESET_CLIENT, est | state::RESET_BACKEND);
     let name = |what: &str| format!("{n}: {what}");
     vec![
         story(name("a handshake"), n, None, &[('>', SYN, 0), ('<', SYN_ACK, est), ('>', ACK, est)]),
@@ -111,10 +112,16 @@ fn life(n: Net) -> Vec<Row> {
             ('<', ACK | PSH, fc),
         ]),
         story(name("a repeated FIN changes nothing more"), n, Some(fc), &[('>', FIN_ACK, fc)]),
-        story(name("the client resets"), n, Some(est), &[('>', RST, dead)]),
-        story(name("the backend resets"), n, Some(est), &[('<', RST_ACK, dead)]),
-        story(name("a refused reset is forgotten with the next segment"), n, Some(est), &[
-            ('>', RST, dead),
+        story(name("the client resets"), n, Some(est), &[('>', RST, client_reset)]),
+        story(name("the backend resets"), n, Some(est), &[('<', RST_ACK, backend_reset)]),
+        story(name("a client that goes on after its reset takes it back"), n, Some(est), &[
+            ('>', RST, client_reset),
+            ('<', ACK, client_reset),
+            ('>', ACK, est),
+        ]),
+        story(name("a backend that goes on after its reset takes it back"), n, Some(est), &[
+            ('<', RST_ACK, backend_reset),
+            ('>', ACK, backend_reset),
             ('<', ACK, est),
         ]),
         story(name("a SYN-ACK that comes twice is counted once"), n, None, &[
@@ -207,7 +214,7 @@ fn resteer(n: Net) -> Vec<Row> {
             .flows(&[&refused])
     };
     let bare = n.reply(flag::RST).seq(0, 0);
-    let reset_state = n.conn().state(state::RESET);
+    let reset_state = n.conn().state(state::RESET_BACKEND);
     vec![
         row(format!("{n}: a SYN sent again goes to another backend"), given().conn(n.conn(), 1))
             .comes(NIC, &open, to_b2()),
@@ -240,7 +247,7 @@ fn resteer(n: Net) -> Vec<Row> {
             Expect::send(NIC, &n.to_client(&refusal))
                 .to_client(1, &refusal)
                 .and("backend 1 refused", 1)
-                .flows(&[&n.conn().state(tries(3) | state::RESET)]),
+                .flows(&[&n.conn().state(tries(3) | state::RESET_BACKEND)]),
         ),
         row(format!("{n}: a refusal without ACK is only hidden"), given().conn(n.conn(), 0)).comes(
             NIC,
