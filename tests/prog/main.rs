@@ -2,6 +2,9 @@
 //! it and as TC alone, and leaves nothing unchecked: verdict, bytes, all counters, all flows.
 
 mod flows;
+mod foreign;
+mod fragments;
+mod icmp;
 mod policy;
 mod tcp;
 mod net;
@@ -14,4 +17,4 @@ macro_rules! groups {
     };
 }
 
-groups!(flows, tcp, policy);
+groups!(flows, foreign, fragments, icmp, policy, tcp);
