@@ -11,8 +11,11 @@
     reason = "a test harness reports a fault by panicking"
 )]
 
+pub mod guard;
 pub mod kernel;
 pub mod model;
+pub mod netns;
 pub mod packet;
 pub mod row;
+pub mod weir;
 pub mod world;
