@@ -81,8 +81,19 @@ impl Lab {
         };
         client.ip(&format!("route add {VIP4}/32 via {via4}"))?;
         client.ip(&format!("route add {VIP6}/128 via {via6}"))?;
-        let interfaces = if wiring == Wiring::OneArm { "[\"b0\"]" } else { "[\"b0\", \"c0\"]" };
-        Ok(Self { client, node, backends: all, interfaces, _switch: switch, _programs: programs })
+        let interfaces = if wiring == Wiring::OneArm {
+            "[\"b0\"]"
+        } else {
+            "[\"b0\", \"c0\"]"
+        };
+        Ok(Self {
+            client,
+            node,
+            backends: all,
+            interfaces,
+            _switch: switch,
+            _programs: programs,
+        })
     }
 
     /// The configuration of one service with every backend.
@@ -101,7 +112,11 @@ impl Lab {
 
 /// Address of a backend.
 pub fn address_of(index: usize, v6: bool) -> IpAddr {
-    let text = if v6 { format!("2001:db8:b::{}", 11 + index) } else { format!("203.0.113.{}", 11 + index) };
+    let text = if v6 {
+        format!("2001:db8:b::{}", 11 + index)
+    } else {
+        format!("203.0.113.{}", 11 + index)
+    };
     text.parse().expect("an address")
 }
 
@@ -180,14 +195,21 @@ pub fn serve_udp(backend: &Namespace, index: usize, v6: bool, port: u16) -> Resu
 /// One question by UDP from a new port: which backend answered.
 pub fn talk_udp(client: &Namespace, to: SocketAddr, question: &[u8]) -> Result<u8> {
     client.run(|| {
-        let any: IpAddr = if to.is_ipv6() { [0u16; 8].into() } else { [0u8; 4].into() };
+        let any: IpAddr = if to.is_ipv6() {
+            [0u16; 8].into()
+        } else {
+            [0u8; 4].into()
+        };
         let socket = UdpSocket::bind(SocketAddr::new(any, 0))?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.connect(to)?;
         socket.send(question)?;
         let mut answer = vec![0; question.len() + 2];
         let length = socket.recv(&mut answer)?;
-        anyhow::ensure!(answer[1..length] == *question, "the answer is not to the question");
+        anyhow::ensure!(
+            answer[1..length] == *question,
+            "the answer is not to the question"
+        );
         Ok(answer[0])
     })
 }

@@ -32,7 +32,9 @@ fn tcp(wiring: Wiring, backends: usize, v6: bool) -> Result<()> {
     let _weir = Weir::start(&lab.node, &lab.config(vip, "80/tcp", port))?;
     let to = SocketAddr::new(vip.parse()?, 80);
     talk_tcp(&lab.client, to, BULK)?;
-    let answered = (0..FLOWS).map(|_| talk_tcp(&lab.client, to, 100)).collect::<Result<BTreeSet<_>>>()?;
+    let answered = (0..FLOWS)
+        .map(|_| talk_tcp(&lab.client, to, 100))
+        .collect::<Result<BTreeSet<_>>>()?;
     assert_eq!(answered, (0..backends as u8).collect(), "every backend answers");
     Ok(())
 }

@@ -5,9 +5,9 @@ mod flows;
 mod foreign;
 mod fragments;
 mod icmp;
+mod net;
 mod policy;
 mod tcp;
-mod net;
 
 /// Each group of rows in the kernel and in the model.
 macro_rules! groups {

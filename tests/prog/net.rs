@@ -28,9 +28,15 @@ pub struct Net {
     pub proto: u8,
 }
 
-pub const TCP4: Net = Net { v6: false, proto: TCP };
+pub const TCP4: Net = Net {
+    v6: false,
+    proto: TCP,
+};
 pub const TCP6: Net = Net { v6: true, proto: TCP };
-pub const UDP4: Net = Net { v6: false, proto: UDP };
+pub const UDP4: Net = Net {
+    v6: false,
+    proto: UDP,
+};
 pub const UDP6: Net = Net { v6: true, proto: UDP };
 pub const ALL: [Net; 4] = [TCP4, TCP6, UDP4, UDP6];
 pub const TCPS: [Net; 2] = [TCP4, TCP6];
@@ -38,7 +44,12 @@ pub const UDPS: [Net; 2] = [UDP4, UDP6];
 
 impl std::fmt::Display for Net {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{}{}", if self.proto == TCP { "tcp" } else { "udp" }, if self.v6 { 6 } else { 4 })
+        write!(
+            f,
+            "{}{}",
+            if self.proto == TCP { "tcp" } else { "udp" },
+            if self.v6 { 6 } else { 4 }
+        )
     }
 }
 
@@ -79,7 +90,9 @@ impl Net {
 
     /// A service without backends, one SNAT source.
     pub fn service(self) -> World {
-        World::new().source(self.source()).service(self.vip(), SPORT, self.proto)
+        World::new()
+            .source(self.source())
+            .service(self.vip(), SPORT, self.proto)
     }
     /// The service with one remote backend, id 1, epoch 100.
     pub fn one(self) -> World {
@@ -109,20 +122,31 @@ impl Net {
     }
     /// `packet` as it goes to the first remote backend.
     pub fn to_b1(self, packet: &Packet) -> Packet {
-        let out = packet.clone().eth(mac_of(NIC), B1_MAC).addresses(self.source(), self.b1()).ttl(63);
+        let out = packet
+            .clone()
+            .eth(mac_of(NIC), B1_MAC)
+            .addresses(self.source(), self.b1())
+            .ttl(63);
         out.ports(CPORT, BPORT)
     }
     /// `packet` as it goes to the second remote backend.
     pub fn to_b2(self, packet: &Packet) -> Packet {
-        self.to_b1(packet).eth(mac_of(NIC), B2_MAC).addresses(self.source(), self.b2())
+        self.to_b1(packet)
+            .eth(mac_of(NIC), B2_MAC)
+            .addresses(self.source(), self.b2())
     }
     /// First backend to SNAT source.
     pub fn reply(self, flags: u8) -> Packet {
-        self.packet((self.b1(), BPORT), (self.source(), CPORT), flags).eth(B1_MAC, mac_of(NIC))
+        self.packet((self.b1(), BPORT), (self.source(), CPORT), flags)
+            .eth(B1_MAC, mac_of(NIC))
     }
     /// `packet` as it goes to the client.
     pub fn to_client(self, packet: &Packet) -> Packet {
-        let out = packet.clone().eth(mac_of(NIC), CLIENT_MAC).addresses(self.vip(), self.client()).ttl(63);
+        let out = packet
+            .clone()
+            .eth(mac_of(NIC), CLIENT_MAC)
+            .addresses(self.vip(), self.client())
+            .ttl(63);
         out.ports(SPORT, CPORT)
     }
 
@@ -143,10 +167,19 @@ impl Net {
     }
     /// The connection by the second remote backend.
     pub fn conn2(self) -> Conn {
-        Conn { backend: (self.b2(), BPORT), id: 2, epoch: 101, ..self.conn() }
+        Conn {
+            backend: (self.b2(), BPORT),
+            id: 2,
+            epoch: 101,
+            ..self.conn()
+        }
     }
     /// The connection by a backend that sees the client itself.
     pub fn direct(self, backend: IpAddr) -> Conn {
-        Conn { backend: (backend, BPORT), source: (self.client(), CPORT), ..self.conn() }
+        Conn {
+            backend: (backend, BPORT),
+            source: (self.client(), CPORT),
+            ..self.conn()
+        }
     }
 }

@@ -38,17 +38,19 @@ fn udp(n: Net) -> Vec<Row> {
     let mut dead = n.two().ring(&[2]);
     dead.backends[0].state = backend_state::DEAD;
     let stale = n.two().ring(&[2]).conn(n.conn().established().epoch(99), 1);
-    let moved = || {
-        created(Expect::send(NIC, &n.to_b2(&data)), &data, &n.conn2()).count(Counter::FlowsMoved)
-    };
+    let moved = || created(Expect::send(NIC, &n.to_b2(&data)), &data, &n.conn2()).count(Counter::FlowsMoved);
     vec![
-        row(format!("{n}: a flow of a dead backend moves"), dead.conn(n.conn().established(), 1)).comes(
-            NIC,
-            &data,
-            moved(),
-        ),
+        row(
+            format!("{n}: a flow of a dead backend moves"),
+            dead.conn(n.conn().established(), 1),
+        )
+        .comes(NIC, &data, moved()),
         row(format!("{n}: a flow of a backend id's earlier user moves"), stale).comes(NIC, &data, moved()),
-        row(format!("{n}: the first answer establishes"), n.one().conn(n.conn(), 1)).comes(
+        row(
+            format!("{n}: the first answer establishes"),
+            n.one().conn(n.conn(), 1),
+        )
+        .comes(
             NIC,
             &reply,
             Expect::send(NIC, &n.to_client(&reply))
@@ -59,11 +61,19 @@ fn udp(n: Net) -> Vec<Row> {
         row(format!("{n}: a datagram sent again stays with its backend"), {
             n.two().ring(&[2]).conn(n.conn(), 1)
         })
-        .comes(NIC, &data, Expect::send(NIC, &n.to_b1(&data)).to_backend(1, &data)),
+        .comes(
+            NIC,
+            &data,
+            Expect::send(NIC, &n.to_b1(&data)).to_backend(1, &data),
+        ),
         row(format!("{n}: an empty datagram"), n.one()).comes(
             NIC,
             &data.clone().payload(b""),
-            created(Expect::send(NIC, &n.to_b1(&data).payload(b"")), &data.clone().payload(b""), &n.conn()),
+            created(
+                Expect::send(NIC, &n.to_b1(&data).payload(b"")),
+                &data.clone().payload(b""),
+                &n.conn(),
+            ),
         ),
     ]
 }
@@ -71,7 +81,12 @@ fn udp(n: Net) -> Vec<Row> {
 fn acl(n: Net) -> Vec<Row> {
     let open = n.open();
     let (wide, narrow, host, elsewhere) = if n.v6 {
-        ("2001:db8::/32", "2001:db8:c::/48", "2001:db8:c::10/128", "fd00::/8")
+        (
+            "2001:db8::/32",
+            "2001:db8:c::/48",
+            "2001:db8:c::10/128",
+            "fd00::/8",
+        )
     } else {
         ("192.0.0.0/8", "192.0.2.0/24", "192.0.2.10/32", "10.0.0.0/8")
     };
@@ -87,15 +102,27 @@ fn acl(n: Net) -> Vec<Row> {
         row(format!("{n}: {name}"), given).comes(NIC, &open, Expect::drop(DropReason::AclDenied, 1))
     };
     vec![
-        admitted("a client on the allow list", n.one().flags(default_deny).acl(wide, ACL_ALLOW)),
-        refused("a client not on the allow list", n.one().flags(default_deny).acl(elsewhere, ACL_ALLOW)),
+        admitted(
+            "a client on the allow list",
+            n.one().flags(default_deny).acl(wide, ACL_ALLOW),
+        ),
+        refused(
+            "a client not on the allow list",
+            n.one().flags(default_deny).acl(elsewhere, ACL_ALLOW),
+        ),
         refused("a client on the deny list", n.one().acl(narrow, ACL_DENY)),
         admitted("a client not on the deny list", n.one().acl(elsewhere, ACL_DENY)),
         refused("the longer prefix denies", {
-            n.one().flags(default_deny).acl(wide, ACL_ALLOW).acl(narrow, ACL_DENY)
+            n.one()
+                .flags(default_deny)
+                .acl(wide, ACL_ALLOW)
+                .acl(narrow, ACL_DENY)
         }),
         admitted("the longest prefix allows", {
-            n.one().acl(wide, ACL_DENY).acl(narrow, ACL_DENY).acl(host, ACL_ALLOW)
+            n.one()
+                .acl(wide, ACL_DENY)
+                .acl(narrow, ACL_DENY)
+                .acl(host, ACL_ALLOW)
         }),
         {
             // The same list for another service has no say.
@@ -119,28 +146,41 @@ fn affinity(n: Net) -> Vec<Row> {
     let given = || n.two().flags(service_flags::AFFINITY).ring(&[1]);
     let second = open.clone().ports(CPORT + 1, SPORT);
     let to_b1 = || created(Expect::send(NIC, &n.to_b1(&open)), &open, &n.conn());
-    let to_b2 = || created(Expect::send(NIC, &n.to_b2(&open)), &open, &n.conn2()).count(Counter::AffinityHits);
+    let to_b2 =
+        || created(Expect::send(NIC, &n.to_b2(&open)), &open, &n.conn2()).count(Counter::AffinityHits);
     let mut drains = given().affinity(n.client(), 2, 101);
     drains.backends[1].state = backend_state::DRAINING;
     vec![
-        row(format!("{n}: affinity goes before the ring"), given().affinity(n.client(), 2, 101))
-            .comes(NIC, &open, to_b2()),
-        row(format!("{n}: affinity to an id's earlier user is forgotten"), given().affinity(n.client(), 2, 5))
-            .comes(NIC, &open, to_b1()),
+        row(
+            format!("{n}: affinity goes before the ring"),
+            given().affinity(n.client(), 2, 101),
+        )
+        .comes(NIC, &open, to_b2()),
+        row(
+            format!("{n}: affinity to an id's earlier user is forgotten"),
+            given().affinity(n.client(), 2, 5),
+        )
+        .comes(NIC, &open, to_b1()),
         row(format!("{n}: affinity to a draining backend is broken"), drains).comes(NIC, &open, to_b1()),
-        row(format!("{n}: another client's affinity has no say"), given().affinity(n.stranger(), 2, 101))
-            .comes(NIC, &open, to_b1()),
-        row(format!("{n}: the second flow of a client follows the first"), given())
-            .comes(NIC, &open, to_b1())
-            .comes(
-                NIC,
-                &second,
-                Expect::send(NIC, &n.to_b1(&second).ports(CPORT + 1, BPORT))
-                    .new_flow(1, 1)
-                    .to_backend(1, &second)
-                    .count(Counter::AffinityHits)
-                    .flows(&[&n.conn(), &n.conn().client_port(CPORT + 1)]),
-            ),
+        row(
+            format!("{n}: another client's affinity has no say"),
+            given().affinity(n.stranger(), 2, 101),
+        )
+        .comes(NIC, &open, to_b1()),
+        row(
+            format!("{n}: the second flow of a client follows the first"),
+            given(),
+        )
+        .comes(NIC, &open, to_b1())
+        .comes(
+            NIC,
+            &second,
+            Expect::send(NIC, &n.to_b1(&second).ports(CPORT + 1, BPORT))
+                .new_flow(1, 1)
+                .to_backend(1, &second)
+                .count(Counter::AffinityHits)
+                .flows(&[&n.conn(), &n.conn().client_port(CPORT + 1)]),
+        ),
     ]
 }
 
@@ -149,18 +189,30 @@ fn empty(n: Net) -> Vec<Row> {
     let no_backend = || Expect::drop(DropReason::NoBackend, 1);
     let drainer = n.one().backend_state(backend_state::DRAINING).ring(&[1]);
     vec![
-        row(format!("{n}: a service without a ring drops"), n.one().no_ring()).comes(NIC, &open, no_backend()),
+        row(format!("{n}: a service without a ring drops"), n.one().no_ring()).comes(
+            NIC,
+            &open,
+            no_backend(),
+        ),
         row(format!("{n}: an empty ring drops"), n.service()).comes(NIC, &open, no_backend()),
         row(format!("{n}: a ring of dead backends drops"), {
             n.one().backend_state(backend_state::DEAD).ring(&[1])
         })
         .comes(NIC, &open, no_backend()),
-        row(format!("{n}: drainers in the ring serve while there is nobody else"), drainer).comes(
+        row(
+            format!("{n}: drainers in the ring serve while there is nobody else"),
+            drainer,
+        )
+        .comes(
             NIC,
             &open,
             created(Expect::send(NIC, &n.to_b1(&open)), &open, &n.conn()),
         ),
-        row(format!("{n}: a known flow needs no ring"), n.one().no_ring().conn(n.conn().established(), 1)).comes(
+        row(
+            format!("{n}: a known flow needs no ring"),
+            n.one().no_ring().conn(n.conn().established(), 1),
+        )
+        .comes(
             NIC,
             &n.request(flag::ACK),
             Expect::send(NIC, &n.to_b1(&n.request(flag::ACK))).to_backend(1, &n.request(flag::ACK)),
@@ -177,7 +229,11 @@ fn refuse(n: Net) -> Vec<Row> {
         .window(0);
     let given = n.service().flags(service_flags::REFUSE_WHEN_EMPTY);
     vec![
-        row(format!("{n}: a service without backends refuses by RST"), given.clone()).comes(
+        row(
+            format!("{n}: a service without backends refuses by RST"),
+            given.clone(),
+        )
+        .comes(
             NIC,
             &n.open(),
             Expect::send(NIC, &reset).count(Counter::ResetsSent),
@@ -200,7 +256,11 @@ fn weights(n: Net) -> Row {
         let open = n.open().ports(port, SPORT);
         let entry = ring_entry(n, port);
         let first = ring[entry % ring.len()] == 1;
-        let (conn, out) = if first { (n.conn(), n.to_b1(&open)) } else { (n.conn2(), n.to_b2(&open)) };
+        let (conn, out) = if first {
+            (n.conn(), n.to_b1(&open))
+        } else {
+            (n.conn2(), n.to_b2(&open))
+        };
         let conn = conn.client_port(port);
         conns.push(conn.clone());
         let expect = Expect::send(NIC, &out.ports(port, BPORT))
@@ -217,8 +277,22 @@ fn ring_entry(n: Net, port: u16) -> usize {
     let (sport, dport, proto) = (Be16::new(port), Be16::new(SPORT), u32::from(n.proto));
     let (src, dst) = (Addr16::from(n.client()), Addr16::from(n.vip()));
     let hash = match (src.to_v4(), dst.to_v4()) {
-        (Some(src), Some(dst)) => FlowKey::<Addr4> { src, dst, sport, dport, proto }.hash(),
-        _ => FlowKey::<Addr16> { src, dst, sport, dport, proto }.hash(),
+        (Some(src), Some(dst)) => FlowKey::<Addr4> {
+            src,
+            dst,
+            sport,
+            dport,
+            proto,
+        }
+        .hash(),
+        _ => FlowKey::<Addr16> {
+            src,
+            dst,
+            sport,
+            dport,
+            proto,
+        }
+        .hash(),
     };
     hash as usize % RING_ROW
 }
@@ -237,15 +311,34 @@ fn hairpin(n: Net) -> Vec<Row> {
             } else {
                 "172.17.0.3".parse().expect("an address")
             };
-            let open = n.packet((client, CPORT), (n.vip(), SPORT), flag::SYN).eth(CONTAINER_MAC, mac_of(BRIDGE));
-            let out = open.clone().addresses(n.source(), n.container()).ports(CPORT, BPORT).ttl(63);
-            let conn = Conn { client: (client, CPORT), backend: (n.container(), BPORT), hop, ..n.conn() };
+            let open = n
+                .packet((client, CPORT), (n.vip(), SPORT), flag::SYN)
+                .eth(CONTAINER_MAC, mac_of(BRIDGE));
+            let out = open
+                .clone()
+                .addresses(n.source(), n.container())
+                .ports(CPORT, BPORT)
+                .ttl(63);
+            let conn = Conn {
+                client: (client, CPORT),
+                backend: (n.container(), BPORT),
+                hop,
+                ..n.conn()
+            };
             let reply = n
                 .packet((n.container(), BPORT), (n.source(), CPORT), flag::SYN_ACK)
                 .eth(CONTAINER_MAC, mac_of(BRIDGE));
-            let back = reply.clone().addresses(n.vip(), client).ports(SPORT, CPORT).ttl(63);
+            let back = reply
+                .clone()
+                .addresses(n.vip(), client)
+                .ports(SPORT, CPORT)
+                .ttl(63);
             row(format!("{n}: hairpin: {who} is the client"), given.clone())
-                .comes(BRIDGE, &open, created(Expect::neighbour(BRIDGE, &out), &open, &conn))
+                .comes(
+                    BRIDGE,
+                    &open,
+                    created(Expect::neighbour(BRIDGE, &out), &open, &conn),
+                )
                 .comes(
                     BRIDGE,
                     &reply,

@@ -59,7 +59,11 @@ fn story(name: String, n: Net, from: Option<u32>, packets: &[(char, u8, u32)]) -
     let mut row = row(name, given);
     let mut before = from;
     for (side, flags, after) in packets {
-        let (packet, expect) = if *side == '>' { up(n, *flags) } else { down(n, *flags) };
+        let (packet, expect) = if *side == '>' {
+            up(n, *flags)
+        } else {
+            down(n, *flags)
+        };
         let conn = n.conn().state(*after);
         let mut expect = expect.flows(&[&conn]);
         if before.is_none() {
@@ -82,54 +86,107 @@ fn life(n: Net) -> Vec<Row> {
     let (client_reset, backend_reset) = (est | state::RESET_CLIENT, est | state::RESET_BACKEND);
     let name = |what: &str| format!("{n}: {what}");
     vec![
-        story(name("a handshake"), n, None, &[('>', SYN, 0), ('<', SYN_ACK, est), ('>', ACK, est)]),
-        story(name("data both ways leaves the state alone"), n, Some(est), &[
-            ('>', ACK | PSH, est),
-            ('<', ACK | PSH, est),
-            ('>', ACK, est),
-        ]),
-        story(name("the client closes first"), n, Some(est), &[
-            ('>', FIN_ACK, fc),
-            ('<', ACK, fc),
-            ('<', FIN_ACK, both),
-            ('>', ACK, both),
-        ]),
-        story(name("the backend closes first"), n, Some(est), &[
-            ('<', FIN_ACK, fb),
-            ('>', ACK, fb),
-            ('>', FIN_ACK, both),
-            ('<', ACK, both),
-        ]),
-        story(name("both close at once"), n, Some(est), &[
-            ('>', FIN_ACK, fc),
-            ('<', FIN_ACK, both),
-            ('>', ACK, both),
-            ('<', ACK, both),
-        ]),
-        story(name("half closed, the backend goes on sending"), n, Some(fc), &[
-            ('<', ACK | PSH, fc),
-            ('>', ACK, fc),
-            ('<', ACK | PSH, fc),
-        ]),
-        story(name("a repeated FIN changes nothing more"), n, Some(fc), &[('>', FIN_ACK, fc)]),
-        story(name("the client resets"), n, Some(est), &[('>', RST, client_reset)]),
-        story(name("the backend resets"), n, Some(est), &[('<', RST_ACK, backend_reset)]),
-        story(name("a client that goes on after its reset takes it back"), n, Some(est), &[
-            ('>', RST, client_reset),
-            ('<', ACK, client_reset),
-            ('>', ACK, est),
-        ]),
-        story(name("a backend that goes on after its reset takes it back"), n, Some(est), &[
-            ('<', RST_ACK, backend_reset),
-            ('>', ACK, backend_reset),
-            ('<', ACK, est),
-        ]),
-        story(name("a SYN-ACK that comes twice is counted once"), n, None, &[
-            ('>', SYN, 0),
-            ('<', SYN_ACK, est),
-            ('<', SYN_ACK, est),
-        ]),
-        story(name("an ECN SYN opens a flow"), n, None, &[('>', SYN | flag::ECE | flag::CWR, 0)]),
+        story(
+            name("a handshake"),
+            n,
+            None,
+            &[('>', SYN, 0), ('<', SYN_ACK, est), ('>', ACK, est)],
+        ),
+        story(
+            name("data both ways leaves the state alone"),
+            n,
+            Some(est),
+            &[('>', ACK | PSH, est), ('<', ACK | PSH, est), ('>', ACK, est)],
+        ),
+        story(
+            name("the client closes first"),
+            n,
+            Some(est),
+            &[
+                ('>', FIN_ACK, fc),
+                ('<', ACK, fc),
+                ('<', FIN_ACK, both),
+                ('>', ACK, both),
+            ],
+        ),
+        story(
+            name("the backend closes first"),
+            n,
+            Some(est),
+            &[
+                ('<', FIN_ACK, fb),
+                ('>', ACK, fb),
+                ('>', FIN_ACK, both),
+                ('<', ACK, both),
+            ],
+        ),
+        story(
+            name("both close at once"),
+            n,
+            Some(est),
+            &[
+                ('>', FIN_ACK, fc),
+                ('<', FIN_ACK, both),
+                ('>', ACK, both),
+                ('<', ACK, both),
+            ],
+        ),
+        story(
+            name("half closed, the backend goes on sending"),
+            n,
+            Some(fc),
+            &[('<', ACK | PSH, fc), ('>', ACK, fc), ('<', ACK | PSH, fc)],
+        ),
+        story(
+            name("a repeated FIN changes nothing more"),
+            n,
+            Some(fc),
+            &[('>', FIN_ACK, fc)],
+        ),
+        story(
+            name("the client resets"),
+            n,
+            Some(est),
+            &[('>', RST, client_reset)],
+        ),
+        story(
+            name("the backend resets"),
+            n,
+            Some(est),
+            &[('<', RST_ACK, backend_reset)],
+        ),
+        story(
+            name("a client that goes on after its reset takes it back"),
+            n,
+            Some(est),
+            &[
+                ('>', RST, client_reset),
+                ('<', ACK, client_reset),
+                ('>', ACK, est),
+            ],
+        ),
+        story(
+            name("a backend that goes on after its reset takes it back"),
+            n,
+            Some(est),
+            &[
+                ('<', RST_ACK, backend_reset),
+                ('>', ACK, backend_reset),
+                ('<', ACK, est),
+            ],
+        ),
+        story(
+            name("a SYN-ACK that comes twice is counted once"),
+            n,
+            None,
+            &[('>', SYN, 0), ('<', SYN_ACK, est), ('<', SYN_ACK, est)],
+        ),
+        story(
+            name("an ECN SYN opens a flow"),
+            n,
+            None,
+            &[('>', SYN | flag::ECE | flag::CWR, 0)],
+        ),
         {
             let packet = n.open().payload(b"GET / HTTP/1.1");
             let expect = created(Expect::send(NIC, &n.to_b1(&packet)), &packet, &n.conn());
@@ -149,29 +206,47 @@ fn reuse(n: Net) -> Vec<Row> {
         world
     };
     // Somebody else's finished flow holds the SNAT port.
-    let other = Conn { client: (n.stranger(), 40_000), ..n.conn2().state(both) };
+    let other = Conn {
+        client: (n.stranger(), 40_000),
+        ..n.conn2().state(both)
+    };
     vec![
-        row(format!("{n}: a SYN on a closed tuple begins a new flow"), given().conn(n.conn().state(both), 5))
-            .comes(NIC, &open, fresh()),
+        row(
+            format!("{n}: a SYN on a closed tuple begins a new flow"),
+            given().conn(n.conn().state(both), 5),
+        )
+        .comes(NIC, &open, fresh()),
         row(format!("{n}: a SYN on a reset tuple begins a new flow"), {
             given().conn(n.conn().state(state::ESTABLISHED | state::RESET), 5)
         })
         .comes(NIC, &open, fresh()),
-        row(format!("{n}: a SYN on a half-closed tuple is left to the backend"), {
-            given().conn(n.conn().state(state::ESTABLISHED | state::FIN_CLIENT), 5)
-        })
-        .comes(NIC, &open, Expect::send(NIC, &n.to_b1(&open)).to_backend(1, &open)),
-        row(format!("{n}: a SYN on a live tuple is left to the backend (RFC 5961)"), {
-            given().conn(n.conn().established(), 5)
-        })
-        .comes(NIC, &open, Expect::send(NIC, &n.to_b1(&open)).to_backend(1, &open)),
-        row(format!("{n}: a SYN to a draining backend's flow goes to another"), {
-            drains.clone().conn(n.conn().established(), 5)
-        })
+        row(
+            format!("{n}: a SYN on a half-closed tuple is left to the backend"),
+            given().conn(n.conn().state(state::ESTABLISHED | state::FIN_CLIENT), 5),
+        )
+        .comes(
+            NIC,
+            &open,
+            Expect::send(NIC, &n.to_b1(&open)).to_backend(1, &open),
+        ),
+        row(
+            format!("{n}: a SYN on a live tuple is left to the backend (RFC 5961)"),
+            given().conn(n.conn().established(), 5),
+        )
+        .comes(
+            NIC,
+            &open,
+            Expect::send(NIC, &n.to_b1(&open)).to_backend(1, &open),
+        ),
+        row(
+            format!("{n}: a SYN to a draining backend's flow goes to another"),
+            drains.clone().conn(n.conn().established(), 5),
+        )
         .comes(NIC, &open, fresh()),
-        row(format!("{n}: a closed flow gives up its SNAT port after a second"), {
-            given().snat_ports(CPORT, CPORT).conn(other.clone(), 5)
-        })
+        row(
+            format!("{n}: a closed flow gives up its SNAT port after a second"),
+            given().snat_ports(CPORT, CPORT).conn(other.clone(), 5),
+        )
         .comes(NIC, &open, fresh().count(Counter::FlowsReclaimed)),
         row(format!("{n}: a closed flow keeps its SNAT port for a second"), {
             given().snat_ports(CPORT, CPORT).conn(other.clone(), 0)
@@ -216,21 +291,41 @@ fn resteer(n: Net) -> Vec<Row> {
     let bare = n.reply(flag::RST).seq(0, 0);
     let reset_state = n.conn().state(state::RESET_BACKEND);
     vec![
-        row(format!("{n}: a SYN sent again goes to another backend"), given().conn(n.conn(), 1))
-            .comes(NIC, &open, to_b2()),
-        row(format!("{n}: a SYN copied by the network goes to the same backend"), given().conn(n.conn(), 0))
-            .comes(NIC, &open, again()),
-        row(format!("{n}: a SYN sent again with no other backend goes to the same"), n.one().conn(n.conn(), 1))
-            .comes(NIC, &open, again()),
+        row(
+            format!("{n}: a SYN sent again goes to another backend"),
+            given().conn(n.conn(), 1),
+        )
+        .comes(NIC, &open, to_b2()),
+        row(
+            format!("{n}: a SYN copied by the network goes to the same backend"),
+            given().conn(n.conn(), 0),
+        )
+        .comes(NIC, &open, again()),
+        row(
+            format!("{n}: a SYN sent again with no other backend goes to the same"),
+            n.one().conn(n.conn(), 1),
+        )
+        .comes(NIC, &open, again()),
         row(format!("{n}: after three backends a SYN sent again stays"), {
             given().conn(n.conn().state(tries(3)), 1)
         })
         .comes(NIC, &open, again()),
-        row(format!("{n}: a refused SYN is hidden and the next one goes elsewhere"), given().conn(n.conn(), 0))
-            .comes(NIC, &refusal, hidden())
-            .comes(NIC, &n.request(flag::RST).seq(1000, 0), Expect::drop(DropReason::RefusalHidden, 1))
-            .comes(NIC, &open, to_b2()),
-        row(format!("{n}: with no other backend the refusal reaches the client"), n.one().conn(n.conn(), 0)).comes(
+        row(
+            format!("{n}: a refused SYN is hidden and the next one goes elsewhere"),
+            given().conn(n.conn(), 0),
+        )
+        .comes(NIC, &refusal, hidden())
+        .comes(
+            NIC,
+            &n.request(flag::RST).seq(1000, 0),
+            Expect::drop(DropReason::RefusalHidden, 1),
+        )
+        .comes(NIC, &open, to_b2()),
+        row(
+            format!("{n}: with no other backend the refusal reaches the client"),
+            n.one().conn(n.conn(), 0),
+        )
+        .comes(
             NIC,
             &refusal,
             Expect::send(NIC, &n.to_client(&refusal))
@@ -238,9 +333,10 @@ fn resteer(n: Net) -> Vec<Row> {
                 .and("backend 1 refused", 1)
                 .flows(&[&reset_state]),
         ),
-        row(format!("{n}: after three backends the refusal reaches the client"), {
-            given().conn(n.conn().state(tries(3)), 0)
-        })
+        row(
+            format!("{n}: after three backends the refusal reaches the client"),
+            given().conn(n.conn().state(tries(3)), 0),
+        )
         .comes(
             NIC,
             &refusal,
@@ -249,7 +345,11 @@ fn resteer(n: Net) -> Vec<Row> {
                 .and("backend 1 refused", 1)
                 .flows(&[&n.conn().state(tries(3) | state::RESET_BACKEND)]),
         ),
-        row(format!("{n}: a refusal without ACK is only hidden"), given().conn(n.conn(), 0)).comes(
+        row(
+            format!("{n}: a refusal without ACK is only hidden"),
+            given().conn(n.conn(), 0),
+        )
+        .comes(
             NIC,
             &bare,
             Expect::drop(DropReason::RefusalHidden, 1)
@@ -296,21 +396,21 @@ fn unknown(n: Net) -> Vec<Row> {
             &data,
             answered(&reset(n, 2000, None)),
         ),
-        row(format!("{n}: a segment of no flow without ACK is reset by its end"), asks()).comes(
-            NIC,
-            &fin,
-            answered(&reset(n, 0, Some(1006))),
-        ),
+        row(
+            format!("{n}: a segment of no flow without ACK is reset by its end"),
+            asks(),
+        )
+        .comes(NIC, &fin, answered(&reset(n, 0, Some(1006)))),
         row(format!("{n}: a reset of no flow is never answered"), asks()).comes(
             NIC,
             &n.request(flag::RST_ACK),
             no_flow(),
         ),
-        row(format!("{n}: on the node's own address a segment of no flow passes"), n.one().silent_vip()).comes(
-            NIC,
-            &data,
-            Expect::pass(),
-        ),
+        row(
+            format!("{n}: on the node's own address a segment of no flow passes"),
+            n.one().silent_vip(),
+        )
+        .comes(NIC, &data, Expect::pass()),
         row(format!("{n}: a SYN with too short a header is dropped"), n.one()).comes(
             NIC,
             &short,
@@ -321,7 +421,11 @@ fn unknown(n: Net) -> Vec<Row> {
 
 fn gone(n: Net) -> Vec<Row> {
     let (open, data) = (n.open(), n.request(flag::ACK));
-    let answered = || Expect::send(NIC, &reset(n, 2000, None)).count(Counter::ResetsSent).flows(&[]);
+    let answered = || {
+        Expect::send(NIC, &reset(n, 2000, None))
+            .count(Counter::ResetsSent)
+            .flows(&[])
+    };
     let dead = || {
         let mut world = n.two().ring(&[2]);
         world.backends[0].state = backend_state::DEAD;
@@ -331,23 +435,31 @@ fn gone(n: Net) -> Vec<Row> {
     let fresh = || created(Expect::send(NIC, &n.to_b2(&open)), &open, &n.conn2());
     vec![
         row(format!("{n}: a flow of a dead backend is reset"), dead()).comes(NIC, &data, answered()),
-        row(format!("{n}: a flow of a backend id's earlier user is reset"), other_epoch()).comes(
-            NIC,
-            &data,
-            answered(),
-        ),
+        row(
+            format!("{n}: a flow of a backend id's earlier user is reset"),
+            other_epoch(),
+        )
+        .comes(NIC, &data, answered()),
         row(format!("{n}: a reset to a dead backend is not answered"), dead()).comes(
             NIC,
             &n.request(flag::RST),
             Expect::drop(DropReason::BackendDead, 1).flows(&[]),
         ),
-        row(format!("{n}: a SYN on a dead backend's flow goes elsewhere"), dead()).comes(NIC, &open, fresh()),
-        row(format!("{n}: a SYN on an earlier user's flow goes elsewhere"), other_epoch()).comes(
-            NIC,
-            &open,
-            fresh(),
-        ),
-        row(format!("{n}: the last words of a dead backend reach the client"), dead()).comes(
+        row(
+            format!("{n}: a SYN on a dead backend's flow goes elsewhere"),
+            dead(),
+        )
+        .comes(NIC, &open, fresh()),
+        row(
+            format!("{n}: a SYN on an earlier user's flow goes elsewhere"),
+            other_epoch(),
+        )
+        .comes(NIC, &open, fresh()),
+        row(
+            format!("{n}: the last words of a dead backend reach the client"),
+            dead(),
+        )
+        .comes(
             NIC,
             &n.reply(flag::ACK),
             Expect::send(NIC, &n.to_client(&n.reply(flag::ACK))).to_client(1, &n.reply(flag::ACK)),

@@ -24,7 +24,9 @@ impl Guard {
             command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?));
         }
         let name = command.get_program().to_string_lossy().into_owned();
-        Ok(Self(command.spawn().with_context(|| format!("cannot start {name}"))?))
+        Ok(Self(
+            command.spawn().with_context(|| format!("cannot start {name}"))?,
+        ))
     }
 
     /// Process id.
@@ -34,7 +36,10 @@ impl Guard {
 
     /// Sends a signal.
     pub fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0.id() as i32), signal)?)
+        Ok(nix::sys::signal::kill(
+            nix::unistd::Pid::from_raw(self.0.id() as i32),
+            signal,
+        )?)
     }
 
     /// Waits until the process ends, at most so long; `None` if it still runs.

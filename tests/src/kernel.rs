@@ -4,7 +4,7 @@ use std::{net::IpAddr, path::PathBuf, process::Command, time::Duration};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
-    Ebpf, EbpfLoader, Pod, TestRun as _, TestRunOptions,
+    Ebpf, EbpfLoader, Pod, TestRun as _, TestRunOptions, VerifierLogLevel,
     maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie},
     programs::{SchedClassifier, Xdp},
 };
@@ -14,8 +14,8 @@ use lb_common::{
     flow::{Address, FlowKey, ours_bit},
     maps::{
         ABI_VERSION, AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Flow, FragmentKey,
-        FragmentPorts, Meta, Ours, RingRow, SCHEMA, Service, ServiceKey, ServiceStats, Settings, Stats, Timeouts,
-        Vip,
+        FragmentPorts, Meta, Ours, RingRow, SCHEMA, Service, ServiceKey, ServiceStats, Settings, Stats,
+        Timeouts, Vip,
     },
 };
 
@@ -75,9 +75,16 @@ fn enter_namespace() -> Result<()> {
     nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).context("new network namespace: needs root")?;
     for (_, name, ifindex, mac, _, mtu) in DEVICES {
         let mac = mac.map(|b| format!("{b:02x}")).join(":");
-        let kind = if name == "bridge" { "type bridge".into() } else { format!("type veth peer name {name}-peer") };
+        let kind = if name == "bridge" {
+            "type bridge".into()
+        } else {
+            format!("type veth peer name {name}-peer")
+        };
         let line = format!("link add {name} index {ifindex} address {mac} mtu {mtu} {kind}");
-        let status = Command::new("ip").args(line.split(' ')).status().context("ip (iproute2)")?;
+        let status = Command::new("ip")
+            .args(line.split(' '))
+            .status()
+            .context("ip (iproute2)")?;
         ensure!(status.success(), "ip {line}: {status}");
         let up = Command::new("ip").args(["link", "set", name, "up"]).status()?;
         ensure!(up.success(), "ip link set {name} up: {up}");
@@ -87,7 +94,8 @@ fn enter_namespace() -> Result<()> {
 
 /// Ticks of the flow clock per second: the resolution of the coarse clocks is one tick.
 pub fn ticks_per_second() -> u32 {
-    let tick = nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE).expect("a clock of every Linux");
+    let tick =
+        nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE).expect("a clock of every Linux");
     (1_000_000_000 / Duration::from(tick).as_nanos()) as u32
 }
 
@@ -98,7 +106,9 @@ impl Kernel {
         let path = object_path();
         let object = std::fs::read(&path)
             .with_context(|| format!("{}: build it by `cargo xtask build-ebpf`", path.display()))?;
+        // The log of a refused program is long and slow to write; `cargo xtask build-ebpf` is the place to read it.
         let mut bpf = EbpfLoader::new()
+            .verifier_log_level(VerifierLogLevel::DISABLE)
             .map_max_entries("FLOWS4", FLOW_ENTRIES)
             .map_max_entries("FLOWS6", FLOW_ENTRIES)
             .map_max_entries("BACKENDS", BACKENDS)
@@ -109,15 +119,29 @@ impl Kernel {
             .map_max_entries("RINGS", SERVICES)
             .load(&object)
             .context("the object does not load")?;
-        let xdp: &mut Xdp = bpf.program_mut("weir_xdp").context("no program weir_xdp")?.try_into()?;
+        let xdp: &mut Xdp = bpf
+            .program_mut("weir_xdp")
+            .context("no program weir_xdp")?
+            .try_into()?;
         xdp.load().context("the verifier refuses weir_xdp")?;
         for name in ["weir_tc_ingress", "weir_tc_egress"] {
-            let tc: &mut SchedClassifier =
-                bpf.program_mut(name).with_context(|| format!("no program {name}"))?.try_into()?;
-            tc.load().with_context(|| format!("the verifier refuses {name}"))?;
+            let tc: &mut SchedClassifier = bpf
+                .program_mut(name)
+                .with_context(|| format!("no program {name}"))?
+                .try_into()?;
+            tc.load()
+                .with_context(|| format!("the verifier refuses {name}"))?;
         }
-        let mut kernel = Self { bpf, hz: ticks_per_second() };
-        let meta = Meta { schema: SCHEMA, abi: ABI_VERSION, hz: kernel.hz, _pad: 0 };
+        let mut kernel = Self {
+            bpf,
+            hz: ticks_per_second(),
+        };
+        let meta = Meta {
+            schema: SCHEMA,
+            abi: ABI_VERSION,
+            hz: kernel.hz,
+            _pad: 0,
+        };
         kernel.array::<Meta>("META")?.set(0, meta, 0)?;
         Ok(kernel)
     }
@@ -146,7 +170,6 @@ impl Kernel {
         Ok(())
     }
 
-
     fn acl(&mut self) -> Result<LpmTrie<&mut MapData, AclData, u32>> {
         Ok(LpmTrie::try_from(self.bpf.map_mut("ACL").context("no map ACL")?)?)
     }
@@ -161,7 +184,9 @@ impl Kernel {
     }
 
     fn insert(&mut self, conn: &Conn, last_seen: u32) -> Result<()> {
-        conn.entries().iter().try_for_each(|entry| self.insert_entry(entry, last_seen))
+        conn.entries()
+            .iter()
+            .try_for_each(|entry| self.insert_entry(entry, last_seen))
     }
 
     fn insert_entry(&mut self, entry: &FlowEntry, last_seen: u32) -> Result<()> {
@@ -178,13 +203,14 @@ impl Kernel {
     fn fill(&mut self, now: u32) -> Result<()> {
         for v6 in [false, true] {
             let full = (0..4 * FLOW_ENTRIES).any(|n| self.insert_entry(&strangers(v6, n), now).is_err());
-            ensure!(full, "a flow table has room for more than {} entries", 4 * FLOW_ENTRIES);
+            ensure!(
+                full,
+                "a flow table has room for more than {} entries",
+                4 * FLOW_ENTRIES
+            );
         }
         Ok(())
     }
-
-
-
 }
 
 // === impl Datapath ===
@@ -211,32 +237,41 @@ impl Datapath for Kernel {
         self.array::<Settings>("SETTINGS")?.set(0, world.settings, 0)?;
         for (slot, device) in world.devices() {
             self.array::<Device>("DEVICES")?.set(slot.into(), device, 0)?;
-            self.hash::<u32, u32>("DEVICE_SLOTS")?.insert(device.ifindex, u32::from(slot), 0)?;
+            self.hash::<u32, u32>("DEVICE_SLOTS")?
+                .insert(device.ifindex, u32::from(slot), 0)?;
         }
         for (i, addr) in world.sources.iter().enumerate() {
-            self.array::<Addr16>("SNAT_ADDRESSES")?.set(i as u32, Addr16::from(*addr), 0)?;
+            self.array::<Addr16>("SNAT_ADDRESSES")?
+                .set(i as u32, Addr16::from(*addr), 0)?;
         }
         for id in 1..BACKENDS {
             let backend = world.backends.get(id as usize - 1).copied().unwrap_or_default();
             self.array::<Backend>("BACKENDS")?.set(id, backend, 0)?;
         }
         for (vip, flags) in &world.vips {
-            self.hash("VIPS")?.insert(Addr16::from(*vip), Vip { flags: *flags }, 0)?;
+            self.hash("VIPS")?
+                .insert(Addr16::from(*vip), Vip { flags: *flags }, 0)?;
         }
         for (service, addr, bits, action) in &world.acl {
             let bits = u32::from(*bits) + if addr.is_ipv4() { 96 } else { 0 };
-            let data = AclData { service: *service, addr: Addr16::from(*addr) };
-            self.acl()?.insert(&lpm_trie::Key::new(32 + bits, data), action, 0)?;
+            let data = AclData {
+                service: *service,
+                addr: Addr16::from(*addr),
+            };
+            self.acl()?
+                .insert(&lpm_trie::Key::new(32 + bits, data), action, 0)?;
         }
         for (key, value) in &world.affinity {
-            self.hash::<AffinityKey, Affinity>("AFFINITY")?.insert(key, value, 0)?;
+            self.hash::<AffinityKey, Affinity>("AFFINITY")?
+                .insert(key, value, 0)?;
         }
         for service in &world.services {
             let mut row = Box::new(RingRow { backends: [0; _] });
             row.backends.copy_from_slice(&world.ring_of(service));
             self.array::<RingRow>("RINGS")?.set(service.value.id, *row, 0)?;
             let timeouts = World::timeouts(service, self.hz);
-            self.array::<Timeouts>("TIMEOUTS")?.set(service.value.id, timeouts, 0)?;
+            self.array::<Timeouts>("TIMEOUTS")?
+                .set(service.value.id, timeouts, 0)?;
             self.hash("SERVICES")?.insert(service.key, service.value, 0)?;
         }
         let now = jiffies()?;
@@ -291,7 +326,10 @@ impl Datapath for Kernel {
             for cpu in self.per_cpu::<ServiceStats>("SERVICE_STATS")?.get(&id, 0)?.iter() {
                 put(format!("service {id} flows"), cpu.flows);
                 for reason in DropReason::ALL {
-                    put(format!("service {id} drops {}", reason.name()), cpu.drops[*reason as usize]);
+                    put(
+                        format!("service {id} drops {}", reason.name()),
+                        cpu.drops[*reason as usize],
+                    );
                 }
             }
         }
@@ -305,23 +343,38 @@ impl Datapath for Kernel {
             Program::Xdp => {
                 // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
                 let context = words(&[0, frame.len() as u32, 0, ifindex, 0, 0]);
-                let xdp: &Xdp = self.bpf.program("weir_xdp").context("no program weir_xdp")?.try_into()?;
+                let xdp: &Xdp = self
+                    .bpf
+                    .program("weir_xdp")
+                    .context("no program weir_xdp")?
+                    .try_into()?;
                 xdp.test_run(options(frame, &mut out, &context))?
             }
             Program::Ingress | Program::Egress => {
-                let name = if program == Program::Ingress { "weir_tc_ingress" } else { "weir_tc_egress" };
+                let name = if program == Program::Ingress {
+                    "weir_tc_ingress"
+                } else {
+                    "weir_tc_egress"
+                };
                 // struct __sk_buff: ingress_ifindex is word 9, ifindex word 10; most others have to be zero.
                 let mut context = [0; 48];
                 context[9] = ifindex;
                 context[10] = ifindex;
                 let context = words(&context);
-                let tc: &SchedClassifier =
-                    self.bpf.program(name).with_context(|| format!("no program {name}"))?.try_into()?;
+                let tc: &SchedClassifier = self
+                    .bpf
+                    .program(name)
+                    .with_context(|| format!("no program {name}"))?
+                    .try_into()?;
                 tc.test_run(options(frame, &mut out, &context))?
             }
         };
         out.truncate(result.data_size_out as usize);
-        Ok(Ran { action: result.return_value as i32, frame: out, to: None })
+        Ok(Ran {
+            action: result.return_value as i32,
+            frame: out,
+            to: None,
+        })
     }
 }
 
@@ -341,7 +394,10 @@ fn words(words: &[u32]) -> Vec<u8> {
 /// A live flow that belongs to nobody in the rows: what full tables are full of.
 pub fn strangers(v6: bool, n: u32) -> FlowEntry {
     let (src, dst): (IpAddr, IpAddr) = if v6 {
-        ([0xfdff, 0, 0, 0, 0, 0, 0, 1].into(), [0xfdff, 0, 0, 0, 0, 0, 0, 2].into())
+        (
+            [0xfdff, 0, 0, 0, 0, 0, 0, 1].into(),
+            [0xfdff, 0, 0, 0, 0, 0, 0, 2].into(),
+        )
     } else {
         ([10, 255, 0, 1].into(), [10, 255, 0, 2].into())
     };

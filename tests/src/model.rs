@@ -26,7 +26,10 @@ use lb_ebpf::{
 };
 
 use crate::{
-    kernel::{BACKENDS, Counters, FLOW_ENTRIES, Program, Ran, SERVICES, backend_fields, entry_of, flow_of, strangers},
+    kernel::{
+        BACKENDS, Counters, FLOW_ENTRIES, Program, Ran, SERVICES, backend_fields, entry_of, flow_of,
+        strangers,
+    },
     row::Datapath,
     world::{FlowEntry, World, ifindex_of},
 };
@@ -101,7 +104,10 @@ impl Default for Model {
 }
 
 impl Model {
-    #[expect(clippy::mut_from_ref, reason = "maps are changed behind the back of their readers, as in the kernel")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "maps are changed behind the back of their readers, as in the kernel"
+    )]
     fn maps(&self) -> &mut Maps {
         // SAFETY: `Model` is not `Sync`, and what the core keeps across a call (values of flow maps, statistics) is
         // boxed or in vectors that never grow while a packet is on its way.
@@ -129,7 +135,11 @@ impl Datapath for Model {
             maps.ours[word as usize] |= bit;
         }
         maps.settings = world.settings;
-        maps.vips = world.vips.iter().map(|(ip, flags)| (Addr16::from(*ip), Vip { flags: *flags })).collect();
+        maps.vips = world
+            .vips
+            .iter()
+            .map(|(ip, flags)| (Addr16::from(*ip), Vip { flags: *flags }))
+            .collect();
         // An array map has a value at every index.
         maps.backends = vec![Backend::default(); BACKENDS as usize];
         maps.backends[1..=world.backends.len()].copy_from_slice(&world.backends);
@@ -143,7 +153,8 @@ impl Datapath for Model {
         for service in &world.services {
             maps.services.insert(service.key, service.value);
             maps.rings.insert(service.value.id, world.ring_of(service));
-            maps.timeouts.insert(service.value.id, World::timeouts(service, HZ));
+            maps.timeouts
+                .insert(service.value.id, World::timeouts(service, HZ));
         }
         for (conn, age) in &world.conns {
             for entry in conn.entries() {
@@ -196,7 +207,10 @@ impl Datapath for Model {
         for (id, stats) in maps.service_stats.iter().enumerate() {
             all.insert(format!("service {id} flows"), stats.flows);
             for reason in DropReason::ALL {
-                all.insert(format!("service {id} drops {}", reason.name()), stats.drops[*reason as usize]);
+                all.insert(
+                    format!("service {id} drops {}", reason.name()),
+                    stats.drops[*reason as usize],
+                );
             }
         }
         Ok(all)
@@ -212,7 +226,10 @@ impl Datapath for Model {
         let maps = self.maps();
         maps.removed4.clear();
         maps.removed6.clear();
-        ensure!(maps.flows4.len().max(maps.flows6.len()) <= FLOW_ENTRIES as usize, "too many flows");
+        ensure!(
+            maps.flows4.len().max(maps.flows6.len()) <= FLOW_ENTRIES as usize,
+            "too many flows"
+        );
         let xdp = program == Program::Xdp;
         let (action, to) = match verdict.action() {
             Action::Pass | Action::ToTc => (if xdp { 2 } else { -1 }, None),
@@ -291,7 +308,11 @@ impl Tables for View<'_> {
         self.0.maps().timeouts.get(&service)
     }
     fn ring(self, row: u32, index: u32) -> u32 {
-        self.0.maps().rings.get(&row).map_or(0, |ring| ring[index as usize % RING_ROW])
+        self.0
+            .maps()
+            .rings
+            .get(&row)
+            .map_or(0, |ring| ring[index as usize % RING_ROW])
     }
     fn backend<'a>(self, id: u32) -> Option<&'a Backend>
     where
@@ -306,7 +327,12 @@ impl Tables for View<'_> {
         self.0.maps().devices.get(slot as usize)
     }
     fn device_slot(self, ifindex: u32) -> Option<u32> {
-        self.0.maps().devices.iter().position(|d| ifindex != 0 && d.ifindex == ifindex).map(|slot| slot as u32)
+        self.0
+            .maps()
+            .devices
+            .iter()
+            .position(|d| ifindex != 0 && d.ifindex == ifindex)
+            .map(|slot| slot as u32)
     }
     fn snat_address<'a>(self, index: u32) -> Option<&'a Addr16>
     where
@@ -321,12 +347,21 @@ impl Tables for View<'_> {
     }
     fn acl(self, service: u32, client: &Addr16) -> u32 {
         let bits = u128::from_be_bytes(client.octets());
-        let matches = self.0.maps().acl.iter().filter_map(|(id, prefix, length, action)| {
-            let length = u32::from(*length) + if prefix.is_ipv4() { 96 } else { 0 };
-            let mask = if length == 0 { 0 } else { u128::MAX << (128 - length) };
-            let prefix = u128::from_be_bytes(Addr16::from(*prefix).octets());
-            (*id == service && (prefix ^ bits) & mask == 0).then_some((length, *action))
-        });
+        let matches = self
+            .0
+            .maps()
+            .acl
+            .iter()
+            .filter_map(|(id, prefix, length, action)| {
+                let length = u32::from(*length) + if prefix.is_ipv4() { 96 } else { 0 };
+                let mask = if length == 0 {
+                    0
+                } else {
+                    u128::MAX << (128 - length)
+                };
+                let prefix = u128::from_be_bytes(Addr16::from(*prefix).octets());
+                (*id == service && (prefix ^ bits) & mask == 0).then_some((length, *action))
+            });
         matches.max().map_or(0, |(_, action)| action)
     }
     fn affinity(self, key: &AffinityKey) -> Option<Affinity> {
@@ -387,8 +422,11 @@ impl Tables for View<'_> {
         Self: 'a,
     {
         let maps = self.0.maps();
-        let room: *mut Work<A> =
-            if A::V6 { (&raw mut maps.work6).cast() } else { (&raw mut maps.work4).cast() };
+        let room: *mut Work<A> = if A::V6 {
+            (&raw mut maps.work6).cast()
+        } else {
+            (&raw mut maps.work4).cast()
+        };
         // SAFETY: `V6` says which of the two types `Work<A>` is; the core takes it once per packet.
         Some(unsafe { &mut *room })
     }
@@ -436,19 +474,30 @@ impl<const HOOK: u8> Frame<HOOK> {
     fn new(device: u32, frame: &[u8]) -> Self {
         let mut words = vec![0u64; (HEADROOM + frame.len()).div_ceil(8)];
         // SAFETY: the vector has that many bytes, and bytes need no alignment.
-        let bytes = unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<u8>(), words.len() * 8) };
+        let bytes =
+            unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<u8>(), words.len() * 8) };
         bytes[HEADROOM..HEADROOM + frame.len()].copy_from_slice(frame);
-        Self { words, start: HEADROOM, end: HEADROOM + frame.len(), device }
+        Self {
+            words,
+            start: HEADROOM,
+            end: HEADROOM + frame.len(),
+            device,
+        }
     }
 
     fn bytes(&self) -> &[u8] {
         // SAFETY: the vector has `words.len() * 8` initialized bytes.
-        let all = unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast::<u8>(), self.words.len() * 8) };
+        let all =
+            unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast::<u8>(), self.words.len() * 8) };
         &all[self.start..self.end]
     }
 
     fn at<H: Header>(&self, offset: usize) -> Option<*const H> {
-        let piece = self.bytes().get(offset..offset.checked_add(size_of::<H>())?)?.as_ptr().cast::<H>();
+        let piece = self
+            .bytes()
+            .get(offset..offset.checked_add(size_of::<H>())?)?
+            .as_ptr()
+            .cast::<H>();
         assert!(piece.is_aligned(), "a header at offset {offset} is not aligned");
         Some(piece)
     }
@@ -485,7 +534,9 @@ impl<const HOOK: u8> Packet for Frame<HOOK> {
         length <= self.len()
     }
     fn fix_checksum(&mut self, offset: usize, pseudo: u16, other: u16, zero_is_none: bool) -> bool {
-        let Some(check) = self.get_mut::<u16>(offset) else { return false };
+        let Some(check) = self.get_mut::<u16>(offset) else {
+            return false;
+        };
         if zero_is_none && *check == 0 {
             return true;
         }
@@ -503,7 +554,9 @@ impl<const HOOK: u8> Packet for Frame<HOOK> {
         true
     }
     fn grow_head(&mut self, bytes: usize) -> bool {
-        let Some(start) = self.start.checked_sub(bytes) else { return false };
+        let Some(start) = self.start.checked_sub(bytes) else {
+            return false;
+        };
         self.start = start;
         true
     }

@@ -70,7 +70,11 @@ impl Namespace {
 
     /// A command that will run inside. It sees the machine's file systems: bpffs and cgroups stay as they are.
     pub fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
-        let namespace = self.file.as_fd().try_clone_to_owned().expect("a file descriptor to spare");
+        let namespace = self
+            .file
+            .as_fd()
+            .try_clone_to_owned()
+            .expect("a file descriptor to spare");
         let mut command = Command::new(program);
         // SAFETY: between fork and exec the closure makes one system call and allocates nothing.
         unsafe {
@@ -81,7 +85,11 @@ impl Namespace {
 
     /// `ip <words>` inside.
     pub fn ip(&self, words: &str) -> Result<()> {
-        let output = self.command("ip").args(words.split_whitespace()).output().context("ip (iproute2)")?;
+        let output = self
+            .command("ip")
+            .args(words.split_whitespace())
+            .output()
+            .context("ip (iproute2)")?;
         ensure!(
             output.status.success(),
             "{}: ip {words}: {}",
@@ -94,12 +102,16 @@ impl Namespace {
     /// Writes a sysctl, "net.ipv4.ip_forward".
     pub fn sysctl(&self, name: &str, value: &str) -> Result<()> {
         let path = PathBuf::from("/proc/sys").join(name.replace('.', "/"));
-        self.run(|| std::fs::write(&path, value)).with_context(|| format!("{name} = {value}"))
+        self.run(|| std::fs::write(&path, value))
+            .with_context(|| format!("{name} = {value}"))
     }
 
     /// A veth pair: `device` here, `peer` there, both up.
     pub fn veth(&self, device: &str, there: &Self, peer: &str) -> Result<()> {
-        self.ip(&format!("link add {device} type veth peer name {peer} netns {}", there.name))?;
+        self.ip(&format!(
+            "link add {device} type veth peer name {peer} netns {}",
+            there.name
+        ))?;
         self.ip(&format!("link set {device} up"))?;
         there.ip(&format!("link set {peer} up"))
     }
@@ -151,7 +163,11 @@ impl Namespace {
             let mut request = request.lock().expect("one thread");
             // SAFETY: `request` names a device and points to the two words that the command takes.
             let done = unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCETHTOOL as _, &raw mut request.0) };
-            if done == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+            if done == 0 {
+                Ok(())
+            } else {
+                Err(std::io::Error::last_os_error())
+            }
         })
         .with_context(|| format!("{}: ethtool {command:#x} {value} on {device}", self.name))
     }
@@ -159,7 +175,8 @@ impl Namespace {
     /// Attaches a program that passes everything. `XDP_TX` at one end of a veth needs a program at the other.
     pub fn pass_all(&self, device: &str) -> Result<PassAll> {
         let index = self.ifindex(device)?;
-        self.run(|| PassAll::attach(index)).with_context(|| format!("{}: XDP_PASS on {device}", self.name))
+        self.run(|| PassAll::attach(index))
+            .with_context(|| format!("{}: XDP_PASS on {device}", self.name))
     }
 }
 

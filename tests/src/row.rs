@@ -8,8 +8,8 @@ use lb_common::{counter::Counter, counter::DropReason};
 
 use crate::{
     kernel::{Counters, Kernel, Program, Ran},
-    packet::{Packet, diff},
     model::Model,
+    packet::{Packet, diff},
     world::{BRIDGE, Conn, FlowEntry, World, ifindex_of},
 };
 
@@ -94,7 +94,11 @@ pub enum Body {
 
 /// A row of one name.
 pub fn row(name: impl Into<String>, given: World) -> Row {
-    Row { name: name.into(), given, steps: Vec::new() }
+    Row {
+        name: name.into(),
+        given,
+        steps: Vec::new(),
+    }
 }
 
 // === impl Row ===
@@ -102,26 +106,50 @@ pub fn row(name: impl Into<String>, given: World) -> Row {
 impl Row {
     /// A packet that comes in by a device; a NIC's XDP program does it alone.
     pub fn comes(mut self, device: u16, packet: &Packet, expect: Expect) -> Self {
-        let needs_tc = matches!(expect.outcome, Outcome::Neighbour(_) | Outcome::Node | Outcome::Loopback);
-        self.steps.push(Step { device, egress: false, needs_tc, packet: packet.clone(), expect });
+        let needs_tc = matches!(
+            expect.outcome,
+            Outcome::Neighbour(_) | Outcome::Node | Outcome::Loopback
+        );
+        self.steps.push(Step {
+            device,
+            egress: false,
+            needs_tc,
+            packet: packet.clone(),
+            expect,
+        });
         self
     }
     /// A packet that comes in by a device; XDP leaves it to TC.
     pub fn comes_to_tc(mut self, device: u16, packet: &Packet, expect: Expect) -> Self {
-        self.steps.push(Step { device, egress: false, needs_tc: true, packet: packet.clone(), expect });
+        self.steps.push(Step {
+            device,
+            egress: false,
+            needs_tc: true,
+            packet: packet.clone(),
+            expect,
+        });
         self
     }
     /// A packet that is about to leave the node by a device.
     pub fn leaves(mut self, device: u16, packet: &Packet, expect: Expect) -> Self {
-        self.steps.push(Step { device, egress: true, needs_tc: true, packet: packet.clone(), expect });
+        self.steps.push(Step {
+            device,
+            egress: true,
+            needs_tc: true,
+            packet: packet.clone(),
+            expect,
+        });
         self
     }
 
     /// Runs the row; the text says all that was not as it had to be.
     pub fn run(&self, datapath: &mut dyn Datapath, body: Body) -> std::result::Result<(), String> {
-        datapath.set(&self.given).map_err(|e| format!("  set-up: {e:#}\n"))?;
+        datapath
+            .set(&self.given)
+            .map_err(|e| format!("  set-up: {e:#}\n"))?;
         for (i, step) in self.steps.iter().enumerate() {
-            step.run(datapath, body).map_err(|fault| format!("  packet {} of {}:\n{fault}", i + 1, self.steps.len()))?;
+            step.run(datapath, body)
+                .map_err(|fault| format!("  packet {} of {}:\n{fault}", i + 1, self.steps.len()))?;
         }
         Ok(())
     }
@@ -131,7 +159,12 @@ impl Row {
 
 impl Expect {
     fn new(outcome: Outcome, frame: Option<&Packet>) -> Self {
-        Self { outcome, frame: frame.cloned(), moved: Counters::new(), conns: None }
+        Self {
+            outcome,
+            frame: frame.cloned(),
+            moved: Counters::new(),
+            conns: None,
+        }
     }
     /// Not ours: untouched and uncounted but for `passed`.
     pub fn pass() -> Self {
@@ -177,12 +210,14 @@ impl Expect {
     /// The packet is counted as one of a client to a backend.
     pub fn to_backend(self, id: u32, packet: &Packet) -> Self {
         let bytes = packet.ip_len();
-        self.and(format!("backend {id} packets_in"), 1).and(format!("backend {id} bytes_in"), bytes)
+        self.and(format!("backend {id} packets_in"), 1)
+            .and(format!("backend {id} bytes_in"), bytes)
     }
     /// The packet is counted as one of a backend to a client.
     pub fn to_client(self, id: u32, packet: &Packet) -> Self {
         let bytes = packet.ip_len();
-        self.and(format!("backend {id} packets_out"), 1).and(format!("backend {id} bytes_out"), bytes)
+        self.and(format!("backend {id} packets_out"), 1)
+            .and(format!("backend {id} bytes_out"), bytes)
     }
     /// A flow is created.
     pub fn new_flow(self, service: u32, id: u32) -> Self {
@@ -232,7 +267,9 @@ impl Step {
         if body == Body::XdpThenTc && !self.egress && self.device != BRIDGE {
             let handed_on = self.needs_tc;
             let before = state(datapath)?;
-            let ran = datapath.run(Program::Xdp, self.device, &frame).map_err(|e| format!("    XDP: {e:#}\n"))?;
+            let ran = datapath
+                .run(Program::Xdp, self.device, &frame)
+                .map_err(|e| format!("    XDP: {e:#}\n"))?;
             let after = state(datapath)?;
             if !handed_on {
                 return self.check(Program::Xdp, &frame, &ran, &before, &after);
@@ -253,9 +290,15 @@ impl Step {
                 return Err(format!("  XDP has to leave it to TC:\n{text}"));
             }
         }
-        let program = if self.egress { Program::Egress } else { Program::Ingress };
+        let program = if self.egress {
+            Program::Egress
+        } else {
+            Program::Ingress
+        };
         let before = state(datapath)?;
-        let ran = datapath.run(program, self.device, &frame).map_err(|e| format!("    TC: {e:#}\n"))?;
+        let ran = datapath
+            .run(program, self.device, &frame)
+            .map_err(|e| format!("    TC: {e:#}\n"))?;
         let after = state(datapath)?;
         self.check(program, &frame, &ran, &before, &after)
     }
@@ -274,14 +317,20 @@ impl Step {
         if moved != expected {
             text.push_str(&counters_diff(&expected, &moved));
         }
-        if text.is_empty() { Ok(()) } else { Err(format!("  {program:?}:\n{text}")) }
+        if text.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("  {program:?}:\n{text}"))
+        }
     }
 }
 
 type State = (Counters, Vec<FlowEntry>);
 
 fn state(datapath: &mut dyn Datapath) -> std::result::Result<State, String> {
-    let counters = datapath.counters().map_err(|e| format!("    counters: {e:#}\n"))?;
+    let counters = datapath
+        .counters()
+        .map_err(|e| format!("    counters: {e:#}\n"))?;
     let flows = datapath.flows().map_err(|e| format!("    flows: {e:#}\n"))?;
     Ok((counters, flows))
 }
@@ -314,7 +363,10 @@ fn compare(
         writeln!(text, "    device: expected {}, found {found}", ifindex_of(to)).expect("a string");
     }
     if !matches!(expect.outcome, Outcome::Drop(..)) {
-        let mut expected = expect.frame.as_ref().map_or_else(|| frame.to_vec(), Packet::build);
+        let mut expected = expect
+            .frame
+            .as_ref()
+            .map_or_else(|| frame.to_vec(), Packet::build);
         if matches!(expect.outcome, Outcome::Neighbour(_)) && ran.frame.len() >= 12 {
             // The neighbour table writes them after the program.
             expected[..12].copy_from_slice(&ran.frame[..12]);
@@ -374,7 +426,12 @@ fn action_name(program: Program, action: i32) -> String {
 fn difference(before: &Counters, after: &Counters) -> Counters {
     after
         .iter()
-        .map(|(name, value)| (name.clone(), value.wrapping_sub(before.get(name).copied().unwrap_or(0))))
+        .map(|(name, value)| {
+            (
+                name.clone(),
+                value.wrapping_sub(before.get(name).copied().unwrap_or(0)),
+            )
+        })
         .filter(|(_, moved)| *moved != 0)
         .collect()
 }
@@ -418,5 +475,10 @@ fn run_rows(rows: &[Row], datapath: &mut dyn Datapath) {
         }
     }
     let runs = 2 * rows.len();
-    assert!(faults.is_empty(), "{} of {runs} runs failed:\n{}", faults.len(), faults.join("\n"));
+    assert!(
+        faults.is_empty(),
+        "{} of {runs} runs failed:\n{}",
+        faults.len(),
+        faults.join("\n")
+    );
 }

@@ -36,7 +36,12 @@ impl<'n> Weir<'n> {
     pub fn start(namespace: &'n Namespace, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
-        let mut weir = Self { namespace, directory, pins, agent: None };
+        let mut weir = Self {
+            namespace,
+            directory,
+            pins,
+            agent: None,
+        };
         weir.configure(config)?;
         weir.run()?;
         Ok(weir)
@@ -69,7 +74,10 @@ impl<'n> Weir<'n> {
 
     /// Starts the agent (again) and waits until it is ready.
     pub fn run(&mut self) -> Result<()> {
-        let log = std::fs::File::options().create(true).append(true).open(self.log_path())?;
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())?;
         let mut command = self.namespace.command(binary());
         command.arg("run").arg("--config").arg(self.config_path());
         command.env("WEIR_BPF_OBJECT", object_path());
@@ -110,9 +118,17 @@ impl<'n> Weir<'n> {
                 return Ok(());
             }
             let agent = self.agent.as_mut().context("the agent is not running")?;
-            ensure!(agent.wait(Duration::from_millis(20))?.is_none(), "weir ended:\n{}", self.log());
+            ensure!(
+                agent.wait(Duration::from_millis(20))?.is_none(),
+                "weir ended:\n{}",
+                self.log()
+            );
         }
-        bail!("still not {what} after {READY:?}: {:#}\n{}", self.status()?, self.log())
+        bail!(
+            "still not {what} after {READY:?}: {:#}\n{}",
+            self.status()?,
+            self.log()
+        )
     }
 
     /// The agent's status as its socket tells it.
@@ -137,7 +153,11 @@ impl Drop for Weir<'_> {
     fn drop(&mut self) {
         self.agent = None;
         let mut detach: Command = self.namespace.command(binary());
-        detach.arg("detach").arg("--config").arg(self.config_path()).stdout(std::process::Stdio::null());
+        detach
+            .arg("detach")
+            .arg("--config")
+            .arg(self.config_path())
+            .stdout(std::process::Stdio::null());
         match detach.status() {
             Ok(status) if status.success() => {}
             other => eprintln!("weir detach: {other:?}"),
@@ -156,11 +176,17 @@ impl Drop for Weir<'_> {
 fn get(socket: &Path, path: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket)?;
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: weir\r\nConnection: close\r\n\r\n")?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: weir\r\nConnection: close\r\n\r\n"
+    )?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
     ensure!(head.starts_with("HTTP/1.1 200"), "{head}");
-    ensure!(!head.to_lowercase().contains("transfer-encoding: chunked"), "chunked answer");
+    ensure!(
+        !head.to_lowercase().contains("transfer-encoding: chunked"),
+        "chunked answer"
+    );
     Ok(body.to_owned())
 }

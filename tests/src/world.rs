@@ -46,9 +46,23 @@ pub const UDP_S: u32 = 90;
 /// Name, interface index, MAC, flags and MTU of every device but the node.
 pub const DEVICES: [(u16, &str, u32, Mac, u16, u32); 4] = [
     (NIC, "nic", 11, [0x02, 0, 0, 0, 0, 0x11], device_flags::XDP, MTU),
-    (BRIDGE, "bridge", 21, [0x02, 0, 0, 0, 0, 0x21], device_flags::BRIDGE, MTU),
+    (
+        BRIDGE,
+        "bridge",
+        21,
+        [0x02, 0, 0, 0, 0, 0x21],
+        device_flags::BRIDGE,
+        MTU,
+    ),
     (NIC2, "nic2", 31, [0x02, 0, 0, 0, 0, 0x31], device_flags::XDP, MTU),
-    (NARROW, "narrow", 41, [0x02, 0, 0, 0, 0, 0x41], device_flags::XDP, NARROW_MTU),
+    (
+        NARROW,
+        "narrow",
+        41,
+        [0x02, 0, 0, 0, 0, 0x41],
+        device_flags::XDP,
+        NARROW_MTU,
+    ),
 ];
 
 /// The MAC of a device.
@@ -121,7 +135,11 @@ impl Conn {
     }
     /// The two entries: (key, value, whether it is the reverse one).
     pub fn entries(&self) -> [FlowEntry; 2] {
-        let snat = if self.source == self.client { 0 } else { flow_state::SNAT };
+        let snat = if self.source == self.client {
+            0
+        } else {
+            flow_state::SNAT
+        };
         let entry = |key: [(IpAddr, u16); 2], value: [(IpAddr, u16); 2], reverse: u32| FlowEntry {
             proto: self.proto,
             src: key[0],
@@ -136,7 +154,11 @@ impl Conn {
         };
         [
             entry([self.client, self.vip], [self.source, self.backend], 0),
-            entry([self.backend, self.source], [self.vip, self.client], flow_state::REVERSE),
+            entry(
+                [self.backend, self.source],
+                [self.vip, self.client],
+                flow_state::REVERSE,
+            ),
         ]
     }
 }
@@ -262,7 +284,11 @@ impl World {
             self.vips.push((vip, maps::vip_flags::ECHO));
         }
         self.services.push(ServiceRow {
-            key: ServiceKey { vip: Addr16::from(vip), port: Be16::new(port), proto: proto.into() },
+            key: ServiceKey {
+                vip: Addr16::from(vip),
+                port: Be16::new(port),
+                proto: proto.into(),
+            },
             value: Service {
                 id,
                 generation: 1,
@@ -277,11 +303,15 @@ impl World {
     }
 
     fn last_service(&mut self) -> &mut ServiceRow {
-        self.services.last_mut().expect("a service before what belongs to it")
+        self.services
+            .last_mut()
+            .expect("a service before what belongs to it")
     }
 
     fn last_backend(&mut self) -> &mut Backend {
-        self.backends.last_mut().expect("a backend before what belongs to it")
+        self.backends
+            .last_mut()
+            .expect("a backend before what belongs to it")
     }
 
     /// The VIPs so far do not answer echo (they are the node's own).
@@ -314,7 +344,8 @@ impl World {
         let service = self.last_service();
         service.value.flags |= maps::service_flags::ACL;
         let id = service.value.id;
-        self.acl.push((id, ip.ip(), bits.parse().expect("a prefix length"), action));
+        self.acl
+            .push((id, ip.ip(), bits.parse().expect("a prefix length"), action));
         self
     }
 
@@ -324,8 +355,9 @@ impl World {
         if flags != 0 {
             self.ours.push(addr);
         }
-        let family: Vec<usize> =
-            (0..self.sources.len()).filter(|i| self.sources[*i].is_ipv4() == addr.is_ipv4()).collect();
+        let family: Vec<usize> = (0..self.sources.len())
+            .filter(|i| self.sources[*i].is_ipv4() == addr.is_ipv4())
+            .collect();
         self.backends.push(Backend {
             hop,
             addr: Addr16::from(addr),
@@ -395,7 +427,10 @@ impl World {
     /// A client of the last service is bound to a backend.
     pub fn affinity(mut self, client: impl ToIp, id: u32, epoch: u32) -> Self {
         let service = self.services.len() as u32;
-        let key = AffinityKey { client: Addr16::from(client.ip()), service };
+        let key = AffinityKey {
+            client: Addr16::from(client.ip()),
+            service,
+        };
         self.affinity.push((key, Affinity { backend: id, epoch }));
         self
     }
@@ -403,7 +438,9 @@ impl World {
     /// Every address that packets of ours carry.
     pub fn our_addresses(&self) -> Vec<IpAddr> {
         let vips = self.vips.iter().map(|(vip, _)| *vip);
-        vips.chain(self.sources.iter().copied()).chain(self.ours.iter().copied()).collect()
+        vips.chain(self.sources.iter().copied())
+            .chain(self.ours.iter().copied())
+            .collect()
     }
 
     /// The ring of a service, filled.
@@ -417,7 +454,9 @@ impl World {
                 .collect()
         };
         let ids: Vec<u32> = service.ring.clone().unwrap_or_else(active);
-        (0..RING_ROW).map(|i| if ids.is_empty() { 0 } else { ids[i % ids.len()] }).collect()
+        (0..RING_ROW)
+            .map(|i| if ids.is_empty() { 0 } else { ids[i % ids.len()] })
+            .collect()
     }
 
     /// `DEVICES` by slot.
@@ -443,6 +482,11 @@ impl World {
     /// `TIMEOUTS` of a service.
     pub fn timeouts(service: &ServiceRow, hz: u32) -> Timeouts {
         let [established, syn, closing, udp] = service.timeouts.map(|s| s * hz);
-        Timeouts { established, syn, closing, udp }
+        Timeouts {
+            established,
+            syn,
+            closing,
+            udp,
+        }
     }
 }

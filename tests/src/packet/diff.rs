@@ -12,7 +12,9 @@ pub fn diff(expected: &[u8], found: &[u8]) -> Option<String> {
     for (name, value) in &want {
         match have.iter().find(|(n, _)| n == name) {
             Some((_, other)) if other == value => {}
-            Some((_, other)) => writeln!(text, "    {name}: expected {value}, found {other}").expect("a string"),
+            Some((_, other)) => {
+                writeln!(text, "    {name}: expected {value}, found {other}").expect("a string")
+            }
             None => writeln!(text, "    {name}: expected {value}, found nothing").expect("a string"),
         }
     }
@@ -21,13 +23,22 @@ pub fn diff(expected: &[u8], found: &[u8]) -> Option<String> {
             writeln!(text, "    {name}: expected nothing, found {value}").expect("a string");
         }
     }
-    let _ = writeln!(text, "    expected {}\n    found    {}", hex(expected), hex(found));
+    let _ = writeln!(
+        text,
+        "    expected {}\n    found    {}",
+        hex(expected),
+        hex(found)
+    );
     Some(text)
 }
 
 fn hex(bytes: &[u8]) -> String {
     let shown: String = bytes.iter().take(160).map(|b| format!("{b:02x}")).collect();
-    if bytes.len() > 160 { format!("{shown}… ({} bytes)", bytes.len()) } else { shown }
+    if bytes.len() > 160 {
+        format!("{shown}… ({} bytes)", bytes.len())
+    } else {
+        shown
+    }
 }
 
 type Fields = Vec<(String, String)>;
@@ -77,8 +88,14 @@ fn ipv4(name: &str, bytes: &[u8], fields: &mut Fields) {
     put("ttl", bytes[8].to_string());
     put("protocol", bytes[9].to_string());
     put("checksum", format!("{:04x}", word(bytes, 10)));
-    put("src", Ipv4Addr::new(bytes[12], bytes[13], bytes[14], bytes[15]).to_string());
-    put("dst", Ipv4Addr::new(bytes[16], bytes[17], bytes[18], bytes[19]).to_string());
+    put(
+        "src",
+        Ipv4Addr::new(bytes[12], bytes[13], bytes[14], bytes[15]).to_string(),
+    );
+    put(
+        "dst",
+        Ipv4Addr::new(bytes[16], bytes[17], bytes[18], bytes[19]).to_string(),
+    );
     put("options", hex(&bytes[20..header]));
     if word(bytes, 6) & 0x1fff == 0 {
         layer4(name, bytes[9], &bytes[header..], fields);
@@ -104,7 +121,11 @@ fn ipv6(name: &str, bytes: &[u8], fields: &mut Fields) {
     put("dst", address(24));
     let (mut next, mut at) = (bytes[6], 40);
     while matches!(next, 0 | 43 | 44 | 60) && at + 8 <= bytes.len() {
-        let length = if next == 44 { 8 } else { 8 * (usize::from(bytes[at + 1]) + 1) };
+        let length = if next == 44 {
+            8
+        } else {
+            8 * (usize::from(bytes[at + 1]) + 1)
+        };
         let end = (at + length).min(bytes.len());
         put(&format!("extension.{next}@{at}"), hex(&bytes[at..end]));
         let later = next == 44 && word(bytes, at + 2) & 0xfff8 != 0;
@@ -157,7 +178,10 @@ mod tests {
 
     #[test]
     fn names_the_field_that_differs() {
-        let a = eth([2; 6], [4; 6]).ip("10.0.0.1", "10.0.0.2").udp(1, 2).payload(b"x");
+        let a = eth([2; 6], [4; 6])
+            .ip("10.0.0.1", "10.0.0.2")
+            .udp(1, 2)
+            .payload(b"x");
         assert_eq!(diff(&a.build(), &a.build()), None);
         let text = diff(&a.build(), &a.clone().ttl(63).build()).unwrap();
         assert!(text.contains("ip.ttl: expected 64, found 63"), "{text}");

@@ -190,7 +190,11 @@ impl Packet {
     /// IPv4 or IPv6 by the addresses; TTL or hop limit 64, IPv4 identification 0x1234, DF set.
     pub fn ip(mut self, src: impl ToIp, dst: impl ToIp) -> Self {
         let (src, dst) = (src.ip(), dst.ip());
-        assert_eq!(src.is_ipv4(), dst.is_ipv4(), "{src} and {dst} are of two families");
+        assert_eq!(
+            src.is_ipv4(),
+            dst.is_ipv4(),
+            "{src} and {dst} are of two families"
+        );
         self.ethertype = if src.is_ipv4() { 0x0800 } else { 0x86dd };
         self.ip = Some(Ip {
             src,
@@ -289,7 +293,11 @@ impl Packet {
     }
     /// A UDP datagram.
     pub fn udp(mut self, sport: u16, dport: u16) -> Self {
-        self.l4 = L4::Udp { sport, dport, length: None };
+        self.l4 = L4::Udp {
+            sport,
+            dport,
+            length: None,
+        };
         self
     }
     /// Same packet between other ports.
@@ -302,31 +310,41 @@ impl Packet {
     }
     /// TCP sequence and acknowledgment numbers.
     pub fn seq(mut self, sequence: u32, acknowledgment: u32) -> Self {
-        let L4::Tcp { seq, ack, .. } = &mut self.l4 else { panic!("not TCP") };
+        let L4::Tcp { seq, ack, .. } = &mut self.l4 else {
+            panic!("not TCP")
+        };
         (*seq, *ack) = (sequence, acknowledgment);
         self
     }
     /// TCP window.
     pub fn window(mut self, size: u16) -> Self {
-        let L4::Tcp { window, .. } = &mut self.l4 else { panic!("not TCP") };
+        let L4::Tcp { window, .. } = &mut self.l4 else {
+            panic!("not TCP")
+        };
         *window = size;
         self
     }
     /// TCP options; a multiple of four bytes.
     pub fn tcp_options(mut self, bytes: &[u8]) -> Self {
-        let L4::Tcp { options, .. } = &mut self.l4 else { panic!("not TCP") };
+        let L4::Tcp { options, .. } = &mut self.l4 else {
+            panic!("not TCP")
+        };
         *options = bytes.to_vec();
         self
     }
     /// Lies about the TCP data offset (in words).
     pub fn data_offset(mut self, words: u8) -> Self {
-        let L4::Tcp { header_words, .. } = &mut self.l4 else { panic!("not TCP") };
+        let L4::Tcp { header_words, .. } = &mut self.l4 else {
+            panic!("not TCP")
+        };
         *header_words = Some(words);
         self
     }
     /// Lies about the UDP length.
     pub fn udp_length(mut self, bytes: u16) -> Self {
-        let L4::Udp { length, .. } = &mut self.l4 else { panic!("not UDP") };
+        let L4::Udp { length, .. } = &mut self.l4 else {
+            panic!("not UDP")
+        };
         *length = Some(bytes);
         self
     }

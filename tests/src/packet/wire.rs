@@ -42,7 +42,12 @@ impl Packet {
             return 20 + ip.options.len();
         }
         let fragment = if ip.fragment.is_some() { 8 } else { 0 };
-        40 + ip.extensions.iter().map(|(_, body)| body.len() + 2).sum::<usize>() + fragment
+        40 + ip
+            .extensions
+            .iter()
+            .map(|(_, body)| body.len() + 2)
+            .sum::<usize>()
+            + fragment
     }
 
     /// Whether the packet is IPv4.
@@ -78,7 +83,16 @@ impl Packet {
         let mut bytes = Vec::new();
         let at = match &self.l4 {
             L4::None => return self.payload.clone(),
-            L4::Tcp { sport, dport, seq, ack, flags, window, options, header_words } => {
+            L4::Tcp {
+                sport,
+                dport,
+                seq,
+                ack,
+                flags,
+                window,
+                options,
+                header_words,
+            } => {
                 let words = header_words.unwrap_or((5 + options.len() / 4) as u8);
                 bytes.extend(sport.to_be_bytes());
                 bytes.extend(dport.to_be_bytes());
@@ -117,7 +131,11 @@ impl Packet {
             _ => checksum::segment(ip.src, ip.dst, protocol, bytes),
         };
         // RFC 768, RFC 8200: a UDP checksum of zero means none, so a computed zero is sent as all ones.
-        let right = if protocol == 17 && right == 0 { 0xffff } else { right };
+        let right = if protocol == 17 && right == 0 {
+            0xffff
+        } else {
+            right
+        };
         match self.checksum {
             Checksum::Right => right,
             Checksum::Wrong(xor) => right ^ xor,
@@ -137,7 +155,9 @@ impl Packet {
         match (ip.src, ip.dst) {
             (IpAddr::V4(src), IpAddr::V4(dst)) => {
                 let words = ip.header_words.unwrap_or((5 + ip.options.len() / 4) as u8);
-                let length = ip.total_length.unwrap_or((20 + ip.options.len() + body.len()) as u16);
+                let length = ip
+                    .total_length
+                    .unwrap_or((20 + ip.options.len() + body.len()) as u16);
                 let flags = u16::from(ip.dont_fragment) << 14 | u16::from(more) << 13;
                 let mut header = vec![0x40 | words, ip.tos];
                 header.extend(length.to_be_bytes());
@@ -190,7 +210,10 @@ mod tests {
     #[test]
     fn built_checksums_verify() {
         for (src, dst) in [("10.0.0.1", "10.0.0.2"), ("2001:db8::1", "2001:db8::2")] {
-            let packet = eth([2; 6], [4; 6]).ip(src, dst).tcp(1, 2, flag::SYN).payload(b"odd");
+            let packet = eth([2; 6], [4; 6])
+                .ip(src, dst)
+                .tcp(1, 2, flag::SYN)
+                .payload(b"odd");
             let bytes = packet.ip_bytes();
             let l4 = &bytes[packet.ip_header_length()..];
             let (src, dst) = (src.parse().unwrap(), dst.parse().unwrap());
@@ -200,7 +223,10 @@ mod tests {
 
     #[test]
     fn fragments_make_up_the_datagram() {
-        let whole = eth([2; 6], [4; 6]).ip("10.0.0.1", "10.0.0.2").udp(1, 2).payload(&[7; 40]);
+        let whole = eth([2; 6], [4; 6])
+            .ip("10.0.0.1", "10.0.0.2")
+            .udp(1, 2)
+            .payload(&[7; 40]);
         let joined = [whole.clone().fragment(0, 24), whole.clone().fragment(24, 48)]
             .iter()
             .flat_map(|f| f.ip_bytes()[20..].to_vec())
