@@ -7,7 +7,10 @@ use std::{
 };
 
 use anyhow::Result;
-use lb_tests::netns::{Namespace, PassAll};
+use lb_tests::{
+    netns::{Namespace, PassAll},
+    packet::ToIp as _,
+};
 
 /// Bytes of a bulk transfer, each way.
 pub const BULK: usize = 10 << 20;
@@ -117,7 +120,7 @@ pub fn address_of(index: usize, v6: bool) -> IpAddr {
     } else {
         format!("203.0.113.{}", 11 + index)
     };
-    text.parse().expect("an address")
+    text.as_str().ip()
 }
 
 /// The bytes of a transfer: xorshift, so that nothing lost, doubled or swapped goes unseen.

@@ -7,6 +7,7 @@ mod fragments;
 mod icmp;
 mod net;
 mod policy;
+mod rewrite;
 mod tcp;
 
 /// Each group of rows in the kernel and in the model.
@@ -17,4 +18,4 @@ macro_rules! groups {
     };
 }
 
-groups!(flows, foreign, fragments, icmp, policy, tcp);
+groups!(flows, foreign, fragments, icmp, policy, rewrite, tcp);

@@ -8,7 +8,7 @@ use lb_common::{
     maps::{ACL_ALLOW, ACL_DENY, backend_state, service_flags},
 };
 use lb_tests::{
-    packet::{eth, flag},
+    packet::{ToIp as _, eth, flag},
     row::{Expect, Row, row},
     world::{BRIDGE, Conn, NIC, World, mac_of},
 };
@@ -307,9 +307,9 @@ fn hairpin(n: Net) -> Vec<Row> {
             let client = if who == "the backend itself" {
                 n.container()
             } else if n.v6 {
-                "fd00:17::3".parse().expect("an address")
+                "fd00:17::3".ip()
             } else {
-                "172.17.0.3".parse().expect("an address")
+                "172.17.0.3".ip()
             };
             let open = n
                 .packet((client, CPORT), (n.vip(), SPORT), flag::SYN)

@@ -42,6 +42,10 @@ const NOW: u32 = u32::MAX - 100;
 /// All maps on the heap. One thread, one packet at a time.
 pub struct Model(UnsafeCell<Maps>);
 
+#[expect(
+    clippy::vec_box,
+    reason = "the core may hold pointers into what was removed: it must not move"
+)]
 struct Maps {
     ours: Vec<u64>,
     settings: Settings,
