@@ -19,3 +19,22 @@ macro_rules! groups {
 }
 
 groups!(flows, foreign, fragments, icmp, policy, rewrite, tcp);
+
+#[test]
+fn rows_are_many_and_of_different_names() {
+    let groups = [
+        flows::rows(),
+        foreign::rows(),
+        fragments::rows(),
+        icmp::rows(),
+        policy::rows(),
+        rewrite::rows(),
+        tcp::rows(),
+    ];
+    let mut names: Vec<_> = groups.into_iter().flatten().map(|row| row.name).collect();
+    let all = names.len();
+    assert!(all >= 150, "only {all} rows");
+    names.sort();
+    names.dedup();
+    assert_eq!(names.len(), all, "two rows have the same name");
+}
