@@ -20,8 +20,9 @@ use lb_common::{
 use lb_ebpf::{
     csum,
     packet::{Header, Hook, Packet},
+    parse::Datagram,
     pipeline,
-    tables::{Entry, InsertError, Tables, Work},
+    tables::{Entry, InsertError, Scratch, Tables, Work},
     verdict::{Action, Verdict},
 };
 
@@ -65,8 +66,8 @@ struct Maps {
     /// As under RCU, what was removed stays readable while a packet is on its way.
     removed4: Vec<Box<Flow4>>,
     removed6: Vec<Box<Flow6>>,
-    work4: Work<Addr4>,
-    work6: Work<Addr16>,
+    scratch4: Scratch<Addr4>,
+    scratch6: Scratch<Addr16>,
     counters: Vec<u64>,
     drops: Vec<u64>,
     backend_stats: Vec<BackendStats>,
@@ -97,8 +98,8 @@ impl Default for Model {
             flows6: HashMap::new(),
             removed4: Vec::new(),
             removed6: Vec::new(),
-            work4: Work::default(),
-            work6: Work::default(),
+            scratch4: blank(),
+            scratch6: blank(),
             counters: vec![0; Counter::COUNT],
             drops: vec![0; DropReason::COUNT],
             backend_stats: vec![BackendStats::default(); BACKENDS as usize],
@@ -275,6 +276,24 @@ fn wide<A: Address>(key: &FlowKey<A>) -> FlowKey6 {
     }
 }
 
+impl View<'_> {
+    /// The scratch room of a family; `V6` says which of the two types `Scratch<A>` is.
+    fn scratch<A: Address>(self) -> *mut Scratch<A> {
+        let maps = self.0.maps();
+        if A::V6 {
+            (&raw mut maps.scratch6).cast()
+        } else {
+            (&raw mut maps.scratch4).cast()
+        }
+    }
+}
+
+/// Scratch room as a map has it at first.
+fn blank<A: Address>() -> Scratch<A> {
+    // SAFETY: integers, and an enum that has a variant zero.
+    unsafe { std::mem::zeroed() }
+}
+
 // === impl Tables ===
 
 impl Tables for View<'_> {
@@ -421,18 +440,26 @@ impl Tables for View<'_> {
             maps.removed4.extend(maps.flows4.remove(&key));
         }
     }
+    fn frame<'a, A: Address>(self) -> Option<&'a mut Datagram<A>>
+    where
+        Self: 'a,
+    {
+        // SAFETY: the core takes each field once per packet, and the room outlives the packet.
+        Some(unsafe { &mut (*self.scratch::<A>()).frame })
+    }
+    fn quote<'a, A: Address>(self) -> Option<&'a mut Datagram<A>>
+    where
+        Self: 'a,
+    {
+        // SAFETY: as in `frame`, for another field.
+        Some(unsafe { &mut (*self.scratch::<A>()).quote })
+    }
     fn work<'a, A: Address>(self) -> Option<&'a mut Work<A>>
     where
         Self: 'a,
     {
-        let maps = self.0.maps();
-        let room: *mut Work<A> = if A::V6 {
-            (&raw mut maps.work6).cast()
-        } else {
-            (&raw mut maps.work4).cast()
-        };
-        // SAFETY: `V6` says which of the two types `Work<A>` is; the core takes it once per packet.
-        Some(unsafe { &mut *room })
+        // SAFETY: as in `frame`, for another field.
+        Some(unsafe { &mut (*self.scratch::<A>()).work })
     }
     fn count(self, counter: Counter) {
         self.0.maps().counters[counter as usize] += 1;
