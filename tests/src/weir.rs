@@ -1,0 +1,192 @@
+//! The real `weir` binary in a namespace, with pins, socket and files of its own.
+
+use std::{
+    io::{Read as _, Write as _},
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+
+use crate::{guard::Guard, kernel::object_path, netns::Namespace};
+
+/// How long an agent may take to be ready: it loads three programs.
+const READY: Duration = Duration::from_secs(60);
+
+/// An agent in a namespace. Dropping it kills it and detaches its datapath.
+#[derive(Debug)]
+pub struct Weir<'n> {
+    namespace: &'n Namespace,
+    directory: tempfile::TempDir,
+    pins: PathBuf,
+    agent: Option<Guard>,
+}
+
+/// The binary: `WEIR_BIN`, or where cargo puts it.
+pub fn binary() -> PathBuf {
+    let debug = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/debug/weir");
+    std::env::var_os("WEIR_BIN").map_or_else(debug, PathBuf::from)
+}
+
+impl<'n> Weir<'n> {
+    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready. Pins, socket
+    /// and metrics are set here; Docker is off unless the configuration has a section of its own.
+    pub fn start(namespace: &'n Namespace, config: &str) -> Result<Self> {
+        let directory = tempfile::tempdir()?;
+        let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
+        let mut weir = Self {
+            namespace,
+            directory,
+            pins,
+            agent: None,
+        };
+        weir.configure(config)?;
+        weir.run()?;
+        Ok(weir)
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.directory.path().join("weir.sock")
+    }
+
+    /// The configuration file.
+    pub fn config_path(&self) -> PathBuf {
+        self.directory.path().join("weir.toml")
+    }
+
+    /// Writes the configuration in one step, as an operator's editor would.
+    pub fn configure(&self, config: &str) -> Result<()> {
+        let mut text = config.to_owned();
+        text.push_str(&format!(
+            "\n[bpf]\npin-path = \"{}\"\n\n[admin]\nsocket = \"{}\"\nmetrics = \"127.0.0.1:0\"\n",
+            self.pins.display(),
+            self.socket().display()
+        ));
+        if !config.contains("[docker]") {
+            text.push_str("\n[docker]\nenabled = false\n");
+        }
+        let next = self.directory.path().join("weir.toml.next");
+        std::fs::write(&next, text)?;
+        Ok(std::fs::rename(next, self.config_path())?)
+    }
+
+    /// Starts the agent (again) and waits until it is ready.
+    pub fn run(&mut self) -> Result<()> {
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())?;
+        let mut command = self.namespace.command(binary());
+        command.arg("run").arg("--config").arg(self.config_path());
+        command.env("WEIR_BPF_OBJECT", object_path());
+        command.stdout(log.try_clone()?).stderr(log);
+        self.agent = Some(Guard::spawn(&mut command)?);
+        self.await_ready()
+    }
+
+    fn log_path(&self) -> PathBuf {
+        self.directory.path().join("weir.log")
+    }
+
+    /// What the agents have said so far.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.log_path()).unwrap_or_default()
+    }
+
+    fn await_ready(&mut self) -> Result<()> {
+        let until = Instant::now() + READY;
+        while Instant::now() < until {
+            if self.status().is_ok_and(|status| status["ready"] == true) {
+                return Ok(());
+            }
+            // The socket tells nobody that it will come; the end of the agent can be waited for meanwhile.
+            let agent = self.agent.as_mut().expect("started");
+            if let Some(status) = agent.wait(Duration::from_millis(20))? {
+                bail!("weir ended ({status}) before it was ready:\n{}", self.log());
+            }
+        }
+        bail!("weir is not ready after {READY:?}:\n{}", self.log())
+    }
+
+    /// Waits until `done` holds of the agent's status.
+    pub fn await_status(&mut self, what: &str, done: impl Fn(&serde_json::Value) -> bool) -> Result<()> {
+        let until = Instant::now() + READY;
+        while Instant::now() < until {
+            if self.status().is_ok_and(|status| done(&status)) {
+                return Ok(());
+            }
+            let agent = self.agent.as_mut().context("the agent is not running")?;
+            ensure!(
+                agent.wait(Duration::from_millis(20))?.is_none(),
+                "weir ended:\n{}",
+                self.log()
+            );
+        }
+        bail!(
+            "still not {what} after {READY:?}: {:#}\n{}",
+            self.status()?,
+            self.log()
+        )
+    }
+
+    /// The agent's status as its socket tells it.
+    pub fn status(&self) -> Result<serde_json::Value> {
+        let body = get(&self.socket(), "/v1/status")?;
+        serde_json::from_str(&body).with_context(|| body)
+    }
+
+    /// Runs another command of the binary against this agent: `weir <words> --socket …`.
+    pub fn cli(&self, words: &[&str]) -> Result<Output> {
+        let mut command = self.namespace.command(binary());
+        Ok(command.args(words).arg("--socket").arg(self.socket()).output()?)
+    }
+
+    /// Kills the agent (SIGKILL); the datapath stays.
+    pub fn kill(&mut self) {
+        self.agent = None;
+    }
+}
+
+impl Drop for Weir<'_> {
+    fn drop(&mut self) {
+        self.agent = None;
+        let mut detach: Command = self.namespace.command(binary());
+        detach
+            .arg("detach")
+            .arg("--config")
+            .arg(self.config_path())
+            .stdout(std::process::Stdio::null());
+        match detach.status() {
+            Ok(status) if status.success() => {}
+            other => eprintln!("weir detach: {other:?}"),
+        }
+        if self.pins.exists() {
+            // Links die with their pins, so nothing stays attached.
+            let _ = std::fs::remove_dir_all(&self.pins);
+        }
+        if std::thread::panicking() {
+            eprintln!("weir said:\n{}", self.log());
+        }
+    }
+}
+
+/// `GET` over a Unix socket; the body.
+fn get(socket: &Path, path: &str) -> Result<String> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: weir\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer)?;
+    let (head, body) = answer.split_once("\r\n\r\n").context("no HTTP answer")?;
+    ensure!(head.starts_with("HTTP/1.1 200"), "{head}");
+    ensure!(
+        !head.to_lowercase().contains("transfer-encoding: chunked"),
+        "chunked answer"
+    );
+    Ok(body.to_owned())
+}
