@@ -47,7 +47,7 @@ pub const DEFAULT_SNAT_PORT_MIN: u16 = 16_384;
 /// Last SNAT port unless configured.
 pub const DEFAULT_SNAT_PORT_MAX: u16 = 32_767;
 /// Ports tried for a new flow before it is dropped as `snat_ports_exhausted`.
-pub const SNAT_PROBES: u32 = 16;
+pub const SNAT_PROBES: u32 = 8;
 /// Other backends tried when a SYN goes unanswered or is refused.
 pub const MAX_RESTEERS: u32 = 3;
 /// VLAN tags looked through.

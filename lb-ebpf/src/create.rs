@@ -89,8 +89,12 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     let Some(backend) = tables.backend(id) else {
         return no_backend(packet, tables, datagram, service);
     };
-    if send::to_backend::<P, T>(tables, backend).kind == Kind::NeedTc {
+    let way = send::to_backend::<P, T>(tables, backend);
+    if way.kind == Kind::NeedTc {
         return Verdict::TO_TC;
+    }
+    if way.is_hop() && datagram.ttl <= 1 {
+        return Verdict::drop(DropReason::TtlExpired, service.id);
     }
     work.forward.backend = id;
     work.forward.hop = hop;

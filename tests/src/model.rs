@@ -552,9 +552,6 @@ impl<const HOOK: u8> Packet for Frame<HOOK> {
         // SAFETY: in bounds and aligned (`at`), every bit pattern is an `H`, and `self` is borrowed mutably.
         Some(unsafe { &mut *base.add(start).cast::<H>() })
     }
-    fn len(&self) -> usize {
-        self.end - self.start
-    }
     fn segment_size(&self) -> usize {
         0
     }
@@ -562,7 +559,7 @@ impl<const HOOK: u8> Packet for Frame<HOOK> {
         self.device
     }
     fn pull(&mut self, length: usize) -> bool {
-        length <= self.len()
+        length <= self.bytes().len()
     }
     fn fix_checksum(&mut self, offset: usize, pseudo: u16, other: u16, zero_is_none: bool) -> bool {
         let Some(check) = self.get_mut::<u16>(offset) else {
@@ -578,7 +575,7 @@ impl<const HOOK: u8> Packet for Frame<HOOK> {
         true
     }
     fn truncate(&mut self, length: usize) -> bool {
-        if length > self.len() {
+        if length > self.bytes().len() {
             return false;
         }
         self.end = self.start + length;

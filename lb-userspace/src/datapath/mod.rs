@@ -6,6 +6,8 @@ pub mod batch;
 pub mod bpf;
 pub mod counters;
 pub mod detach;
+#[cfg(any(test, feature = "fake"))]
+pub mod fake;
 pub mod flows;
 pub mod load;
 pub mod net;
@@ -16,8 +18,6 @@ pub mod slots;
 pub mod state;
 pub mod sweep;
 pub mod sysctl;
-#[cfg(any(test, feature = "fake"))]
-pub mod fake;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
