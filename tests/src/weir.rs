@@ -21,6 +21,7 @@ pub struct Weir<'n> {
     namespace: &'n Namespace,
     directory: tempfile::TempDir,
     pins: PathBuf,
+    xdp: &'static str,
     agent: Option<Guard>,
 }
 
@@ -31,15 +32,16 @@ pub fn binary() -> PathBuf {
 }
 
 impl<'n> Weir<'n> {
-    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready. Pins, socket
-    /// and metrics are set here; Docker is off unless the configuration has a section of its own.
-    pub fn start(namespace: &'n Namespace, config: &str) -> Result<Self> {
+    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready. `xdp` is the
+    /// key of that name. Pins, socket and metrics are set here; Docker is off unless the configuration has a section of its own.
+    pub fn start(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
         let mut weir = Self {
             namespace,
             directory,
             pins,
+            xdp,
             agent: None,
         };
         weir.configure(config)?;
@@ -60,8 +62,9 @@ impl<'n> Weir<'n> {
     pub fn configure(&self, config: &str) -> Result<()> {
         let mut text = config.to_owned();
         text.push_str(&format!(
-            "\n[bpf]\npin-path = \"{}\"\n\n[admin]\nsocket = \"{}\"\nmetrics = \"127.0.0.1:0\"\n",
+            "\n[bpf]\npin-path = \"{}\"\nxdp = \"{}\"\n\n[admin]\nsocket = \"{}\"\nmetrics = \"127.0.0.1:0\"\n",
             self.pins.display(),
+            self.xdp,
             self.socket().display()
         ));
         if !config.contains("[docker]") {
