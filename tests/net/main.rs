@@ -4,7 +4,7 @@ mod lab;
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use lab::{BULK, Lab, VIP4, VIP6, Wiring, serve_tcp, serve_udp, talk_tcp, talk_udp};
 use lb_tests::weir::Weir;
 
@@ -29,9 +29,9 @@ fn tcp(wiring: Wiring, backends: usize, v6: bool) -> Result<()> {
     let lab = Lab::new(wiring, backends)?;
     let port = serve(&lab, v6, false)?;
     let vip = if v6 { VIP6 } else { VIP4 };
-    let _weir = Weir::start(&lab.node, &lab.config(vip, "80/tcp", port))?;
+    let weir = Weir::start(&lab.node, &lab.config(vip, "80/tcp", port))?;
     let to = SocketAddr::new(vip.parse()?, 80);
-    talk_tcp(&lab.client, to, BULK)?;
+    talk_tcp(&lab.client, to, BULK).with_context(|| weir.explain())?;
     let answered = (0..FLOWS)
         .map(|_| talk_tcp(&lab.client, to, 100))
         .collect::<Result<BTreeSet<_>>>()?;
@@ -43,12 +43,13 @@ fn udp(wiring: Wiring, backends: usize, v6: bool) -> Result<()> {
     let lab = Lab::new(wiring, backends)?;
     let port = serve(&lab, v6, true)?;
     let vip = if v6 { VIP6 } else { VIP4 };
-    let _weir = Weir::start(&lab.node, &lab.config(vip, "53/udp", port))?;
+    let weir = Weir::start(&lab.node, &lab.config(vip, "53/udp", port))?;
     let to = SocketAddr::new(vip.parse()?, 53);
     let mut answered = BTreeSet::new();
     for i in 0..FLOWS {
         // Every length from nothing to a full frame, so that odd ones and padding are among them.
-        answered.insert(talk_udp(&lab.client, to, &lab::bytes(i as u64, i * 23))?);
+        let question = lab::bytes(i as u64, i * 23);
+        answered.insert(talk_udp(&lab.client, to, &question).with_context(|| weir.explain())?);
     }
     assert_eq!(answered, (0..backends as u8).collect(), "every backend answers");
     Ok(())

@@ -137,6 +137,17 @@ impl<'n> Weir<'n> {
         serde_json::from_str(&body).with_context(|| body)
     }
 
+    /// Counters of the datapath, backends and what the agents said: what a failed test has to show.
+    pub fn explain(&self) -> String {
+        let status = self
+            .status()
+            .map_or_else(|e| e.to_string(), |status| brief(&status));
+        let counters = get(&self.socket(), "/v1/counters").unwrap_or_else(|e| e.to_string());
+        let moved = serde_json::from_str::<serde_json::Value>(&counters)
+            .map_or(counters, |counters| moved(&counters).to_string());
+        format!("counters {moved}\nstatus {status}\nlog\n{}", self.log())
+    }
+
     /// Runs another command of the binary against this agent: `weir <words> --socket …`.
     pub fn cli(&self, words: &[&str]) -> Result<Output> {
         let mut command = self.namespace.command(binary());
@@ -169,6 +180,30 @@ impl Drop for Weir<'_> {
         if std::thread::panicking() {
             eprintln!("weir said:\n{}", self.log());
         }
+    }
+}
+
+/// The parts of a status that a failed test needs.
+fn brief(status: &serde_json::Value) -> String {
+    format!(
+        "ready {} faults {} attachments {} rejections {} services {:#}",
+        status["ready"], status["faults"], status["attachments"], status["rejections"], status["services"]
+    )
+}
+
+/// What is not zero.
+fn moved(value: &serde_json::Value) -> serde_json::Value {
+    use serde_json::Value;
+    let keep = |value: &Value| {
+        value.as_u64() != Some(0) && value.as_object().is_none_or(|inner| !inner.is_empty())
+    };
+    match value {
+        Value::Object(entries) => entries
+            .iter()
+            .map(|(name, value)| (name.clone(), moved(value)))
+            .filter(|(_, value)| keep(value))
+            .collect(),
+        other => other.clone(),
     }
 }
 
