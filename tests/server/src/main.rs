@@ -2,7 +2,7 @@
 //! and leaves as a well-behaved server does.
 //!
 //! `server PORT` serves TCP and UDP. TCP: each line is answered by `<name> <client> <line>`, an HTTP request by the same
-//! as its body. `server tell ORDER` gives an order to the server of the same container.
+//! as its body. `server tell ORDER` gives an order to the server of the same container; `server ask ADDRESS` asks another.
 
 mod control;
 mod serve;
@@ -36,8 +36,12 @@ fn run() -> Result<ExitCode> {
                 ExitCode::FAILURE
             })
         }
+        ["ask", address] => {
+            print!("{}", serve::ask(address)?);
+            Ok(ExitCode::SUCCESS)
+        }
         [port] => serve(port.parse().context("the port")?),
-        _ => anyhow::bail!("usage: server PORT | server tell close|open|sick|well|health"),
+        _ => anyhow::bail!("usage: server PORT | server tell close|open|sick|well|health | server ask ADDRESS"),
     }
 }
 

@@ -209,6 +209,17 @@ fn converse(mut stream: TcpStream, client: SocketAddr, name: &str) -> Result<()>
     Ok(())
 }
 
+/// Asks a server like this one, as a client.
+pub fn ask(address: &str) -> Result<String> {
+    let to: SocketAddr = address.parse().context("the address")?;
+    let mut stream = TcpStream::connect_timeout(&to, LONGEST).context(to)?;
+    stream.set_read_timeout(Some(LONGEST))?;
+    writeln!(stream, "hello")?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer)?;
+    Ok(answer)
+}
+
 /// Clients of IPv4 come to the IPv6 socket with mapped addresses: shown as what they are.
 fn answer(name: &str, client: SocketAddr, text: &str) -> String {
     let client = SocketAddr::new(client.ip().to_canonical(), client.port());
