@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Keys in one run.
-pub const BATCH: usize = 64;
+pub const BATCH: usize = 16;
 /// Bytes before the keys.
 pub const HEADER: usize = 8;
 
