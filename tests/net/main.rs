@@ -1,6 +1,8 @@
 //! Real traffic through the real agent: client, balancer and backends in namespaces over veth.
 
+mod changes;
 mod lab;
+mod load;
 mod local;
 mod talk;
 

@@ -182,9 +182,9 @@ impl Expect {
     pub fn node(frame: &Packet) -> Self {
         Self::new(Outcome::Node, Some(frame))
     }
-    /// Delivered to the node through `lo` as `frame`.
+    /// Delivered to the node through `lo` as `frame`, addressed to that device.
     pub fn loopback(frame: &Packet) -> Self {
-        Self::new(Outcome::Loopback, Some(frame))
+        Self::new(Outcome::Loopback, Some(&frame.clone().eth([0; 6], [0; 6])))
     }
     /// Leaves the node as the stack was sending it, as `frame`.
     pub fn stack(frame: &Packet) -> Self {
