@@ -6,12 +6,14 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 mod apt;
+mod demo;
 mod ebpf;
 mod elf;
 mod lint;
 mod needs;
 mod process;
 mod run;
+mod server;
 mod setup;
 mod test;
 mod toolchain;
@@ -34,6 +36,8 @@ enum Command {
     BuildEbpf,
     /// Build everything and run the agent: `cargo xtask run -- --config weir.toml`
     Run(run::Options),
+    /// Show it: real containers behind a VIP, scaled under load, in namespaces that are removed afterwards
+    Demo,
     /// Run the tests, all tiers or those named
     Test(test::Options),
     /// Check formatting, then clippy on the host crates and on the BPF programs; warnings are errors
@@ -56,6 +60,7 @@ fn run(command: Command) -> Result<()> {
         Command::Setup(options) => setup::run(&options),
         Command::BuildEbpf => ebpf::build().map(drop),
         Command::Run(options) => run::run(&options),
+        Command::Demo => demo::run(),
         Command::Test(options) => test::run(&options),
         Command::Lint => lint::run(),
     }

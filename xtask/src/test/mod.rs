@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
-use crate::{ebpf, run::build_agent, setup, vm, workspace};
+use crate::{ebpf, run::build_agent, server, setup, vm, workspace};
 
 pub mod cargo;
 pub mod report;
@@ -67,6 +67,9 @@ fn run_tier(tier: Tier, filter: Option<&str>) -> Result<Count> {
     let mut command = cargo::test(&tier.selection(), tier.threads(), filter);
     if tier.needs_agent() {
         command.env("WEIR_BIN", build_agent()?);
+    }
+    if tier == Tier::E2e {
+        command.env("WEIR_SERVER_BIN", server::build()?);
     }
     cargo::run(command)
 }
