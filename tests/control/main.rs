@@ -2,6 +2,12 @@
 //!
 //! A script is a text file in `scripts/`; [`script`] describes its words. `WEIR_BLESS=1` rewrites what is expected.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail as tests do"
+)]
+
 mod script;
 
 use std::{

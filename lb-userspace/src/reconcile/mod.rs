@@ -93,6 +93,8 @@ pub struct Reconciler {
     /// Passes in a row with a failed write.
     failures: u32,
     may_remove: bool,
+    /// Some pass has programmed everything that was wished for then.
+    settled: bool,
     started: Instant,
     resync_at: Instant,
     /// When the oldest update that is not programmed yet came.
@@ -129,6 +131,7 @@ impl Reconciler {
             faults: Vec::new(),
             failures: 0,
             may_remove: false,
+            settled: false,
             started: now,
             resync_at: now + options.resync_every,
             waiting_since: None,
@@ -210,6 +213,8 @@ impl Reconciler {
         let retry = if faults.is_empty() {
             self.failures = 0;
             self.faults.clear();
+            let places_known = !self.asked.values().any(|until| *until > now);
+            self.settled |= self.may_remove && places_known && self.topology.loopback_ifindex != 0;
             None
         } else {
             Some(self.failed(faults, now))
