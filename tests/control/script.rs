@@ -173,7 +173,7 @@ impl World {
                     .values()
                     .flat_map(|d| d.addresses.clone())
                     .collect();
-                self.reconciler.set_topology(self.topology.clone());
+                self.reconciler.set_topology(&self.topology);
             }
             ["place", ip, ref place @ ..] => {
                 let ip: IpAddr = ip.parse().unwrap();
@@ -190,7 +190,7 @@ impl World {
                     _ => panic!("{}: {line}", self.name),
                 };
                 self.topology.places.insert(ip, place);
-                self.reconciler.set_topology(self.topology.clone());
+                self.reconciler.set_topology(&self.topology);
             }
             ["places", count] => {
                 for i in 0..count.parse().unwrap() {
@@ -200,7 +200,7 @@ impl World {
                     };
                     self.topology.places.insert(many(i).ip(), place);
                 }
-                self.reconciler.set_topology(self.topology.clone());
+                self.reconciler.set_topology(&self.topology);
             }
             ["snat", ref addresses @ ..] => {
                 self.policy.snat_addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
@@ -241,7 +241,7 @@ impl World {
                 };
                 let maps = Box::new(self.maps.clone());
                 self.reconciler = Reconciler::new(maps, options, self.policy.clone(), self.now).unwrap();
-                self.reconciler.set_topology(self.topology.clone());
+                self.reconciler.set_topology(&self.topology);
             }
             [source, "reset"] => self.hear(source, Update::Reset(Vec::new())),
             [source, "remove", id] => self.hear(source, Update::Remove(id.into())),

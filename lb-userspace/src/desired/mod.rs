@@ -57,6 +57,8 @@ pub struct Heard {
     desired: Desired,
     /// Services of the desired state by the addresses of their backends.
     addresses: BTreeMap<IpAddr, BTreeSet<ServiceAddress>>,
+    /// Addresses that came or went since they were last asked for.
+    touched: BTreeSet<IpAddr>,
 }
 
 #[derive(Debug, Default)]
@@ -160,14 +162,17 @@ impl Heard {
                     services.remove(&address);
                     if services.is_empty() {
                         self.addresses.remove(&ip);
+                        self.touched.insert(ip);
                     }
                 }
             }
             for backend in wanted.iter().flat_map(|w| &w.service.backends) {
-                self.addresses
-                    .entry(backend.address.ip())
-                    .or_default()
-                    .insert(address);
+                let ip = backend.address.ip();
+                let services = self.addresses.entry(ip).or_default();
+                if services.is_empty() {
+                    self.touched.insert(ip);
+                }
+                services.insert(address);
             }
             match wanted {
                 Some(wanted) => self.desired.services.insert(address, wanted),
@@ -182,9 +187,14 @@ impl Heard {
         &self.desired
     }
 
-    /// Addresses of all desired backends.
-    pub fn addresses(&self) -> impl Iterator<Item = IpAddr> {
-        self.addresses.keys().copied()
+    /// Whether a desired backend has this address.
+    pub fn has_backend_at(&self, ip: IpAddr) -> bool {
+        self.addresses.contains_key(&ip)
+    }
+
+    /// Backend addresses that may have come or gone since the last call.
+    pub fn take_touched(&mut self) -> BTreeSet<IpAddr> {
+        std::mem::take(&mut self.touched)
     }
 
     /// Services with a backend of this address.

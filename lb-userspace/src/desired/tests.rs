@@ -78,5 +78,7 @@ fn what_is_heard_again_changes_nothing() {
     assert!(hear(&mut heard, "docker", Update::Reset(vec![object("a", 1, true)])).is_empty());
     assert_eq!(hear(&mut heard, "docker", Update::Reset(Vec::new())).len(), 1);
     assert!(heard.desired().services.is_empty());
-    assert_eq!(heard.addresses().count(), 0);
+    let ip = [10, 0, 0, 1].into();
+    assert!(!heard.has_backend_at(ip));
+    assert_eq!(heard.take_touched(), [ip].into());
 }

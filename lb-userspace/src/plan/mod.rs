@@ -139,6 +139,7 @@ pub fn plan(programmed: &Programmed, inputs: &Inputs<'_>, scope: Scope<'_>) -> P
         ranges,
         need: BTreeSet::new(),
         unneeded: BTreeMap::new(),
+        freed: BTreeSet::new(),
         acl_puts: 0,
         plan: Plan::default(),
     };
@@ -161,6 +162,8 @@ struct Planner<'a> {
     need: BTreeSet<IpAddr>,
     /// How many records with a LOCAL or NODE address this plan takes away.
     unneeded: BTreeMap<IpAddr, usize>,
+    /// Ids that this plan frees.
+    freed: BTreeSet<u32>,
     acl_puts: usize,
     plan: Plan,
 }
@@ -214,6 +217,7 @@ impl Planner<'_> {
                 if programmed::is_near(&slot.record) {
                     *self.unneeded.entry(slot.record.addr.into()).or_default() += 1;
                 }
+                self.freed.insert(*id);
                 self.plan.notes.push(Note::Free { id: *id });
             }
         }

@@ -365,8 +365,10 @@ impl Programmed {
     }
 
     /// Slots that take no new flows, or none any more.
-    pub fn waiting_slots(&self) -> impl Iterator<Item = &Slot> {
-        self.unsettled.iter().filter_map(|id| self.slots.get(id))
+    pub fn waiting_slots(&self) -> impl Iterator<Item = (u32, &Slot)> {
+        self.unsettled
+            .iter()
+            .filter_map(|id| Some((*id, self.slots.get(id)?)))
     }
 
     /// Whether a service id may be given to somebody else: no entry and no slot has it.

@@ -72,8 +72,7 @@ impl Planner<'_> {
         self.expire(&mut candidates, |id| entry.ring.counts.contains_key(&id));
         self.demote(group, &candidates, |_| false);
         self.describe(&candidates);
-        let freed = |id: &u32| self.plan.notes.contains(&Note::Free { id: *id });
-        if entry.value.is_none() && entry.acl.is_empty() && entry.slots.iter().all(freed) {
+        if entry.value.is_none() && entry.acl.is_empty() && entry.slots.is_subset(&self.freed) {
             self.plan.notes.push(Note::Forget { address });
         }
     }
@@ -416,6 +415,10 @@ impl Planner<'_> {
     /// Turns backends dead whose draining is over: by the deadline, or because a sweep found no flow of a leaving one.
     /// `in_use` tells which may still get new flows although they drain.
     fn expire(&mut self, candidates: &mut [Candidate], in_use: impl Fn(u32) -> bool) {
+        if !self.inputs.may_remove {
+            // Whoever wishes it back may not have spoken yet.
+            return;
+        }
         for c in candidates {
             let Some(deadline) = c.deadline.filter(|_| c.record.state == backend_state::DRAINING) else {
                 continue;

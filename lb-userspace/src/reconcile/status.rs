@@ -7,8 +7,9 @@ use std::{
 
 use lb_common::maps::backend_state;
 
-use super::{Place, Reconciler};
+use super::Reconciler;
 use crate::{
+    datapath::Place,
     model::{Backend, BackendState},
     plan::{About, Entry},
     status::{AttachmentStatus, BackendStatus, ServiceStatus, Status},

@@ -95,6 +95,8 @@ struct Files {
     state: PathBuf,
     /// What the operator has drained.
     drains: PathBuf,
+    /// Until when leaving backends drain.
+    deadlines: PathBuf,
 }
 
 impl Files {
@@ -102,6 +104,7 @@ impl Files {
         Self {
             state: socket.with_file_name("state.json"),
             drains: socket.with_file_name("drains"),
+            deadlines: socket.with_file_name("deadlines"),
         }
     }
 }

@@ -134,6 +134,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         sources: sources(&first),
         source_wait: first.startup_wait,
         drains: Some(files.drains),
+        deadlines: Some(files.deadlines),
         ..reconcile::Options::default()
     };
     let token = stop.clone();
