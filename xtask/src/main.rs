@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod agent;
 mod apt;
 mod ebpf;
 mod elf;
