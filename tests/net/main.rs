@@ -1,5 +1,7 @@
 //! Real traffic through the real agent: client, balancer and backends in namespaces over veth.
 
+#![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
+
 mod lab;
 mod local;
 mod talk;
