@@ -129,7 +129,7 @@ impl Lab {
             Body::Native => "native",
             Body::Tc => "off",
         };
-        Weir::start(&self.node, xdp, config)
+        Weir::start_with(&self.node, xdp, config)
     }
 
     /// Containers on a bridge of the balancer's own, `172.30.0.11` and `2001:db8:d::11` and on, as Docker makes them.

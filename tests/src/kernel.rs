@@ -1,6 +1,13 @@
 //! The core as the kernel runs it: the real object, loaded, and one frame at a time by `BPF_PROG_TEST_RUN`.
 
-use std::{net::IpAddr, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs::File,
+    net::IpAddr,
+    path::PathBuf,
+    process::Command,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
@@ -56,7 +63,7 @@ pub struct Ran {
 /// All counters by name.
 pub type Counters = std::collections::BTreeMap<String, u64>;
 
-/// The object in the kernel, with the devices of [`DEVICES`] in a network namespace of this thread.
+/// The object in the kernel, with the devices of [`DEVICES`] in a network namespace of their own.
 pub struct Kernel {
     bpf: Ebpf,
     hz: u32,
@@ -99,9 +106,27 @@ pub fn ticks_per_second() -> u32 {
     (1_000_000_000 / Duration::from(tick).as_nanos()) as u32
 }
 
+/// The one object of this process: the verifier takes seconds for it, and minutes on an emulated machine.
+static SHARED: Mutex<Option<(Kernel, File)>> = Mutex::new(None);
+
+/// Works with the loaded object, one caller after the other, with the devices of [`DEVICES`] around.
+pub fn with_kernel<R>(work: impl FnOnce(&mut Kernel) -> R) -> Result<R> {
+    // A failed test leaves nothing behind that the next one does not set anew.
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, namespace)) = &*shared {
+        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)
+            .context("entering the namespace")?;
+    } else {
+        let kernel = Kernel::load()?;
+        *shared = Some((kernel, File::open("/proc/thread-self/ns/net")?));
+    }
+    let (kernel, _) = shared.as_mut().context("loaded above")?;
+    Ok(work(kernel))
+}
+
 impl Kernel {
     /// Loads the object with small maps, in a namespace of this thread.
-    pub fn load() -> Result<Self> {
+    fn load() -> Result<Self> {
         enter_namespace()?;
         let path = object_path();
         let object = std::fs::read(&path)

@@ -33,9 +33,14 @@ pub fn binary() -> PathBuf {
 }
 
 impl<'n> Weir<'n> {
-    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready. `xdp` is the
-    /// key of that name. Pins, socket and metrics are set here; Docker is off unless the configuration has a section of its own.
-    pub fn start(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
+    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready.
+    /// Pins, socket and metrics are set here; Docker is off unless the configuration has a section of its own.
+    pub fn start(namespace: &'n Namespace, config: &str) -> Result<Self> {
+        Self::start_with(namespace, "auto", config)
+    }
+
+    /// As [`Weir::start`], with `bpf.xdp` as given.
+    pub fn start_with(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
         let mut weir = Self {
@@ -254,9 +259,8 @@ fn brief(status: &serde_json::Value) -> String {
 /// What is not zero.
 fn moved(value: &serde_json::Value) -> serde_json::Value {
     use serde_json::Value;
-    let keep = |value: &Value| {
-        value.as_u64() != Some(0) && value.as_object().is_none_or(|inner| !inner.is_empty())
-    };
+    let keep =
+        |value: &Value| value.as_u64() != Some(0) && value.as_object().is_none_or(|inner| !inner.is_empty());
     match value {
         Value::Object(entries) => entries
             .iter()

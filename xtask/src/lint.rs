@@ -13,6 +13,7 @@ pub fn run() -> Result<()> {
         "--quiet",
         "--workspace",
         "--all-targets",
+        "--keep-going",
         "--",
         "-D",
         "warnings",

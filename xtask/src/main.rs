@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod agent;
 mod apt;
 mod demo;
 mod ebpf;
@@ -13,7 +14,6 @@ mod lint;
 mod needs;
 mod process;
 mod run;
-mod server;
 mod setup;
 mod test;
 mod toolchain;
