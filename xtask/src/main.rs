@@ -6,6 +6,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 mod apt;
+mod bench;
 mod ebpf;
 mod elf;
 mod lint;
@@ -36,6 +37,8 @@ enum Command {
     Run(run::Options),
     /// Run the tests, all tiers or those named
     Test(test::Options),
+    /// Measure: ns per packet, rates against other balancers, change latency, memory
+    Bench(bench::Options),
     /// Check formatting, then clippy on the host crates and on the BPF programs; warnings are errors
     Lint,
 }
@@ -57,6 +60,7 @@ fn run(command: Command) -> Result<()> {
         Command::BuildEbpf => ebpf::build().map(drop),
         Command::Run(options) => run::run(&options),
         Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Lint => lint::run(),
     }
 }
