@@ -8,7 +8,6 @@
 #![no_main]
 
 use aya_ebpf::{
-    EbpfContext,
     bindings::xdp_action,
     btf_maps::{Array, ProgramArray},
     helpers::bpf_skb_pull_data,
