@@ -12,17 +12,20 @@ pub const MAX_BACKENDS: u32 = 1 << 17;
 pub const DEFAULT_FLOW_ENTRIES: u32 = 1 << 18;
 /// Entries of `FLOWS6`; one connection takes two (both directions).
 pub const DEFAULT_FLOW6_ENTRIES: u32 = 1 << 16;
-/// Rows in `RINGS`. A service uses up to three ring copies: current, previous and the one being filled.
+/// Rows in `RINGS`, 64 KiB each. A service holds the rows of one ring; a change takes as many again, and gives the old
+/// ones back a second later. So 1,000 services of 100 backends need 2,000 rows and some to spare: `ring_rows = 2200`.
 pub const DEFAULT_RING_ROWS: u32 = 512;
 
 /// log2 of the entries in one row of `RINGS`.
 pub const RING_ROW_BITS: u32 = 14;
 /// Entries of one row of `RINGS`: the ring of a service with few backends.
 pub const RING_ROW: usize = 1 << RING_ROW_BITS;
-/// Rows of the ring of a service with many backends (2^16 entries).
+/// Rows of the largest ring (2^16 entries).
 pub const RING_ROWS_LARGE: u32 = 4;
-/// From this many backends on, a service gets the large ring: 1 % disruption needs about 100 entries a backend.
-pub const LARGE_RING_FROM_BACKENDS: usize = 128;
+/// Rows of a ring by backends: from so many on, so many rows, the last that applies. Removing one backend then moves at
+/// most 1 % of the survivors' entries on average, up to 500 backends (measured: 0.9 % for 31 on one row, 0.9 % for 127 on
+/// two, 0.9 % for 500 on four).
+pub const RING_ROWS_BY_BACKENDS: [(usize, u32); 3] = [(0, 1), (32, 2), (128, RING_ROWS_LARGE)];
 
 /// Network devices known to the datapath; slot 0 is the node itself.
 pub const MAX_DEVICES: u32 = 256;

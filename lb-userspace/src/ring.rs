@@ -3,13 +3,19 @@
 //! A ring is built over backend *addresses*; ids come in only afterwards. So every node that wishes the same builds the
 //! same ring, bit by bit, whatever order it heard things in. Tables are powers of two with odd skips: a permutation as
 //! with a prime, and the kernel's index is a mask that the verifier can follow.
+//!
+//! The size of a ring follows from how many backends the service *lists*, in whatever state they are, see [`rows_for`]. A
+//! ring of another size is another shuffle, so draining, health and weights must not change it; only scaling past a
+//! boundary does. There is no hysteresis on purpose: it would make the size depend on what a node has seen before, and a
+//! node that started later would send the flows of the others elsewhere. Flows that a node knows are not touched by a
+//! new ring anyway.
 
 use std::{
-    hash::{DefaultHasher, Hash, Hasher},
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
 };
 
-use lb_common::limits::{LARGE_RING_FROM_BACKENDS, RING_ROW, RING_ROWS_LARGE};
+use lb_common::limits::{MAX_BACKENDS, RING_ROW, RING_ROWS_BY_BACKENDS};
 
 /// A backend's share of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -22,24 +28,22 @@ pub struct Member {
     pub id: u32,
 }
 
-/// Rows of `RINGS` that the ring of so many backends takes.
-pub const fn rows_for(backends: usize) -> u32 {
-    if backends >= LARGE_RING_FROM_BACKENDS {
-        RING_ROWS_LARGE
-    } else {
-        1
-    }
+/// Rows of `RINGS` that the ring of a service takes which lists so many backends: a power of two.
+pub fn rows_for(backends: usize) -> u32 {
+    let fitting = RING_ROWS_BY_BACKENDS.iter().filter(|(from, _)| backends >= *from);
+    fitting.fold(1, |_, (_, rows)| *rows)
 }
 
-/// Builds the ring: `rows_for(members)` rows of ids, or `None` when no member has a weight.
+/// Builds a ring of so many rows of ids (a power of two), or `None` when no member has a weight.
 ///
 /// An address that occurs twice counts once, by its first occurrence in (address, weight, id) order.
-pub fn build(members: &[Member]) -> Option<Vec<u32>> {
+pub fn build(members: &[Member], rows: u32) -> Option<Vec<u32>> {
+    debug_assert!(rows.is_power_of_two(), "the kernel's index is a mask");
     let mut members: Vec<Member> = members.iter().copied().filter(|m| m.weight > 0).collect();
     members.sort_unstable();
     members.dedup_by_key(|m| m.address);
     let heaviest = u64::from(members.iter().map(|m| m.weight).max()?);
-    let size = rows_for(members.len()) as usize * RING_ROW;
+    let size = rows as usize * RING_ROW;
 
     let mut turns: Vec<Turn> = members.iter().map(|m| Turn::new(m.address)).collect();
     let mut ring = vec![0u32; size];
@@ -64,11 +68,32 @@ pub fn build(members: &[Member]) -> Option<Vec<u32>> {
     None
 }
 
-/// Tells two rings apart without keeping either.
+/// Tells two rings apart without keeping either. Never 0.
 pub fn digest(ring: &[u32]) -> u64 {
-    let mut hasher = DefaultHasher::new();
-    ring.hash(&mut hasher);
-    hasher.finish()
+    // Each step is a bijection of the state, so that rings which differ in one entry always differ here.
+    let digest = ring.iter().fold(ring.len() as u64, |state, id| {
+        (state ^ u64::from(*id))
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            .rotate_left(23)
+    });
+    digest.max(1)
+}
+
+/// Entries of a ring by id.
+pub fn counts(ring: &[u32]) -> BTreeMap<u32, u32> {
+    // Ids are small: counting in a table is many times faster than in a tree, and every commit of a ring counts it.
+    let end = ring.iter().max().map_or(0, |max| max.saturating_add(1));
+    let mut table = vec![0u32; end.min(MAX_BACKENDS) as usize];
+    let mut strange = BTreeMap::new();
+    for id in ring {
+        match table.get_mut(*id as usize) {
+            Some(count) => *count += 1,
+            // Only a ring that somebody else wrote has such ids.
+            None => *strange.entry(*id).or_default() += 1,
+        }
+    }
+    let used = (0u32..).zip(table).filter(|(_, count)| *count > 0);
+    used.chain(strange).collect()
 }
 
 /// Where one member stands in its permutation of the table.
@@ -131,7 +156,6 @@ const fn mix(value: u64) -> u64 {
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use std::collections::BTreeMap;
 
     fn members(count: usize, seed: u32) -> Vec<Member> {
         (0..count as u32)
@@ -143,54 +167,63 @@ mod tests {
             .collect()
     }
 
-    fn shares(ring: &[u32]) -> BTreeMap<u32, usize> {
-        let mut shares = BTreeMap::new();
-        for id in ring {
-            *shares.entry(*id).or_default() += 1;
-        }
-        shares
+    fn sized(members: &[Member]) -> Option<Vec<u32>> {
+        build(members, rows_for(members.len()))
     }
 
     #[test]
     fn no_weight_no_ring() {
-        assert_eq!(build(&[]), None);
+        assert_eq!(build(&[], 1), None);
         let mut one = members(1, 1);
         one[0].weight = 0;
-        assert_eq!(build(&one), None);
+        assert_eq!(build(&one, 1), None);
     }
 
     #[test]
-    fn the_large_ring_starts_at_its_threshold() {
-        let below = build(&members(LARGE_RING_FROM_BACKENDS - 1, 3)).unwrap();
-        let at = build(&members(LARGE_RING_FROM_BACKENDS, 3)).unwrap();
-        assert_eq!((below.len(), at.len()), (RING_ROW, RING_ROW * 4));
+    fn a_ring_grows_by_its_backends() {
+        let rows = [0, 1, 31, 32, 127, 128, 5000].map(rows_for);
+        assert_eq!(rows, [1, 1, 1, 2, 2, 4, 4]);
+        for rows in [1, 2, 4] {
+            let ring = build(&members(40, 3), rows).unwrap();
+            assert_eq!(ring.len(), RING_ROW * rows as usize);
+            assert_eq!(counts(&ring).len(), 40);
+        }
+    }
+
+    #[test]
+    fn a_digest_tells_rings_apart() {
+        let ring = build(&members(5, 1), 1).unwrap();
+        let mut other = ring.clone();
+        other.swap(0, 1);
+        assert_ne!(ring, other);
+        assert_ne!(digest(&ring), digest(&other));
+        assert_ne!(digest(&[]), 0);
     }
 
     /// The hash is a contract between nodes of different releases: these values may never change.
     #[test]
     fn the_ring_is_the_same_in_every_release() {
-        let ring = build(&members(5, 1)).unwrap();
+        let ring = build(&members(5, 1), 1).unwrap();
         assert_eq!(&ring[..16], RELEASED, "{:?}", &ring[..16]);
     }
     const RELEASED: &[u32] = &[1, 3, 3, 2, 1, 4, 2, 4, 3, 4, 3, 4, 1, 4, 1, 1];
 
+    /// The promise of [`RING_ROWS_BY_BACKENDS`]; the size stays, since the removed one is still listed while it drains.
     #[test]
     fn removing_one_of_n_moves_few_survivors() {
-        for (count, bound) in [(2, 1), (10, 1), (50, 1), (100, 2), (127, 2), (129, 1), (500, 1)] {
-            let all = members(count, 11);
-            let before = build(&all).unwrap();
-            let after = build(&all[1..]).unwrap();
+        for count in [2, 10, 31, 32, 64, 100, 127, 128, 256, 500] {
             let (mut moved, mut survivors) = (0, 0);
-            for (b, a) in before.iter().zip(&after) {
-                if *b != all[0].id {
+            for seed in [11, 77, 4242] {
+                let all = members(count, seed);
+                let before = sized(&all).unwrap();
+                let after = build(&all[1..], rows_for(count)).unwrap();
+                let kept = before.iter().zip(&after).filter(|(b, _)| **b != all[0].id);
+                for (before, after) in kept {
                     survivors += 1;
-                    moved += usize::from(a != b);
+                    moved += usize::from(before != after);
                 }
             }
-            assert!(
-                moved * 100 <= survivors * bound,
-                "{count}: {moved} of {survivors} moved"
-            );
+            assert!(moved * 100 <= survivors, "{count}: {moved} of {survivors} moved");
         }
     }
 
@@ -205,8 +238,8 @@ mod tests {
                 member.weight = *weight;
             }
             let sum: u32 = weights.iter().sum();
-            let Some(ring) = build(&all) else { prop_assert_eq!(sum, 0); return Ok(()) };
-            let shares = shares(&ring);
+            let Some(ring) = sized(&all) else { prop_assert_eq!(sum, 0); return Ok(()) };
+            let shares = counts(&ring);
             for member in &all {
                 let share = shares.get(&member.id).copied().unwrap_or(0) as f64;
                 let ideal = ring.len() as f64 * f64::from(member.weight) / f64::from(sum);
@@ -226,8 +259,8 @@ mod tests {
             for member in &mut other {
                 member.id += shift;
             }
-            let expected: Vec<u32> = build(&all).unwrap().iter().map(|id| id + shift).collect();
-            prop_assert_eq!(build(&other).unwrap(), expected);
+            let expected: Vec<u32> = sized(&all).unwrap().iter().map(|id| id + shift).collect();
+            prop_assert_eq!(sized(&other).unwrap(), expected);
         }
     }
 }

@@ -2,9 +2,20 @@
 //!
 //! A script is a text file in `scripts/`; [`script`] describes its words. `WEIR_BLESS=1` rewrites what is expected.
 
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    reason = "helpers of tests fail as tests do"
+)]
+
 mod script;
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::PathBuf,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
 
 use script::{Outcome, run};
 use weir::datapath::fake::Fault;
@@ -23,7 +34,7 @@ fn scripts_end_in_the_expected_maps_whatever_write_fails() {
         files.len(),
         folder.display()
     );
-    let mut faulty_runs = 0;
+    let mut jobs = Vec::new();
     for file in files {
         let name = file.file_name().unwrap().to_string_lossy().into_owned();
         let text = fs::read_to_string(&file).unwrap();
@@ -31,27 +42,30 @@ fn scripts_end_in_the_expected_maps_whatever_write_fails() {
         if std::env::var_os("WEIR_BLESS").is_some() {
             fs::write(&file, &clean.blessed).unwrap();
             continue;
-        } else {
-            assert!(
-                clean.blessed == text,
-                "{name}: the maps are not as expected:\n{}",
-                clean.blessed
+        }
+        assert!(
+            clean.blessed == text,
+            "{name}: the maps are not as expected:\n{}",
+            clean.blessed
+        );
+        for write in 0..clean.writes {
+            jobs.extend(
+                [Fault::Before, Fault::After].map(|fault| (name.clone(), text.clone(), write, fault)),
             );
         }
-        // A script with hundreds of like writes has every n-th of them fail: all of them take minutes.
-        for write in (0..clean.writes)
-            .step_by((clean.writes / 100 + 1) as usize * if clean.writes > 100 { 16 } else { 1 })
-        {
-            for fault in [Fault::Before, Fault::After] {
-                let faulty = run(&name, &text, Some((write, fault)));
-                assert!(
-                    faulty.blessed == clean.blessed,
-                    "{name}, write {write} failing ({fault:?}), ends otherwise:\n{}",
-                    faulty.blessed
-                );
-                faulty_runs += 1;
-            }
-        }
     }
-    println!("{faulty_runs} runs with a failing write");
+    let next = AtomicUsize::new(0);
+    let work = || {
+        while let Some((name, text, write, fault)) = jobs.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let faulty = run(name, text, Some((*write, *fault)));
+            assert!(
+                faulty.blessed == *text,
+                "{name}, write {write} failing ({fault:?}), ends otherwise:\n{}",
+                faulty.blessed
+            );
+        }
+    };
+    let threads = thread::available_parallelism().map_or(1, usize::from);
+    thread::scope(|scope| (0..threads).for_each(|_| drop(scope.spawn(work))));
+    println!("{} runs with a failing write", jobs.len());
 }

@@ -9,7 +9,7 @@
 //! docker reset                                    the source's complete list is empty
 //! docker put c1 5 web 203.0.113.1:80/tcp 10.0.0.1:8080[,weight=2,draining,unready,drain=5] [affinity] [allow=10.0.0.0/8]
 //! docker remove c1                                (`put`: id, age, service name, address, backends, settings)
-//! drain 10.0.0.1:8080 · undrain 10.0.0.1:8080     the operator
+//! drain 10.0.0.1:8080 [5s] · undrain 10.0.0.1:8080   the operator
 //! sweep 10.0.0.1:8080=3                           live flows by backend; all others have none
 //! wait 30s                                        time passes
 //! restart docker file                             a new agent that expects these sources
@@ -206,11 +206,12 @@ impl World {
                 self.policy.snat_addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
                 self.reconciler.set_policy(self.policy.clone());
             }
-            ["drain", backend] => {
+            ["drain", backend, ref deadline @ ..] => {
                 let (reply, mut answer) = oneshot::channel();
                 self.reconciler.command(
                     Command::Drain {
                         backend: backend.into(),
+                        deadline: deadline.first().map(|time| seconds(time)),
                         reply,
                     },
                     self.now,
@@ -230,7 +231,7 @@ impl World {
             }
             ["sweep", ref counts @ ..] => self.sweep(counts),
             ["wait", time] => {
-                self.now += Duration::from_secs(time.trim_end_matches('s').parse().unwrap());
+                self.now += seconds(time);
             }
             ["restart", ref sources @ ..] => {
                 let sources = sources.iter().map(|s| SourceId((*s).into())).collect();
@@ -356,15 +357,20 @@ fn show(dump: &Dump) -> String {
             continue;
         }
         let ring = &dump.rings[&service.ring_row];
+        let ids = weir::ring::counts(ring);
         let mut shares: BTreeMap<&str, usize> = BTreeMap::new();
-        for id in ring {
-            *shares.entry(address(id)).or_default() += 1;
+        for (id, count) in &ids {
+            *shares.entry(address(id)).or_default() += *count as usize;
         }
-        let digest = ring.iter().fold(0u32, |digest, id| {
-            address(id)
-                .bytes()
-                .fold(digest, |d, byte| d.wrapping_mul(31).wrapping_add(byte.into()))
-        });
+        // Of addresses, since ids differ from run to run.
+        let hash = |text: &str| {
+            text.bytes()
+                .fold(0u32, |d, byte| d.wrapping_mul(31).wrapping_add(byte.into()))
+        };
+        let mut hashes = vec![0; ids.keys().max().map_or(0, |id| *id as usize + 1)];
+        ids.keys().for_each(|id| hashes[*id as usize] = hash(address(id)));
+        let by_address: Vec<u32> = ring.iter().map(|id| hashes[*id as usize]).collect();
+        let digest = weir::ring::digest(&by_address) as u32;
         writeln!(out, " rows={} ring={digest:08x}", ring.len() >> 14).unwrap();
         for (address, share) in shares.iter().take(8) {
             writeln!(
@@ -468,6 +474,11 @@ fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Obje
         }],
         rejections: Vec::new(),
     }
+}
+
+/// A time as scripts write it: `30s`.
+fn seconds(text: &str) -> Duration {
+    Duration::from_secs(text.trim_end_matches('s').parse().unwrap())
 }
 
 /// The addresses of `many=` and `places`.

@@ -34,7 +34,7 @@ impl Agent {
     /// Loads and starts. Call it on a runtime inside the namespace.
     pub fn start(pin: &Path, state: &Path, config: NetConfig, wanted: &[&str], tc: TcChoice) -> Self {
         preflight(pin).unwrap();
-        let loaded = load(&object(), pin, &sizes()).unwrap();
+        let loaded = load(object(), pin, &sizes()).unwrap();
         let adopted = loaded.adopted;
         let devices = KernelMaps::open(&loaded.pins.maps())
             .unwrap()

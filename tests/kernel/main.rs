@@ -12,8 +12,6 @@ mod maps;
 mod netns;
 mod network;
 
-use std::path::PathBuf;
-
 use weir::datapath::{Capacities, load::Sizes};
 
 /// Small maps: each test makes a set of its own.
@@ -31,10 +29,7 @@ fn sizes() -> Sizes {
     }
 }
 
-/// The kernel object: the file that `WEIR_BPF_OBJECT_FILE` names, read aligned as the parser wants it.
-fn object() -> Vec<u8> {
-    let path = PathBuf::from(
-        std::env::var_os("WEIR_BPF_OBJECT_FILE").expect("WEIR_BPF_OBJECT_FILE names the object"),
-    );
-    std::fs::read(path).unwrap()
+/// The object that the agent carries.
+fn object() -> &'static [u8] {
+    weir::datapath::object::programs().unwrap()
 }

@@ -26,7 +26,7 @@ fn maps_are_made_adopted_and_refused() {
     let ns = Netns::new();
     preflight(&ns.pin).unwrap();
     assert!(matches!(load(&[], &ns.pin, &sizes()), Err(LoadError::NotBuilt)));
-    let first = load(&object(), &ns.pin, &sizes()).unwrap();
+    let first = load(object(), &ns.pin, &sizes()).unwrap();
     assert!(
         !first.adopted && first.warnings.is_empty(),
         "{:?}",
@@ -53,7 +53,7 @@ fn maps_are_made_adopted_and_refused() {
     // Other limits: the pinned sizes stay, and people are told.
     let mut other = sizes();
     other.limits.backends = 10_000;
-    let second = load(&object(), &ns.pin, &other).unwrap();
+    let second = load(object(), &ns.pin, &other).unwrap();
     assert!(second.adopted);
     assert!(
         second
@@ -78,18 +78,18 @@ fn maps_are_made_adopted_and_refused() {
         },
     )
     .unwrap();
-    let refusal = load(&object(), &ns.pin, &sizes()).unwrap_err().to_string();
+    let refusal = load(object(), &ns.pin, &sizes()).unwrap_err().to_string();
     assert!(refusal.contains("weir detach"), "{refusal}");
     assert_eq!(maps.dump().unwrap().services.len(), 1);
     // A foreign map under one of our names, too.
     meta.put(&0, &stamp).unwrap();
     std::fs::remove_file(pins.maps().join("VIPS")).unwrap();
     std::fs::rename(pins.maps().join("DEVICE_SLOTS"), pins.maps().join("VIPS")).unwrap();
-    let refusal = load(&object(), &ns.pin, &sizes()).unwrap_err().to_string();
+    let refusal = load(object(), &ns.pin, &sizes()).unwrap_err().to_string();
     assert!(refusal.contains("VIPS"), "{refusal}");
     // A set without its stamp is the rest of a start cut short: made anew.
     meta.put(&0, &Meta::default()).unwrap();
-    assert!(!load(&object(), &ns.pin, &sizes()).unwrap().adopted);
+    assert!(!load(object(), &ns.pin, &sizes()).unwrap().adopted);
     let fresh = KernelMaps::open(&pins.maps()).unwrap();
     assert_eq!(fresh.dump().unwrap(), Dump::default());
 }
@@ -98,7 +98,7 @@ fn maps_are_made_adopted_and_refused() {
 fn every_operation_is_read_back() {
     let ns = Netns::new();
     preflight(&ns.pin).unwrap();
-    let loaded = load(&object(), &ns.pin, &sizes()).unwrap();
+    let loaded = load(object(), &ns.pin, &sizes()).unwrap();
     let mut maps = KernelMaps::open(&loaded.pins.maps()).unwrap();
     let vip: IpAddr = "192.0.2.7".parse().unwrap();
     let vip6: IpAddr = "2001:db8::7".parse().unwrap();
@@ -310,7 +310,7 @@ fn a_million_flow_entries_are_swept() {
         flows4: 1 << 20,
         ..sizes().limits
     };
-    let loaded = load(&object(), &ns.pin, &Sizes { limits, ..sizes() }).unwrap();
+    let loaded = load(object(), &ns.pin, &Sizes { limits, ..sizes() }).unwrap();
     let sweeper = Sweeper::open(&loaded.pins).unwrap();
     assert!([100, 250, 300, 1000].contains(&sweeper.hz().unwrap()));
     let mut maps = KernelMaps::open(&loaded.pins.maps()).unwrap();
@@ -374,7 +374,7 @@ fn a_million_flow_entries_are_swept() {
 fn ipv6_flows_and_orphans_expire() {
     let ns = Netns::new();
     preflight(&ns.pin).unwrap();
-    let loaded = load(&object(), &ns.pin, &sizes()).unwrap();
+    let loaded = load(object(), &ns.pin, &sizes()).unwrap();
     let sweeper = Sweeper::open(&loaded.pins).unwrap();
     let mut maps = KernelMaps::open(&loaded.pins.maps()).unwrap();
     let timeouts = m::Timeouts {

@@ -2,7 +2,7 @@
 
 use std::{
     os::unix::process::CommandExt as _,
-    process::{Child, Command, ExitStatus},
+    process::{Child, ChildStderr, ChildStdin, ChildStdout, Command, ExitStatus},
     time::{Duration, Instant},
 };
 
@@ -32,6 +32,21 @@ impl Guard {
     /// Process id.
     pub fn pid(&self) -> u32 {
         self.0.id()
+    }
+
+    /// The pipe to its input, once; dropping it is the end of the input.
+    pub fn stdin(&mut self) -> Option<ChildStdin> {
+        self.0.stdin.take()
+    }
+
+    /// The pipe from its output, once.
+    pub fn stdout(&mut self) -> Option<ChildStdout> {
+        self.0.stdout.take()
+    }
+
+    /// The pipe from its errors, once.
+    pub fn stderr(&mut self) -> Option<ChildStderr> {
+        self.0.stderr.take()
     }
 
     /// Sends a signal.

@@ -2,7 +2,7 @@
 //!
 //! `packet` builds frames, `world` says what the maps hold, `kernel` and `model` run one frame through the core as the
 //! kernel and as the host compile it, `row` compares what came of it. `netns`, `guard` and `weir` are for tests with
-//! real traffic.
+//! real traffic, `docker` and `load` for those with real containers; the demo is made of the same parts.
 
 #![expect(
     clippy::expect_used,
@@ -10,11 +10,14 @@
     reason = "a test harness reports a fault by panicking"
 )]
 
+pub mod docker;
 pub mod guard;
 pub mod kernel;
+pub mod load;
 pub mod model;
 pub mod netns;
 pub mod packet;
 pub mod row;
+pub mod site;
 pub mod weir;
 pub mod world;

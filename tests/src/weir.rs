@@ -21,6 +21,7 @@ pub struct Weir<'n> {
     namespace: &'n Namespace,
     directory: tempfile::TempDir,
     pins: PathBuf,
+    xdp: &'static str,
     agent: Option<Guard>,
 }
 
@@ -31,15 +32,16 @@ pub fn binary() -> PathBuf {
 }
 
 impl<'n> Weir<'n> {
-    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready. Pins, socket
-    /// and metrics are set here; Docker is off unless the configuration has a section of its own.
-    pub fn start(namespace: &'n Namespace, config: &str) -> Result<Self> {
+    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready. `xdp` is the
+    /// key of that name. Pins, socket and metrics are set here; Docker is off unless the configuration has a section of its own.
+    pub fn start(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
         let mut weir = Self {
             namespace,
             directory,
             pins,
+            xdp,
             agent: None,
         };
         weir.configure(config)?;
@@ -60,8 +62,9 @@ impl<'n> Weir<'n> {
     pub fn configure(&self, config: &str) -> Result<()> {
         let mut text = config.to_owned();
         text.push_str(&format!(
-            "\n[bpf]\npin-path = \"{}\"\n\n[admin]\nsocket = \"{}\"\nmetrics = \"127.0.0.1:0\"\n",
+            "\n[bpf]\npin-path = \"{}\"\nxdp = \"{}\"\n\n[admin]\nsocket = \"{}\"\nmetrics = \"127.0.0.1:0\"\n",
             self.pins.display(),
+            self.xdp,
             self.socket().display()
         ));
         if !config.contains("[docker]") {
@@ -137,6 +140,17 @@ impl<'n> Weir<'n> {
         serde_json::from_str(&body).with_context(|| body)
     }
 
+    /// Counters of the datapath, backends and what the agents said: what a failed test has to show.
+    pub fn explain(&self) -> String {
+        let status = self
+            .status()
+            .map_or_else(|e| e.to_string(), |status| brief(&status));
+        let counters = get(&self.socket(), "/v1/counters").unwrap_or_else(|e| e.to_string());
+        let moved = serde_json::from_str::<serde_json::Value>(&counters)
+            .map_or(counters, |counters| moved(&counters).to_string());
+        format!("counters {moved}\nstatus {status}\nlog\n{}", self.log())
+    }
+
     /// Runs another command of the binary against this agent: `weir <words> --socket …`.
     pub fn cli(&self, words: &[&str]) -> Result<Output> {
         let mut command = self.namespace.command(binary());
@@ -169,6 +183,30 @@ impl Drop for Weir<'_> {
         if std::thread::panicking() {
             eprintln!("weir said:\n{}", self.log());
         }
+    }
+}
+
+/// The parts of a status that a failed test needs.
+fn brief(status: &serde_json::Value) -> String {
+    format!(
+        "ready {} faults {} attachments {} rejections {} services {:#}",
+        status["ready"], status["faults"], status["attachments"], status["rejections"], status["services"]
+    )
+}
+
+/// What is not zero.
+fn moved(value: &serde_json::Value) -> serde_json::Value {
+    use serde_json::Value;
+    let keep = |value: &Value| {
+        value.as_u64() != Some(0) && value.as_object().is_none_or(|inner| !inner.is_empty())
+    };
+    match value {
+        Value::Object(entries) => entries
+            .iter()
+            .map(|(name, value)| (name.clone(), moved(value)))
+            .filter(|(_, value)| keep(value))
+            .collect(),
+        other => other.clone(),
     }
 }
 

@@ -1,4 +1,4 @@
-//! Installing Debian packages: nothing recommended, no service started.
+//! Installing Debian packages: nothing recommended, nothing removed, no service started.
 
 use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
 
@@ -26,13 +26,20 @@ pub fn install(packages: &[Package]) -> Result<()> {
     process::run(apt_get().args(["-qq", "update"]))?;
     let arguments = ["install", "--yes", "--no-install-recommends"];
     let simulation = process::capture(apt_get().arg("--simulate").args(arguments).args(&names))?;
-    for removed in removals(&simulation) {
-        println!("setup: apt replaces or removes {removed}, which conflicts with these packages");
+    let removed = removals(&simulation);
+    if !removed.is_empty() {
+        bail!(
+            "{} would remove {}, which may be in use: nothing is removed without being asked; remove them, or install a \
+             version of {} that goes with them, then try again",
+            names.join(" "),
+            removed.join(" "),
+            names.join(" "),
+        );
     }
     let _quiet = NoServices::new()?;
     process::run(
         apt_get()
-            .args(["-qq", "-o", "Dpkg::Use-Pty=0"])
+            .args(["-qq", "-o", "Dpkg::Use-Pty=0", "--no-remove"])
             .args(arguments)
             .args(&names),
     )

@@ -13,7 +13,7 @@ pub enum Group {
     Build,
     /// clippy for the BPF target
     Lint,
-    /// Namespaces and packets: tiers prog, net, control
+    /// Namespaces and packets: tiers prog, kernel, net, control
     Test,
     /// Real Docker engines: tier e2e, demo
     E2e,

@@ -192,7 +192,7 @@ pub struct EventRecord {
     pub count: Option<u64>,
 }
 
-/// Body of `POST /v1/drain` and `POST /v1/undrain`.
+/// Body of `POST /v1/drain` and (without a deadline) `POST /v1/undrain`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DrainRequest {
@@ -201,6 +201,9 @@ pub struct DrainRequest {
     /// Take every backend that matches instead of refusing when there are several.
     #[serde(default)]
     pub all: bool,
+    /// How long old flows may go on, milliseconds; without it the drain time of each backend.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub deadline_ms: Option<u64>,
 }
 
 /// A backend of a service, as answers name it.

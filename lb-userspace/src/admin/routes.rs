@@ -129,8 +129,14 @@ async fn drain(
 ) -> Result<Json<Done>, Refused> {
     let Json(body) = body.map_err(|e| bad_request(&e))?;
     let backends = resolve(&context, &body)?;
+    let deadline = body.deadline_ms.map(Duration::from_millis);
     for backend in selectors(&body.backend, &backends) {
-        command(&context, |reply| Command::Drain { backend, reply }).await?;
+        command(&context, |reply| Command::Drain {
+            backend,
+            deadline,
+            reply,
+        })
+        .await?;
     }
     Ok(Json(Done { backends }))
 }
@@ -228,13 +234,18 @@ fn resolve(context: &Context, body: &DrainRequest) -> Result<Vec<BackendName>, R
     })
 }
 
-/// The reconciler's words for backends: the name where that was typed, so that the drain stays with a container that
-/// comes back with another address; else address and port.
+/// The reconciler's words for backends: what was typed, so that the drain of a name stays with a container that comes
+/// back with another address. Only ids mean nothing to it: they become service and address.
 fn selectors(typed: &str, backends: &[BackendName]) -> BTreeSet<String> {
-    if backends.iter().all(|b| b.name == typed) {
+    let by_id = |b: &BackendName| {
+        let id = typed.strip_prefix('#').unwrap_or(typed).parse();
+        id == Ok(b.id) && b.name != typed
+    };
+    if !backends.iter().any(by_id) {
         return [typed.to_owned()].into();
     }
-    backends.iter().map(|b| b.address.to_string()).collect()
+    let exact = backends.iter().map(|b| format!("{}/{}", b.service, b.address));
+    exact.collect()
 }
 
 /// Has the reconciler do something and waits until it is done.

@@ -1,6 +1,6 @@
 //! The API over a real Unix socket, fed by real channels.
 
-use std::sync::Mutex;
+use std::{sync::Mutex, time::Duration};
 
 use tokio::task::JoinHandle;
 
@@ -163,6 +163,7 @@ fn body(backend: &str, all: bool) -> DrainRequest {
     DrainRequest {
         backend: backend.into(),
         all,
+        deadline_ms: Some(1500),
     }
 }
 
@@ -178,15 +179,22 @@ async fn a_drain_reaches_the_reconciler_and_its_answer_the_caller() {
     // What was typed, what the reconciler is told, which backends are meant.
     for (typed, told, ids) in [
         ("web-2", "web-2", &[12][..]),
-        ("#12", "172.17.0.3:8080", &[12]),
-        ("dns/web-1", "[fd00::6]:53", &[22]),
+        ("#12", "web/172.17.0.3:8080", &[12]),
+        ("172.17.0.3:8080", "172.17.0.3:8080", &[12]),
+        ("dns/web-1", "dns/web-1", &[22]),
         ("web-1", "web-1", &[11, 22]),
     ] {
         let call = post(&agent, "/v1/drain", body(typed, true));
-        let Command::Drain { backend, reply } = agent.commands.recv().await.unwrap() else {
+        let Command::Drain {
+            backend,
+            deadline,
+            reply,
+        } = agent.commands.recv().await.unwrap()
+        else {
             panic!("not a drain")
         };
         assert_eq!(backend, told);
+        assert_eq!(deadline, Some(Duration::from_millis(1500)));
         reply.send(Ok(1)).unwrap();
         let done = call.await.unwrap().unwrap();
         assert_eq!(

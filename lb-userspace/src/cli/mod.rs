@@ -117,6 +117,9 @@ struct DrainArgs {
     /// Drain every backend that matches
     #[arg(long)]
     all: bool,
+    /// How long old flows may go on (30s, 5m) before they are reset; without it the backend's own drain time
+    #[arg(long, value_name = "TIME", value_parser = humane::parse_span)]
+    deadline: Option<Duration>,
 }
 
 #[derive(Debug, Args)]
@@ -265,10 +268,11 @@ mod tests {
     #[test]
     fn arguments_are_read() {
         let parse = |line: &str| Cli::try_parse_from(line.split(' '));
-        let Command::Drain(args) = parse("weir drain web-1 --all").unwrap().command else {
+        let Command::Drain(args) = parse("weir drain web-1 --all --deadline 30s").unwrap().command else {
             panic!("not a drain")
         };
         assert_eq!((args.backend.as_str(), args.all), ("web-1", true));
+        assert_eq!(args.deadline, Some(Duration::from_secs(30)));
         let Command::Status(args) = parse("weir status --watch").unwrap().command else {
             panic!("not a status")
         };

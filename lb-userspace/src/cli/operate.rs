@@ -10,16 +10,24 @@ pub(super) async fn drain(client: &Client, args: &DrainArgs) -> anyhow::Result<(
     let request = DrainRequest {
         backend: args.backend.clone(),
         all: args.all,
+        deadline_ms: args
+            .deadline
+            .map(|time| u64::try_from(time.as_millis()).unwrap_or(u64::MAX)),
     };
     let done: Done = client.post("/v1/drain", &request).await?;
-    let what = "takes no new flows; old flows go on until they end or its drain time is over";
-    Ok(print(&report(&done.backends, what))?)
+    let over = match args.deadline {
+        Some(time) => format!("{time:?} are over"),
+        None => "its drain time is over".into(),
+    };
+    let what = format!("takes no new flows; old flows go on until they end or {over}");
+    Ok(print(&report(&done.backends, &what))?)
 }
 
 pub(super) async fn undrain(client: &Client, args: &UndrainArgs) -> anyhow::Result<()> {
     let request = DrainRequest {
         backend: args.backend.clone(),
         all: args.all,
+        deadline_ms: None,
     };
     let done: Done = client.post("/v1/undrain", &request).await?;
     if done.backends.is_empty() {

@@ -13,6 +13,7 @@ use lb_common::{
 };
 
 use super::{Capacities, Dump, MapError, MapOp, Maps};
+use crate::ring;
 
 /// Maps in memory. Clones share them, so that a test can look while a reconciler owns one.
 #[derive(Clone, Debug)]
@@ -33,7 +34,8 @@ pub enum Fault {
 struct Inner {
     capacities: Capacities,
     dump: Dump,
-    rows: BTreeMap<u32, Arc<[u32]>>,
+    /// Rows, and the ids in each.
+    rows: BTreeMap<u32, (Arc<[u32]>, BTreeSet<u32>)>,
     ours: BTreeSet<IpAddr>,
     writes: u64,
     faults: BTreeMap<u64, Fault>,
@@ -168,7 +170,8 @@ impl Inner {
                     return full("RINGS", self.capacities.ring_rows, "ring_rows");
                 }
                 for (i, chunk) in ring.chunks(RING_ROW).enumerate() {
-                    self.rows.insert(row + i as u32, chunk.into());
+                    let ids = ring::counts(chunk).into_keys().collect();
+                    self.rows.insert(row + i as u32, (chunk.into(), ids));
                 }
             }
             MapOp::PutOurs { addresses } => self.ours = addresses.into_iter().collect(),
@@ -185,7 +188,7 @@ impl Inner {
         let rows = service.ring_row..=service.ring_row.checked_add(service.ring_mask)?;
         let mut ring = Vec::new();
         for row in rows {
-            ring.extend_from_slice(self.rows.get(&row)?);
+            ring.extend_from_slice(&self.rows.get(&row)?.0);
         }
         Some(ring)
     }
@@ -233,7 +236,7 @@ impl Inner {
                 (service.ring_row..=service.ring_row + service.ring_mask).map(|row| self.rows.get(&row));
             let Some(ids) = touches.then(|| {
                 rows.try_fold(BTreeSet::new(), |mut ids, row| {
-                    ids.extend(row?.iter().copied());
+                    ids.extend(&row?.1);
                     Some(ids)
                 })
             }) else {

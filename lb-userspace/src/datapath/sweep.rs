@@ -18,7 +18,10 @@ use lb_common::{
     flow::{Address, FlowKey},
     maps::{Flow, Meta, Timeouts, flow_state},
 };
-use lb_ebpf::tables::{partner_key, timeout};
+use lb_ebpf::{
+    sweep::{BATCH, HEADER},
+    tables::{partner_key, timeout},
+};
 use tokio::{sync::watch, task::JoinError};
 
 use super::{
@@ -29,8 +32,6 @@ use super::{
 
 /// Entries read by one call: 0.6 MiB of flows, a few milliseconds.
 const CHUNK: usize = 8192;
-/// Keys that one run of the kernel program takes.
-pub const KEYS_PER_RUN: usize = 64;
 /// Shortest packet that the kernel lets an XDP program be run with.
 const MIN_PACKET: usize = 64;
 /// How long the flow clock is compared with the monotonic one to learn its rate.
@@ -210,7 +211,7 @@ impl Sweeper {
             keys.clear();
             values.clear();
             // Removed at once, while what was read is still fresh; the walk copes with vanishing entries.
-            for batch in candidates.chunks(KEYS_PER_RUN) {
+            for batch in candidates.chunks(BATCH) {
                 report.expired += u64::from(self.run(&packet(family, batch))?);
             }
             candidates.clear();
@@ -250,7 +251,7 @@ fn expired<A: Address>(now: u32, proto: u32, flow: &Flow<A>, timeouts: &[Timeout
 
 /// The input of the kernel program: family, count, keys.
 fn packet<K: Pod>(family: u32, keys: &[K]) -> Vec<u8> {
-    let mut packet = Vec::with_capacity(8 + size_of_val(keys));
+    let mut packet = Vec::with_capacity(HEADER + size_of_val(keys));
     packet.extend_from_slice(&family.to_ne_bytes());
     packet.extend_from_slice(&(keys.len() as u32).to_ne_bytes());
     // SAFETY: the keys are `Pod` without padding (sizes are asserted where they are defined), so every byte is

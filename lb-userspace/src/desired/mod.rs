@@ -251,7 +251,7 @@ impl Heard {
                 continue;
             }
             for backend in &wish.backends {
-                let backend = self.judged(backend);
+                let backend = self.judged(&owner.name, backend);
                 let known = backends.entry(backend.address).or_insert_with(|| backend.clone());
                 // An address that was taken over by a new container serves, although the old one is still leaving.
                 if backend.state < known.state {
@@ -279,13 +279,14 @@ impl Heard {
     }
 
     /// A backend with the operator's drain and a weight of 0 made part of its state.
-    fn judged(&self, backend: &Backend) -> Backend {
+    fn judged(&self, service: &str, backend: &Backend) -> Backend {
         let mut backend = backend.clone();
         if backend.state != BackendState::Active {
             return backend;
         }
-        if self.drains.name(&backend) {
+        if let Some(time) = self.drains.of(service, &backend) {
             backend.state = BackendState::Draining;
+            backend.drain = time.unwrap_or(backend.drain);
             backend.reason = "drained by operator".into();
         } else if backend.weight == 0 {
             backend.state = BackendState::Draining;

@@ -555,13 +555,9 @@ impl Entry {
 
 impl Ring {
     fn of(ids: &[u32]) -> Self {
-        let mut counts = BTreeMap::new();
-        for id in ids {
-            *counts.entry(*id).or_default() += 1;
-        }
         Self {
             digest: ring::digest(ids),
-            counts,
+            counts: ring::counts(ids),
         }
     }
 }

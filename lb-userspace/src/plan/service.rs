@@ -126,7 +126,8 @@ impl Planner<'_> {
 
         self.expire(&mut candidates, |id| entry.ring.counts.contains_key(&id));
         let members = members(&candidates, service.settings.when_empty);
-        let ring = match self.ring(address, entry, &members) {
+        let rows = ring::rows_for(self.listed(entry, service));
+        let ring = match self.ring(address, entry, &members, rows) {
             Ok(ring) => ring,
             Err(no_row) => {
                 self.plan.waiting.insert(address);
@@ -307,7 +308,11 @@ impl Planner<'_> {
             },
         );
         let deadline = draining.then(|| {
+            // A drain time that changed meanwhile counts from now.
+            let known = self.programmed.about.get(&id);
+            let known = known.is_none_or(|about| about.drain == backend.drain);
             slot.and_then(|s| s.deadline)
+                .filter(|_| known)
                 .unwrap_or(self.inputs.now + backend.drain)
         });
         Candidate {
@@ -535,12 +540,30 @@ impl Planner<'_> {
         }
     }
 
+    /// How many backends the service lists, in whatever state: the measure of its ring. While sources are waited for,
+    /// those that served before count too.
+    fn listed(&self, entry: &Entry, service: &Service) -> usize {
+        let wished = service.backends.len();
+        if self.inputs.may_remove {
+            return wished;
+        }
+        let unheard = entry.live.iter().filter(|(address, id)| {
+            self.programmed.slots[id].record.state == backend_state::ACTIVE
+                && service
+                    .backends
+                    .binary_search_by_key(address, |b| &b.address)
+                    .is_err()
+        });
+        wished + unheard.count()
+    }
+
     /// The ring for these members, if it is another than the committed one.
     fn ring(
         &mut self,
         address: ServiceAddress,
         entry: &Entry,
         members: &[Member],
+        rows: u32,
     ) -> Result<RingChange, NoRow> {
         let current = entry.value.filter(|value| value.ring_row != NO_RING);
         if members.is_empty() {
@@ -550,13 +573,14 @@ impl Planner<'_> {
                 RingChange::Keep
             });
         }
-        if let (Some((built, digest)), Some(_)) = (&entry.built, current)
+        if let (Some((built, digest)), Some(current)) = (&entry.built, current)
             && **built == *members
+            && current.ring_mask + 1 == rows
             && *digest == entry.ring.digest
         {
             return Ok(RingChange::Keep);
         }
-        let Some(ring) = ring::build(members) else {
+        let Some(ring) = ring::build(members, rows) else {
             return Ok(RingChange::Keep);
         };
         let digest = ring::digest(&ring);
@@ -570,10 +594,10 @@ impl Planner<'_> {
             return Ok(RingChange::Keep);
         }
         let (programmed, inputs) = (self.programmed, self.inputs);
-        let rows = self
+        let free = self
             .rows
             .get_or_insert_with(|| Rows::new(programmed, inputs.capacities.ring_rows, inputs.now));
-        let row = rows.take(ring::rows_for(members.len()), current.is_none())?;
+        let row = free.take(rows, current.is_none())?;
         self.plan.notes.push(built);
         Ok(RingChange::Put { row, ring })
     }

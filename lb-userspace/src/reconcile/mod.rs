@@ -23,7 +23,7 @@ pub use status::Surroundings;
 use crate::{
     datapath::{MapError, Maps, Place, Topology},
     desired::{Drains, DrainsError, Heard, names},
-    model::{Rejection, ServiceAddress},
+    model::{Backend, Rejection, ServiceAddress},
     plan::{Group, Inputs as PlanInputs, Plan, Policy, Programmed, Scope, Sweep, plan},
     source::{Message, SourceId},
     status::Status,
@@ -71,9 +71,11 @@ impl Default for Options {
 /// What the operator asks for.
 #[derive(Debug)]
 pub enum Command {
-    /// Drain the backends that this names; answers how many there are now.
+    /// Drain the backends that this names; answers how many there are now. Old flows may go on for `deadline`, or
+    /// else for the drain time of each backend.
     Drain {
         backend: String,
+        deadline: Option<Duration>,
         reply: oneshot::Sender<Result<usize, CommandError>>,
     },
     /// Let them serve again; answers how many drains were lifted.
@@ -91,7 +93,10 @@ pub enum Command {
 #[derive(Debug, thiserror::Error)]
 pub enum CommandError {
     /// Nothing has that name.
-    #[error("no backend is named {0}: give a name, an address or address:port as `weir status` shows it")]
+    #[error(
+        "no backend is named {0}: give a name, an address or address:port as `weir status` shows it, or service/ and \
+         one of them"
+    )]
     Unknown(String),
     /// It was done, but a restart will undo it.
     #[error(transparent)]
@@ -218,6 +223,8 @@ pub struct Reconciler {
     /// Passes in a row with a failed write.
     failures: u32,
     may_remove: bool,
+    /// Some pass has programmed everything that was wished for then.
+    settled: bool,
     started: Instant,
     resync_at: Instant,
     /// When the oldest update that is not programmed yet came.
@@ -252,6 +259,7 @@ impl Reconciler {
             faults: Vec::new(),
             failures: 0,
             may_remove: false,
+            settled: false,
             started: now,
             resync_at: now + options.resync_every,
             waiting_since: None,
@@ -309,7 +317,11 @@ impl Reconciler {
     /// Does what the operator asks, with the next pass, and answers.
     pub fn command(&mut self, command: Command, now: Instant) {
         let (reply, result) = match command {
-            Command::Drain { backend, reply } => (reply, self.drain(backend)),
+            Command::Drain {
+                backend,
+                deadline,
+                reply,
+            } => (reply, self.drain(backend, deadline)),
             Command::Undrain { backend, reply } => (reply, self.undrain(&backend)),
             Command::Resync { reply } => {
                 let result = self.resync(now).map(|()| self.programmed.services.len());
@@ -320,46 +332,40 @@ impl Reconciler {
         let _ = reply.send(result);
     }
 
-    fn drain(&mut self, selector: String) -> Result<usize, CommandError> {
-        let backends = self
-            .heard
-            .desired()
-            .services
-            .values()
-            .flat_map(|w| &w.service.backends);
-        let count = backends.filter(|backend| names(&selector, backend)).count();
+    fn drain(&mut self, selector: String, deadline: Option<Duration>) -> Result<usize, CommandError> {
+        let count = self.named(&selector).count();
         if count == 0 {
             return Err(CommandError::Unknown(selector));
         }
         let mut drains = self.heard.drains().clone();
-        drains.0.insert(selector);
+        drains.0.insert(selector, deadline);
         self.keep_drains(drains)?;
         Ok(count)
     }
 
     fn undrain(&mut self, selector: &str) -> Result<usize, CommandError> {
         let mut drains = self.heard.drains().clone();
-        let named: Vec<_> = self
-            .heard
-            .desired()
-            .services
-            .values()
-            .flat_map(|w| &w.service.backends)
-            .collect();
-        let named: Vec<_> = named
-            .into_iter()
-            .filter(|backend| names(selector, backend))
-            .collect();
         let before = drains.0.len();
-        drains
-            .0
-            .retain(|drain| drain != selector && !named.iter().any(|backend| names(drain, backend)));
+        drains.0.retain(|drain, _| {
+            drain != selector
+                && !self
+                    .named(selector)
+                    .any(|(service, backend)| names(drain, service, backend))
+        });
         let lifted = before - drains.0.len();
         if lifted == 0 {
             return Err(CommandError::Unknown(selector.into()));
         }
         self.keep_drains(drains)?;
         Ok(lifted)
+    }
+
+    /// The backends that a selector names, each with the name of its service.
+    fn named(&self, selector: &str) -> impl Iterator<Item = (&str, &Backend)> {
+        let services = self.heard.desired().services.values().map(|w| &*w.service);
+        services
+            .flat_map(|service| service.backends.iter().map(|b| (service.name.as_str(), b)))
+            .filter(move |(service, backend)| names(selector, service, backend))
     }
 
     fn keep_drains(&mut self, drains: Drains) -> Result<(), DrainsError> {
@@ -410,6 +416,8 @@ impl Reconciler {
         let retry = if faults.is_empty() {
             self.failures = 0;
             self.faults.clear();
+            let places_known = !self.asked.values().any(|until| *until > now);
+            self.settled |= self.may_remove && places_known && self.topology.loopback_ifindex != 0;
             None
         } else {
             Some(self.failed(faults, now))

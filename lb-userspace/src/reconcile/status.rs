@@ -63,7 +63,7 @@ impl Reconciler {
             rejections: rejections.into_iter().collect(),
             attachments: surroundings.attachments.clone(),
             faults: self.faults.iter().chain(&surroundings.faults).cloned().collect(),
-            ready: self.may_remove && self.faults.is_empty() && self.topology.loopback_ifindex != 0,
+            ready: self.settled && self.faults.is_empty(),
             last_commit: self.last_commit,
             last_commit_us: self.last_commit_us,
             commits: self.programmed.commits,

@@ -71,6 +71,7 @@ async fn the_loop_reads_its_sources_and_stops() {
     commands_tx
         .send(Command::Drain {
             backend: "nobody".into(),
+            deadline: None,
             reply,
         })
         .await

@@ -11,6 +11,8 @@ pub enum Tier {
     Unit,
     /// Packet rows through BPF_PROG_TEST_RUN
     Prog,
+    /// The agent's side of the kernel: loading, adoption, maps, attachment, sweep
+    Kernel,
     /// Real traffic between network namespaces
     Net,
     /// Source updates to map dumps, with faults injected
@@ -44,7 +46,7 @@ impl Tier {
     pub fn threads(self) -> Option<u32> {
         match self {
             Self::Unit | Self::Prog | Self::Control => None,
-            Self::Net => Some(2),
+            Self::Kernel | Self::Net => Some(2),
             Self::E2e | Self::Vm => Some(1),
         }
     }
@@ -62,7 +64,7 @@ impl Tier {
     pub fn groups(self) -> &'static [Group] {
         match self {
             Self::Unit => &[Group::Build],
-            Self::Prog | Self::Net | Self::Control => &[Group::Build, Group::Test],
+            Self::Prog | Self::Kernel | Self::Net | Self::Control => &[Group::Build, Group::Test],
             Self::E2e => &[Group::Build, Group::Test, Group::E2e],
             Self::Vm => &[Group::Build, Group::Vm],
         }

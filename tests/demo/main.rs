@@ -1,0 +1,2 @@
+//! What `cargo xtask demo` shows.
+fn main() {}
