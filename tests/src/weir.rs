@@ -164,12 +164,6 @@ impl<'n> Weir<'n> {
         format!("counters {moved}\nstatus {status}\nlog\n{}", self.log())
     }
 
-    /// Every counter, as the socket tells them.
-    pub fn counters(&self) -> Result<serde_json::Value> {
-        let body = get(&self.socket(), "/v1/counters")?;
-        serde_json::from_str(&body).with_context(|| body)
-    }
-
     /// Ids of the programs in the pinned links, in the order of the links' names.
     pub fn programs(&self) -> Result<Vec<u32>> {
         use aya::programs::links::{FdLink, PinnedLink};
