@@ -6,6 +6,8 @@ mod changes;
 mod lab;
 mod load;
 mod local;
+mod pmtu;
+mod policy;
 mod talk;
 
 use std::{

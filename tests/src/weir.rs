@@ -164,8 +164,8 @@ impl<'n> Weir<'n> {
         format!("counters {moved}\nstatus {status}\nlog\n{}", self.log())
     }
 
-    /// Ids of the programs in the pinned links, in the order of the links' names.
-    pub fn programs(&self) -> Result<Vec<u32>> {
+    /// Tags (digests of the instructions) of the programs in the pinned links, in the order of the links' names.
+    pub fn programs(&self) -> Result<Vec<u64>> {
         use aya::programs::links::{FdLink, PinnedLink};
         let mut paths = Vec::new();
         for version in std::fs::read_dir(&self.pins)? {
@@ -175,8 +175,13 @@ impl<'n> Weir<'n> {
             }
         }
         paths.sort();
-        let program = |path: &PathBuf| Ok(FdLink::from(PinnedLink::from_pin(path)?).info()?.program_id());
-        paths.iter().map(program).collect()
+        let loaded = aya::programs::loaded_programs().collect::<Result<Vec<_>, _>>()?;
+        let tag = |path: &PathBuf| {
+            let id = FdLink::from(PinnedLink::from_pin(path)?).info()?.program_id();
+            let program = loaded.iter().find(|program| program.id() == id);
+            Ok(program.context("a link without a program")?.tag())
+        };
+        paths.iter().map(tag).collect()
     }
 
     /// Has later agents carry programs that were built otherwise: in a copy of the binary, moves of small constants
