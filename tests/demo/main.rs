@@ -29,7 +29,11 @@ fn go_on() -> Result<()> {
 }
 
 fn main() -> ExitCode {
-    let action = SigAction::new(SigHandler::Handler(interrupt), SaFlags::SA_RESTART, SigSet::empty());
+    let action = SigAction::new(
+        SigHandler::Handler(interrupt),
+        SaFlags::SA_RESTART,
+        SigSet::empty(),
+    );
     for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
         // SAFETY: the handler stores to an atomic and nothing else.
         if let Err(fault) = unsafe { sigaction(signal, &action) } {

@@ -41,14 +41,20 @@ pub fn bars(served: &BTreeMap<String, u64>) {
 
 /// `web-10` comes after `web-9`.
 fn in_order(served: &BTreeMap<String, u64>) -> Vec<(&str, u64)> {
-    let mut all: Vec<(&str, u64)> = served.iter().map(|(name, count)| (name.as_str(), *count)).collect();
+    let mut all: Vec<(&str, u64)> = served
+        .iter()
+        .map(|(name, count)| (name.as_str(), *count))
+        .collect();
     all.sort_by_key(|(name, _)| (name.len(), *name));
     all
 }
 
 /// The head of the live table.
 pub fn live_head() {
-    println!("    {:>7}  {:>10}  {:>9}  {:>6}  what happens", "time", "containers", "requests", "failed");
+    println!(
+        "    {:>7}  {:>10}  {:>9}  {:>6}  what happens",
+        "time", "containers", "requests", "failed"
+    );
 }
 
 /// A line of the live table.

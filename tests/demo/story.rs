@@ -54,7 +54,9 @@ fn run(engine: &Engine, name: &str) -> Result<()> {
 fn await_serving(weir: &mut Weir<'_>, all: &[String]) -> Result<()> {
     let wanted: BTreeSet<String> = all.iter().cloned().collect();
     go_on()?;
-    weir.await_status(&format!("serving by {wanted:?}"), |status| serving(status) == wanted)
+    weir.await_status(&format!("serving by {wanted:?}"), |status| {
+        serving(status) == wanted
+    })
 }
 
 fn containers(from: usize, to: usize) -> Vec<String> {
@@ -81,10 +83,17 @@ fn first_containers<'s>(site: &'s Site, engine: &Engine) -> Result<Weir<'s>> {
     for _ in 0..4 {
         go_on()?;
         command(&format!("curl {url}"));
-        let answer = site.client.command("curl").args(["-s", "--max-time", "20", &url]).output()?;
+        let answer = site
+            .client
+            .command("curl")
+            .args(["-s", "--max-time", "20", &url])
+            .output()?;
         let text = String::from_utf8_lossy(&answer.stdout).into_owned();
         ensure!(answer.status.success(), "curl {url} failed: {}", answer.status);
-        ensure!(text.contains(CLIENT), "the container did not see the client's address: {text}");
+        ensure!(
+            text.contains(CLIENT),
+            "the container did not see the client's address: {text}"
+        );
         output(&text);
     }
     say(&format!(
@@ -124,7 +133,9 @@ reset or lost connection counts as failed.\n"
     line(2, "");
     say("\nWho answered while all ten served:\n");
     bars(&by_ten);
-    say("\nA container that is told to stop gets no new connections from that moment on; those it has, it finishes.");
+    say(
+        "\nA container that is told to stop gets no new connections from that moment on; those it has, it finishes.",
+    );
     judge(load)
 }
 
@@ -159,7 +170,11 @@ fn status(weir: &Weir<'_>) -> Result<()> {
     chapter(4, "What the operator sees");
     command("weir status");
     let shown = weir.cli(&["status"])?;
-    ensure!(shown.status.success(), "weir status: {}", String::from_utf8_lossy(&shown.stderr));
+    ensure!(
+        shown.status.success(),
+        "weir status: {}",
+        String::from_utf8_lossy(&shown.stderr)
+    );
     output(&String::from_utf8_lossy(&shown.stdout));
     Ok(())
 }

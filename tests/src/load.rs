@@ -108,7 +108,10 @@ impl Report {
     /// Conversations by server since an earlier report of the same load.
     pub fn since(&self, earlier: &Self) -> BTreeMap<String, u64> {
         let before = |server| earlier.served.get(server).copied().unwrap_or(0);
-        self.served.iter().map(|(server, count)| (server.clone(), count - before(server))).collect()
+        self.served
+            .iter()
+            .map(|(server, count)| (server.clone(), count - before(server)))
+            .collect()
     }
 }
 
@@ -147,7 +150,10 @@ impl Load {
                     }
                 })
             };
-            (0..workers).map(|_| start(false)).chain((0..keepers).map(|_| start(true))).collect()
+            (0..workers)
+                .map(|_| start(false))
+                .chain((0..keepers).map(|_| start(true)))
+                .collect()
         });
         load
     }

@@ -14,7 +14,15 @@ pub fn build() -> Result<PathBuf> {
     process::run(
         process::cargo()
             .env("RUSTFLAGS", "-C target-feature=+crt-static")
-            .args(["build", "--quiet", "--release", "-p", "weir-test-server", "--target", &target])
+            .args([
+                "build",
+                "--quiet",
+                "--release",
+                "-p",
+                "weir-test-server",
+                "--target",
+                &target,
+            ])
             .arg("--target-dir")
             .arg(&folder),
     )?;
