@@ -10,10 +10,7 @@ use std::{
 use lb_common::limits::KERNEL_FLOOR;
 use nix::{
     mount::{MsFlags, mount},
-    sys::{
-        resource::{RLIM_INFINITY, Resource, setrlimit},
-        statfs::{BPF_FS_MAGIC, statfs},
-    },
+    sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
 /// Bits of the capabilities that matter (linux/capability.h).
@@ -57,8 +54,9 @@ pub enum PreflightError {
     },
 }
 
-/// Checks kernel and capabilities, mounts bpffs for `pin` if need be, lifts the memory limit. Returns warnings.
-pub fn preflight(pin: &Path) -> Result<Vec<String>, PreflightError> {
+/// Checks kernel and capabilities, and mounts bpffs for `pin` if need be. RLIMIT_MEMLOCK is left
+/// alone: the oldest kernel supported accounts maps to the memory cgroup.
+pub fn preflight(pin: &Path) -> Result<(), PreflightError> {
     let name = nix::sys::utsname::uname().map_err(|e| PreflightError::Read {
         what: "uname",
         source: e.into(),
@@ -69,14 +67,7 @@ pub fn preflight(pin: &Path) -> Result<Vec<String>, PreflightError> {
         source,
     })?;
     check_capabilities(effective(&status).unwrap_or(0))?;
-    ensure_bpffs(pin)?;
-    let mut warnings = Vec::new();
-    if let Err(e) = setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY) {
-        warnings.push(format!(
-            "RLIMIT_MEMLOCK could not be lifted ({e}): harmless, this kernel accounts maps to the memory cgroup"
-        ));
-    }
-    Ok(warnings)
+    ensure_bpffs(pin)
 }
 
 /// Whether a release such as `6.1.0-50-cloud-amd64` is new enough.

@@ -54,8 +54,8 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         metrics: Some(config.admin.metrics),
     })
     .await?;
-    let mut warnings = preflight::preflight(&config.bpf.pin_path)?;
-    warnings.extend(port_overlap(&config));
+    preflight::preflight(&config.bpf.pin_path)?;
+    let mut warnings: Vec<String> = port_overlap(&config).into_iter().collect();
     let state = StateFile::open(&files.state)?;
     let loaded = load::load(
         object::programs()?,
