@@ -6,6 +6,7 @@
     reason = "a benchmark that cannot go on reports it by panicking"
 )]
 
+mod net;
 mod prog;
 
 use anyhow::{Result, bail};
@@ -13,6 +14,7 @@ use anyhow::{Result, bail};
 fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("prog") => prog::run(),
+        Some("net") => net::run(),
         other => bail!("no benchmark {other:?}: run it by `cargo xtask bench`"),
     }
 }

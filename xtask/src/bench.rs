@@ -3,7 +3,7 @@
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::{ebpf, needs::Group, process, setup, workspace};
+use crate::{ebpf, needs::Group, process, run::build_agent, setup, workspace};
 
 /// Options of `bench`.
 #[derive(clap::Args)]
@@ -17,6 +17,8 @@ pub struct Options {
 enum Kind {
     /// ns per packet of every path through the programs
     Prog,
+    /// Rates and CPU per request against other balancers
+    Net,
 }
 
 /// The command.
@@ -39,6 +41,7 @@ pub fn run(options: &Options) -> Result<()> {
         command.args(["run", "--quiet", "-p", "lb-tests", "--bin", "weir-bench", "--"]);
         match kind {
             Kind::Prog => drop(ebpf::build_bench()?),
+            Kind::Net => drop(command.env("WEIR_BIN", build_agent()?)),
         }
         process::run(command.arg(name))?;
     }
