@@ -8,12 +8,14 @@
 
 mod net;
 mod prog;
+mod scale;
 
 use anyhow::{Result, bail};
 
 fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("prog") => prog::run(),
+        Some("scale") => scale::run(),
         Some("net") => net::run(),
         other => bail!("no benchmark {other:?}: run it by `cargo xtask bench`"),
     }
