@@ -9,12 +9,14 @@
 mod net;
 mod prog;
 mod scale;
+mod update;
 
 use anyhow::{Result, bail};
 
 fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("prog") => prog::run(),
+        Some("update") => update::run(),
         Some("scale") => scale::run(),
         Some("net") => net::run(),
         other => bail!("no benchmark {other:?}: run it by `cargo xtask bench`"),

@@ -86,7 +86,10 @@ fn program(maps: &mut KernelMaps) -> Result<()> {
             closing: IDLE,
             udp: IDLE,
         };
-        maps.apply(&MapOp::PutTimeouts { service: id, timeouts })?;
+        maps.apply(&MapOp::PutTimeouts {
+            service: id,
+            timeouts,
+        })?;
         let key = ServiceKey {
             vip: Addr16::from(std::net::IpAddr::from((0xc633_0000 | id).to_be_bytes())),
             port: Be16::new(80),
@@ -119,8 +122,16 @@ fn memory(loaded: &Loaded) -> Result<()> {
         ("connection (IPv4, both directions)", &["FLOWS4"], CONNECTIONS),
         ("ring of 2^14 entries", &["RINGS"], RING_ROWS),
         ("backend", &["BACKENDS"], BACKENDS),
-        ("backend's counters and port cursor, all CPUs", &["BACKEND_STATS", "CURSORS"], BACKENDS),
-        ("service", &["SERVICES", "TIMEOUTS", "SERVICE_STATS", "VIPS"], SERVICES),
+        (
+            "backend's counters and port cursor, all CPUs",
+            &["BACKEND_STATS", "CURSORS"],
+            BACKENDS,
+        ),
+        (
+            "service",
+            &["SERVICES", "TIMEOUTS", "SERVICE_STATS", "VIPS"],
+            SERVICES,
+        ),
     ];
     println!("{:<48} {:>10} {:>10}", "memory of one", "bytes", "all, MiB");
     for (name, maps, count) in rows {
@@ -151,7 +162,10 @@ fn sweeps(loaded: &Loaded) -> Result<()> {
     let now = sweeper.now()?;
     let start = std::time::Instant::now();
     put(&table, 0..CONNECTIONS, now)?;
-    println!("{CONNECTIONS} connections written in {:.2} s", start.elapsed().as_secs_f64());
+    println!(
+        "{CONNECTIONS} connections written in {:.2} s",
+        start.elapsed().as_secs_f64()
+    );
     let report = sweeper.sweep()?;
     ensure!(
         (report.total, report.expired) == (CONNECTIONS.into(), 0),
@@ -168,7 +182,10 @@ fn sweeps(loaded: &Loaded) -> Result<()> {
         report.expired,
         CONNECTIONS / 2
     );
-    println!("sweep, half expired and removed: {:.3} s", report.took.as_secs_f64());
+    println!(
+        "sweep, half expired and removed: {:.3} s",
+        report.took.as_secs_f64()
+    );
     Ok(())
 }
 

@@ -19,6 +19,10 @@ enum Kind {
     Prog,
     /// Rates and CPU per request against other balancers
     Net,
+    /// Change latency, and failures during changes
+    Update,
+    /// Memory and sweep time at full size
+    Scale,
 }
 
 /// The command.
@@ -41,7 +45,8 @@ pub fn run(options: &Options) -> Result<()> {
         command.args(["run", "--quiet", "-p", "lb-tests", "--bin", "weir-bench", "--"]);
         match kind {
             Kind::Prog => drop(ebpf::build_bench()?),
-            Kind::Net => drop(command.env("WEIR_BIN", build_agent()?)),
+            Kind::Net | Kind::Update => drop(command.env("WEIR_BIN", build_agent()?)),
+            Kind::Scale => {}
         }
         process::run(command.arg(name))?;
     }

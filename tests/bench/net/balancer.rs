@@ -11,6 +11,9 @@ use super::rig::{BACKENDS, PORT, Rig, VIP, backend};
 /// How long a process may take to end.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long a replaced process may serve its connections.
+const DRAIN: Duration = Duration::from_secs(30);
+
 /// Who balances.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Balancer {
@@ -24,8 +27,12 @@ pub enum Balancer {
 
 /// A balancer at work; it ends when dropped.
 pub enum Running<'r> {
-    Weir(#[expect(dead_code, reason = "held until the run is over")] Weir<'r>),
-    Process { guard: Guard, rig: &'r Rig },
+    Weir(Weir<'r>),
+    Process {
+        guard: Guard,
+        kind: Balancer,
+        rig: &'r Rig,
+    },
     Nft(&'r Rig),
 }
 
@@ -46,13 +53,13 @@ impl Balancer {
     pub fn start(self, rig: &Rig) -> Result<Running<'_>> {
         let running = match self {
             Self::Nft => {
-                nft(rig, &rules())?;
+                nft(rig, &rules(BACKENDS))?;
                 Running::Nft(rig)
             }
-            Self::WeirXdp => Running::Weir(Weir::start(&rig.node, "native", &weir())?),
-            Self::WeirTc => Running::Weir(Weir::start(&rig.node, "off", &weir())?),
-            Self::Haproxy => process(rig, "haproxy", &["-db", "-q", "-f"], &haproxy())?,
-            Self::Nginx => process(rig, "nginx", &["-c"], &nginx(rig))?,
+            Self::WeirXdp => Running::Weir(Weir::start(&rig.node, "native", &weir(BACKENDS))?),
+            Self::WeirTc => Running::Weir(Weir::start(&rig.node, "off", &weir(BACKENDS))?),
+            Self::Haproxy => process(rig, self, "haproxy", &["-db", "-q", "-f"], &haproxy(BACKENDS))?,
+            Self::Nginx => process(rig, self, "nginx", &["-c"], &nginx(rig, BACKENDS))?,
         };
         rig.await_port(SocketAddr::new(VIP.parse()?, PORT))
             .with_context(|| self.name())?;
@@ -60,11 +67,41 @@ impl Balancer {
     }
 }
 
+impl Running<'_> {
+    /// Changes the set of servers to the first so many, in the way that the balancer's own manual gives.
+    pub fn change(&mut self, servers: usize) -> Result<()> {
+        match self {
+            Self::Weir(agent) => agent.configure(&weir(servers)),
+            // One transaction: the rules are replaced at once.
+            Self::Nft(rig) => nft(rig, &format!("delete table ip balance\n{}", rules(servers))),
+            Self::Process {
+                guard,
+                kind: Balancer::Nginx,
+                rig,
+            } => {
+                std::fs::write(rig.directory.path().join("nginx.conf"), nginx(rig, servers))?;
+                guard.signal(Signal::SIGHUP)
+            }
+            Self::Process { guard, rig, .. } => {
+                let path = rig.directory.path().join("haproxy.conf");
+                std::fs::write(&path, haproxy(servers))?;
+                let mut command = rig.node.command("haproxy");
+                command.args(["-db", "-q", "-f"]).arg(&path);
+                command.arg("-sf").arg(guard.pid().to_string());
+                let mut old = std::mem::replace(guard, Guard::spawn(&mut command)?);
+                // The new process asks the old one to end; it does when its connections have.
+                std::thread::spawn(move || old.wait(DRAIN));
+                Ok(())
+            }
+        }
+    }
+}
+
 impl Drop for Running<'_> {
     fn drop(&mut self) {
         let done = match self {
             Self::Weir(_) => Ok(()),
-            Self::Process { guard, rig } => {
+            Self::Process { guard, rig, .. } => {
                 // Asked to end: killed, nginx would leave its workers behind.
                 let ended = guard.signal(Signal::SIGTERM).and_then(|()| guard.wait(PATIENCE));
                 let removed = rig.node.ip(&format!("addr del {VIP}/32 dev lo"));
@@ -78,7 +115,13 @@ impl Drop for Running<'_> {
     }
 }
 
-fn process<'r>(rig: &'r Rig, program: &str, arguments: &[&str], config: &str) -> Result<Running<'r>> {
+fn process<'r>(
+    rig: &'r Rig,
+    kind: Balancer,
+    program: &str,
+    arguments: &[&str],
+    config: &str,
+) -> Result<Running<'r>> {
     let path = rig.directory.path().join(format!("{program}.conf"));
     std::fs::write(&path, config)?;
     // A process needs the address to listen on.
@@ -86,7 +129,7 @@ fn process<'r>(rig: &'r Rig, program: &str, arguments: &[&str], config: &str) ->
     let mut command = rig.node.command(program);
     command.args(arguments).arg(&path);
     let guard = Guard::spawn(&mut command)?;
-    Ok(Running::Process { guard, rig })
+    Ok(Running::Process { guard, kind, rig })
 }
 
 fn nft(rig: &Rig, script: &str) -> Result<()> {
@@ -102,23 +145,23 @@ fn nft(rig: &Rig, script: &str) -> Result<()> {
     Ok(())
 }
 
-fn rules() -> String {
-    let servers: Vec<_> = (0..BACKENDS).map(|i| format!("{i} : {}", backend(i))).collect();
+fn rules(servers: usize) -> String {
+    let map: Vec<_> = (0..servers).map(|i| format!("{i} : {}", backend(i))).collect();
     format!(
         "table ip balance {{\n\
          chain in {{ type nat hook prerouting priority dstnat;\n\
-         ip daddr {VIP} tcp dport {PORT} dnat to jhash ip saddr . tcp sport mod {BACKENDS} map {{ {} }}; }}\n\
+         ip daddr {VIP} tcp dport {PORT} dnat to jhash ip saddr . tcp sport mod {servers} map {{ {} }}; }}\n\
          chain out {{ type nat hook postrouting priority srcnat; oifname \"b0\" masquerade; }}\n}}\n",
-        servers.join(", ")
+        map.join(", ")
     )
 }
 
-fn weir() -> String {
+fn weir(servers: usize) -> String {
     let mut text = format!(
         "interfaces = [\"b0\", \"c0\"]\n[limits]\nflows4 = 262144\n[vips.bench]\naddress = \"{VIP}\"\n\
          [[services]]\nname = \"bench\"\nvip = \"bench\"\nlisten = [\"{PORT}/tcp\"]\n"
     );
-    for i in 0..BACKENDS {
+    for i in 0..servers {
         text.push_str(&format!(
             "[[services.backends]]\naddress = \"{}:{PORT}\"\n",
             backend(i)
@@ -127,19 +170,19 @@ fn weir() -> String {
     text
 }
 
-fn haproxy() -> String {
-    let servers: String = (0..BACKENDS)
+fn haproxy(servers: usize) -> String {
+    let list: String = (0..servers)
         .map(|i| format!("  server s{i} {}:{PORT}\n", backend(i)))
         .collect();
     format!(
-        "global\n  nbthread 2\n  maxconn 20000\n\
+        "global\n  nbthread 2\n  maxconn 8000\n\
          defaults\n  mode tcp\n  timeout connect 5s\n  timeout client 1m\n  timeout server 1m\n\
-         listen bench\n  bind {VIP}:{PORT}\n  balance roundrobin\n{servers}"
+         listen bench\n  bind {VIP}:{PORT}\n  balance roundrobin\n{list}"
     )
 }
 
-fn nginx(rig: &Rig) -> String {
-    let servers: String = (0..BACKENDS)
+fn nginx(rig: &Rig, servers: usize) -> String {
+    let list: String = (0..servers)
         .map(|i| format!("server {}:{PORT}; ", backend(i)))
         .collect();
     let root = rig.directory.path().display();
@@ -147,6 +190,6 @@ fn nginx(rig: &Rig) -> String {
         "load_module /usr/lib/nginx/modules/ngx_stream_module.so;\n\
          daemon off; worker_processes 2; pid {root}/balancer.pid; error_log stderr crit;\n\
          events {{ worker_connections 8192; }}\n\
-         stream {{ upstream servers {{ {servers}}} server {{ listen {VIP}:{PORT} backlog=4096; proxy_pass servers; }} }}\n"
+         stream {{ upstream servers {{ {list}}} server {{ listen {VIP}:{PORT} backlog=4096; proxy_pass servers; }} }}\n"
     )
 }

@@ -1,7 +1,7 @@
 //! Requests per second and CPU per request of five balancers in front of four web servers, in turns.
 
-mod balancer;
-mod rig;
+pub mod balancer;
+pub mod rig;
 
 use std::{
     collections::BTreeMap,
