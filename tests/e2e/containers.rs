@@ -29,7 +29,12 @@ fn labelled_containers_serve_and_see_the_client() -> Result<()> {
 fn udp_is_answered_from_the_vip() -> Result<()> {
     let site = Site::new()?;
     let engine = Engine::start(&site.node, &[])?;
-    let labels = ["--label", "weir.service.dns.listen=53/udp", "--label", "weir.service.dns.port=8080"];
+    let labels = [
+        "--label",
+        "weir.service.dns.listen=53/udp",
+        "--label",
+        "weir.service.dns.port=8080",
+    ];
     engine.container("dns-1", &labels)?;
     let mut weir = Weir::start(&site.node, &site.config(&engine))?;
     await_serving(&mut weir, &["dns-1"])?;
@@ -54,7 +59,17 @@ fn udp_is_answered_from_the_vip() -> Result<()> {
 fn a_host_network_container_serves() -> Result<()> {
     let site = Site::new()?;
     let engine = Engine::start(&site.node, &[])?;
-    engine.container("host-1", &["--network", "host", "--label", LABEL, "--label", "weir.service.web.port=8080"])?;
+    engine.container(
+        "host-1",
+        &[
+            "--network",
+            "host",
+            "--label",
+            LABEL,
+            "--label",
+            "weir.service.web.port=8080",
+        ],
+    )?;
     let mut weir = Weir::start(&site.node, &site.config(&engine))?;
     await_serving(&mut weir, &["host-1"])?;
     let status = weir.status()?;
@@ -105,7 +120,10 @@ fn a_bad_label_harms_only_itself() -> Result<()> {
     let site = Site::new()?;
     let engine = Engine::start(&site.node, &[])?;
     let mut weir = start(&site, &engine, 1)?;
-    engine.container("bad", &["--label", LABEL, "--label", "weir.service.web.weight=heavy"])?;
+    engine.container(
+        "bad",
+        &["--label", LABEL, "--label", "weir.service.web.weight=heavy"],
+    )?;
     // Heard after the bad one, so both have been judged when it serves.
     engine.container("web-2", &["--label", LABEL])?;
     await_serving(&mut weir, &["web-1", "web-2"])?;

@@ -14,7 +14,9 @@ use super::{await_serving, names, start, who_answers};
 /// Whether the agent is in touch with the engine.
 fn connected(status: &serde_json::Value) -> bool {
     let sources = status["sources"].as_array().into_iter().flatten();
-    sources.filter(|source| source["name"] == "docker").any(|source| source["connected"] == true)
+    sources
+        .filter(|source| source["name"] == "docker")
+        .any(|source| source["connected"] == true)
 }
 
 #[test]
@@ -30,7 +32,10 @@ fn a_listener_closed_behind_dockers_back_costs_nobody_a_connection() -> Result<(
     let report = load.stop();
     assert_eq!(report.failures, [""; 0], "{report:?}");
     assert_eq!(report.served.keys().cloned().collect::<Vec<_>>(), ["web-2"]);
-    assert!(report.slow > 0, "no SYN was sent twice, so none was re-steered: {report:?}");
+    assert!(
+        report.slow > 0,
+        "no SYN was sent twice, so none was re-steered: {report:?}"
+    );
     engine.tell("web-1", "open")?;
     await_serving(&mut weir, &["web-1", "web-2"])?;
     assert_eq!(who_answers(&site)?, names(&["web-1", "web-2"]));
@@ -93,6 +98,9 @@ fn without_the_agent_traffic_goes_on_and_a_new_one_takes_over() -> Result<()> {
     load.await_more(300)?;
     let report = load.stop();
     assert_eq!(report.failures, [""; 0], "{report:?}");
-    assert_eq!(report.served.keys().cloned().collect::<Vec<_>>(), ["web-1", "web-2", "web-3"]);
+    assert_eq!(
+        report.served.keys().cloned().collect::<Vec<_>>(),
+        ["web-1", "web-2", "web-3"]
+    );
     Ok(())
 }

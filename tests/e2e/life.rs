@@ -57,15 +57,21 @@ fn a_stopping_container_finishes_its_connections_and_gets_no_new_ones() -> Resul
     engine.container("web-2", &["--label", LABEL])?;
     await_serving(&mut weir, &["web-1", "web-2"])?;
     let mut stop = engine.command();
-    stop.args(["stop", "--time", "60", "web-1"]).stdout(std::process::Stdio::null());
+    stop.args(["stop", "--time", "60", "web-1"])
+        .stdout(std::process::Stdio::null());
     let mut stop = lb_tests::guard::Guard::spawn(&mut stop)?;
     await_serving(&mut weir, &["web-2"])?;
     // It has its signal and waits for its client, who is served on while all others go elsewhere.
     assert_eq!(who_answers(&site)?, names(&["web-2"]));
     assert_eq!(old.say()?, first);
-    assert!(stop.wait(std::time::Duration::ZERO)?.is_none(), "web-1 waits for us");
+    assert!(
+        stop.wait(std::time::Duration::ZERO)?.is_none(),
+        "web-1 waits for us"
+    );
     let status = weir.status()?;
-    let draining = backends(&status).find(|b| b["name"] == "web-1").map(|b| &b["state"]);
+    let draining = backends(&status)
+        .find(|b| b["name"] == "web-1")
+        .map(|b| &b["state"]);
     assert_eq!(draining, Some(&"draining".into()), "{status:#}");
     drop(old);
     // Now it ends by itself, long before Docker would kill it.
@@ -89,7 +95,10 @@ fn a_killed_container_costs_its_open_connections_and_nothing_else() -> Result<()
     let report = load.stop();
     // A worker has one connection at a time: only that one can have been in the container when it died.
     assert!(report.failures.len() <= workers, "{report:?}");
-    assert!(!report.failures.iter().any(|f| f.starts_with("connect")), "{report:?}");
+    assert!(
+        !report.failures.iter().any(|f| f.starts_with("connect")),
+        "{report:?}"
+    );
     assert_eq!(who_answers(&site)?, names(&["web-2"]));
     Ok(())
 }

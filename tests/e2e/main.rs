@@ -36,10 +36,14 @@ fn start<'s>(site: &'s Site, engine: &Engine, containers: usize) -> Result<Weir<
 /// Waits until new flows go to these backends and no others.
 fn await_serving(weir: &mut Weir<'_>, all: &[&str]) -> Result<()> {
     let wanted = names(all);
-    weir.await_status(&format!("serving by {wanted:?}"), |status| serving(status) == wanted)
+    weir.await_status(&format!("serving by {wanted:?}"), |status| {
+        serving(status) == wanted
+    })
 }
 
 /// Who answers new connections of the client.
 fn who_answers(site: &Site) -> Result<BTreeSet<String>> {
-    (0..FLOWS).map(|_| Ok(site.client.talk(vip(80))?.server)).collect()
+    (0..FLOWS)
+        .map(|_| Ok(site.client.talk(vip(80))?.server))
+        .collect()
 }

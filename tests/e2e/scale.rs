@@ -35,7 +35,10 @@ fn to_ten_and_back_to_two_under_load_fails_nothing() -> Result<()> {
         sorted.sort();
         sorted
     });
-    assert_eq!(report.seen_as.keys().copied().collect::<Vec<_>>(), [site::client()]);
+    assert_eq!(
+        report.seen_as.keys().copied().collect::<Vec<_>>(),
+        [site::client()]
+    );
     assert_eq!(who_answers(&site)?, names(&["web-1", "web-2"]));
     Ok(())
 }

@@ -53,7 +53,11 @@ fn tcp(wiring: Wiring, body: Body, v6: bool) -> Result<()> {
     let to = vip(v6, 80);
     let weir = lab.start(&lab.config(&to.ip().to_string(), "80/tcp", &servers))?;
     talk_tcp(&lab.client, to, BULK).with_context(|| weir.explain())?;
-    assert_eq!(answered(&weir, &lab.client, to)?, [0, 1].into(), "both backends answer");
+    assert_eq!(
+        answered(&weir, &lab.client, to)?,
+        [0, 1].into(),
+        "both backends answer"
+    );
     Ok(())
 }
 

@@ -53,8 +53,9 @@ struct Log {
 fn server() -> PathBuf {
     let built = || {
         let arch = std::env::consts::ARCH;
-        PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-            .join(format!("../target/static/{arch}-unknown-linux-gnu/release/weir-test-server"))
+        PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!(
+            "../target/static/{arch}-unknown-linux-gnu/release/weir-test-server"
+        ))
     };
     std::env::var_os("WEIR_SERVER_BIN").map_or_else(built, PathBuf::from)
 }
@@ -66,7 +67,14 @@ impl Engine {
         std::fs::create_dir(directory.path().join("etc"))?;
         let mut machine = namespace.command("unshare");
         machine
-            .args(["--pid", "--fork", "--kill-child", "--mount-proc", "--uts", "--mount"])
+            .args([
+                "--pid",
+                "--fork",
+                "--kill-child",
+                "--mount-proc",
+                "--uts",
+                "--mount",
+            ])
             .args(["--propagation", "private", "sh", "-c", INIT])
             .arg(directory.path())
             .stdin(Stdio::piped())
@@ -74,7 +82,10 @@ impl Engine {
         let mut machine = Guard::spawn(&mut machine)?;
         let mut line = String::new();
         BufReader::new(machine.stdout().context("a pipe")?).read_line(&mut line)?;
-        ensure!(line == "ready\n", "the engine's namespaces could not be made: see above");
+        ensure!(
+            line == "ready\n",
+            "the engine's namespaces could not be made: see above"
+        );
         let mut engine = Self {
             daemon: None,
             machine,
@@ -137,7 +148,10 @@ impl Engine {
                 keep.more.notify_all();
             }
             // The end of the daemon is the end of all waiting.
-            keep.lines.lock().expect("no holder panics").push(String::from("dockerd has ended"));
+            keep.lines
+                .lock()
+                .expect("no holder panics")
+                .push(String::from("dockerd has ended"));
             keep.more.notify_all();
         });
         let until = Instant::now() + PATIENCE;
@@ -159,7 +173,10 @@ impl Engine {
     pub fn stop(&mut self, signal: Signal) -> Result<()> {
         let mut daemon = self.daemon.take().context("the engine is not running")?;
         let pid = std::fs::read_to_string(self.path("pid"))?;
-        let sent = self.inside("kill").args(["-s", &signal.as_str()[3..], pid.trim()]).status()?;
+        let sent = self
+            .inside("kill")
+            .args(["-s", &signal.as_str()[3..], pid.trim()])
+            .status()?;
         ensure!(sent.success(), "kill {}: {sent}", pid.trim());
         ensure!(
             daemon.process.wait(PATIENCE)?.is_some(),
@@ -176,7 +193,13 @@ impl Engine {
         std::fs::copy(&server, root.join("server"))
             .with_context(|| format!("{}: `cargo xtask test e2e` builds it", server.display()))?;
         let tar = self.path("image.tar");
-        let packed = Command::new("tar").arg("-C").arg(&root).arg("-cf").arg(&tar).arg("server").status()?;
+        let packed = Command::new("tar")
+            .arg("-C")
+            .arg(&root)
+            .arg("-cf")
+            .arg(&tar)
+            .arg("server")
+            .status()?;
         ensure!(packed.success(), "tar: {packed}");
         let tar = tar.to_string_lossy().into_owned();
         let port = format!("EXPOSE {PORT}");
@@ -189,13 +212,20 @@ impl Engine {
     /// The docker command line against this engine.
     pub fn command(&self) -> Command {
         let mut command = Command::new("docker");
-        command.env_remove("DOCKER_CONTEXT").env("DOCKER_HOST", self.endpoint());
+        command
+            .env_remove("DOCKER_CONTEXT")
+            .env("DOCKER_HOST", self.endpoint());
         command
     }
 
     /// `docker WORDS`: what it printed, or its complaint.
     pub fn docker(&self, words: &[&str]) -> Result<String> {
-        let output = self.command().args(words).stdin(Stdio::null()).output().context("docker")?;
+        let output = self
+            .command()
+            .args(words)
+            .stdin(Stdio::null())
+            .output()
+            .context("docker")?;
         ensure!(
             output.status.success(),
             "docker {}: {}",
@@ -216,14 +246,17 @@ impl Engine {
 
     /// Gives an order to the server in a container.
     pub fn tell(&self, container: &str, order: &str) -> Result<()> {
-        self.docker(&["exec", container, "/server", "tell", order]).map(drop)
+        self.docker(&["exec", container, "/server", "tell", order])
+            .map(drop)
     }
 
     /// A container's address on the default bridge.
     pub fn address(&self, container: &str) -> Result<std::net::IpAddr> {
         let format = "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{end}}";
         let text = self.docker(&["inspect", "-f", format, container])?;
-        text.trim().parse().with_context(|| format!("address of {container}: {text:?}"))
+        text.trim()
+            .parse()
+            .with_context(|| format!("address of {container}: {text:?}"))
     }
 }
 
@@ -245,7 +278,11 @@ impl Drop for Engine {
         if !matches!(self.machine.wait(PATIENCE), Ok(Some(_))) {
             eprintln!("the engine of {} does not end", self.cgroup);
         }
-        for hierarchy in std::fs::read_dir("/sys/fs/cgroup").into_iter().flatten().flatten() {
+        for hierarchy in std::fs::read_dir("/sys/fs/cgroup")
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             remove_tree(&hierarchy.path().join(self.cgroup.trim_start_matches('/')));
         }
         remove_tree(&Path::new("/sys/fs/cgroup").join(self.cgroup.trim_start_matches('/')));

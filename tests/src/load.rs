@@ -141,7 +141,10 @@ impl Load {
                     }
                 })
             };
-            (0..workers).map(|_| start(false)).chain((0..keepers).map(|_| start(true))).collect()
+            (0..workers)
+                .map(|_| start(false))
+                .chain((0..keepers).map(|_| start(true)))
+                .collect()
         });
         load
     }

@@ -197,9 +197,8 @@ fn brief(status: &serde_json::Value) -> String {
 /// What is not zero.
 fn moved(value: &serde_json::Value) -> serde_json::Value {
     use serde_json::Value;
-    let keep = |value: &Value| {
-        value.as_u64() != Some(0) && value.as_object().is_none_or(|inner| !inner.is_empty())
-    };
+    let keep =
+        |value: &Value| value.as_u64() != Some(0) && value.as_object().is_none_or(|inner| !inner.is_empty());
     match value {
         Value::Object(entries) => entries
             .iter()
