@@ -204,10 +204,11 @@ pub fn leave<P: Packet>(packet: &P, way: Way) -> Verdict {
     }
 }
 
-/// Writes the MACs, where the way knows them.
+/// Writes the MACs, where the way knows them. Those of `lo` are zero, and it takes only frames that are addressed to
+/// it.
 #[inline(always)]
 pub fn set_macs<P: Packet>(packet: &mut P, way: Way) -> bool {
-    if way.kind != Kind::Device {
+    if way.kind != Kind::Device && way.kind != Kind::NodeByLoopback {
         return true;
     }
     let Some(ethernet) = packet.get_mut::<Ethernet>(0) else {

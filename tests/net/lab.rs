@@ -34,7 +34,7 @@ pub struct Lab {
     pub backends: Vec<Namespace>,
     pub interfaces: &'static str,
     body: Body,
-    switch: Namespace,
+    _switch: Namespace,
     _programs: Vec<PassAll>,
 }
 
@@ -101,7 +101,7 @@ impl Lab {
             backends: all,
             interfaces,
             body,
-            switch,
+            _switch: switch,
             _programs: programs,
         })
     }
@@ -129,7 +129,7 @@ impl Lab {
             Body::Native => "native",
             Body::Tc => "off",
         };
-        Weir::start(&self.node, xdp, config)
+        Weir::start_with(&self.node, xdp, config)
     }
 
     /// Containers on a bridge of the balancer's own, `172.30.0.11` and `2001:db8:d::11` and on, as Docker makes them.
@@ -149,11 +149,6 @@ impl Lab {
         container.ip("route add default via 172.30.0.1")?;
         container.ip("route add default via 2001:db8:d::1")?;
         Ok(container)
-    }
-
-    /// The segment of the backends.
-    pub fn switch(&self) -> &Namespace {
-        &self.switch
     }
 }
 

@@ -1,6 +1,10 @@
 //! Real traffic through the real agent: client, balancer and backends in namespaces over veth.
 
+#![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
+
+mod changes;
 mod lab;
+mod load;
 mod local;
 mod talk;
 

@@ -94,7 +94,11 @@ fn converse(mut stream: TcpStream, index: u8) -> std::io::Result<()> {
 impl Talk {
     /// Connects from this thread's namespace and reads the greeting.
     pub fn open(to: SocketAddr) -> Result<Self> {
-        let mut stream = TcpStream::connect_timeout(&to, PATIENCE).context("connect")?;
+        Self::of(TcpStream::connect_timeout(&to, PATIENCE).context("connect")?)
+    }
+
+    /// Reads the greeting of a connection.
+    pub fn of(mut stream: TcpStream) -> Result<Self> {
         stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_write_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;

@@ -104,6 +104,15 @@ impl Report {
     pub fn total(&self) -> u64 {
         self.served.values().sum()
     }
+
+    /// Conversations by server since an earlier report of the same load.
+    pub fn since(&self, earlier: &Self) -> BTreeMap<String, u64> {
+        let before = |server| earlier.served.get(server).copied().unwrap_or(0);
+        self.served
+            .iter()
+            .map(|(server, count)| (server.clone(), count - before(server)))
+            .collect()
+    }
 }
 
 /// Clients at work until it is dropped or stopped.

@@ -34,6 +34,7 @@ impl Site {
         client.address("eth0", &format!("{CLIENT}/24"))?;
         node.address("uplink", &format!("{NODE}/24"))?;
         client.ip(&format!("route add {VIP}/32 via {NODE}"))?;
+        node.ip(&format!("route add default via {CLIENT}"))?;
         // A load takes more ports than the usual range has before TIME_WAIT gives them back.
         client.sysctl("net.ipv4.ip_local_port_range", "10000 65000")?;
         client.sysctl("net.ipv4.tcp_tw_reuse", "1")?;

@@ -22,6 +22,7 @@ pub struct Weir<'n> {
     directory: tempfile::TempDir,
     pins: PathBuf,
     xdp: &'static str,
+    binary: PathBuf,
     agent: Option<Guard>,
 }
 
@@ -32,9 +33,14 @@ pub fn binary() -> PathBuf {
 }
 
 impl<'n> Weir<'n> {
-    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready. `xdp` is the
-    /// key of that name. Pins, socket and metrics are set here; Docker is off unless the configuration has a section of its own.
-    pub fn start(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
+    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready.
+    /// Pins, socket and metrics are set here; Docker is off unless the configuration has a section of its own.
+    pub fn start(namespace: &'n Namespace, config: &str) -> Result<Self> {
+        Self::start_with(namespace, "auto", config)
+    }
+
+    /// As [`Weir::start`], with `bpf.xdp` as given.
+    pub fn start_with(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
         let mut weir = Self {
@@ -42,6 +48,7 @@ impl<'n> Weir<'n> {
             directory,
             pins,
             xdp,
+            binary: binary(),
             agent: None,
         };
         weir.configure(config)?;
@@ -81,7 +88,7 @@ impl<'n> Weir<'n> {
             .create(true)
             .append(true)
             .open(self.log_path())?;
-        let mut command = self.namespace.command(binary());
+        let mut command = self.namespace.command(&self.binary);
         command.arg("run").arg("--config").arg(self.config_path());
         command.env("WEIR_BPF_OBJECT", object_path());
         command.stdout(log.try_clone()?).stderr(log);
@@ -140,6 +147,12 @@ impl<'n> Weir<'n> {
         serde_json::from_str(&body).with_context(|| body)
     }
 
+    /// The datapath's counters as its socket tells them.
+    pub fn counters(&self) -> Result<serde_json::Value> {
+        let body = get(&self.socket(), "/v1/counters")?;
+        serde_json::from_str(&body).with_context(|| body)
+    }
+
     /// Counters of the datapath, backends and what the agents said: what a failed test has to show.
     pub fn explain(&self) -> String {
         let status = self
@@ -151,9 +164,52 @@ impl<'n> Weir<'n> {
         format!("counters {moved}\nstatus {status}\nlog\n{}", self.log())
     }
 
+    /// Ids of the programs in the pinned links, in the order of the links' names.
+    pub fn programs(&self) -> Result<Vec<u32>> {
+        use aya::programs::links::{FdLink, PinnedLink};
+        let mut paths = Vec::new();
+        for version in std::fs::read_dir(&self.pins)? {
+            let links = version?.path().join("links");
+            for link in std::fs::read_dir(&links).with_context(|| links.display().to_string())? {
+                paths.push(link?.path());
+            }
+        }
+        paths.sort();
+        let program = |path: &PathBuf| Ok(FdLink::from(PinnedLink::from_pin(path)?).info()?.program_id());
+        paths.iter().map(program).collect()
+    }
+
+    /// Has later agents carry programs that were built otherwise: in a copy of the binary, moves of small constants
+    /// become the 32-bit moves of the same effect, so that the kernel loads other programs which do the same.
+    pub fn upgrade(&mut self) -> Result<()> {
+        let mut agent = std::fs::read(&self.binary)?;
+        let object = std::fs::read(object_path())?;
+        let start = agent
+            .windows(64)
+            .position(|window| window == &object[..64])
+            .context("the agent carries no object")?;
+        let end = start + object.len();
+        ensure!(agent[start..end] == object, "the agent carries another object");
+        let mut changed = 0;
+        for at in (start..end - 16).step_by(8) {
+            // r0 = 0..127, then exit: the end of a function.
+            let is_move = agent[at..at + 4] == [0xb7, 0, 0, 0] && agent[at + 4] < 0x80;
+            if is_move && agent[at + 5..at + 8] == [0; 3] && agent[at + 8] == 0x95 {
+                agent[at] = 0xb4;
+                changed += 1;
+            }
+        }
+        ensure!(changed > 0, "nothing to build otherwise");
+        let binary = self.directory.path().join("weir-next");
+        std::fs::write(&binary, agent)?;
+        std::fs::set_permissions(&binary, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+        self.binary = binary;
+        Ok(())
+    }
+
     /// Runs another command of the binary against this agent: `weir <words> --socket …`.
     pub fn cli(&self, words: &[&str]) -> Result<Output> {
-        let mut command = self.namespace.command(binary());
+        let mut command = self.namespace.command(&self.binary);
         Ok(command.args(words).arg("--socket").arg(self.socket()).output()?)
     }
 
@@ -166,7 +222,7 @@ impl<'n> Weir<'n> {
 impl Drop for Weir<'_> {
     fn drop(&mut self) {
         self.agent = None;
-        let mut detach: Command = self.namespace.command(binary());
+        let mut detach: Command = self.namespace.command(&self.binary);
         detach
             .arg("detach")
             .arg("--config")

@@ -5,7 +5,10 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod agent;
 mod apt;
+mod bench;
+mod demo;
 mod ebpf;
 mod elf;
 mod lint;
@@ -34,8 +37,12 @@ enum Command {
     BuildEbpf,
     /// Build everything and run the agent: `cargo xtask run -- --config weir.toml`
     Run(run::Options),
+    /// Show it: real containers behind a VIP, scaled under load, in namespaces that are removed afterwards
+    Demo,
     /// Run the tests, all tiers or those named
     Test(test::Options),
+    /// Measure: ns per packet, rates against other balancers, change latency, memory
+    Bench(bench::Options),
     /// Check formatting, then clippy on the host crates and on the BPF programs; warnings are errors
     Lint,
 }
@@ -56,7 +63,9 @@ fn run(command: Command) -> Result<()> {
         Command::Setup(options) => setup::run(&options),
         Command::BuildEbpf => ebpf::build().map(drop),
         Command::Run(options) => run::run(&options),
+        Command::Demo => demo::run(),
         Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Lint => lint::run(),
     }
 }

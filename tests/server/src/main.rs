@@ -41,7 +41,9 @@ fn run() -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         [port] => serve(port.parse().context("the port")?),
-        _ => anyhow::bail!("usage: server PORT | server tell close|open|sick|well|health | server ask ADDRESS"),
+        _ => {
+            anyhow::bail!("usage: server PORT | server tell close|open|sick|well|health | server ask ADDRESS")
+        }
     }
 }
 

@@ -86,7 +86,11 @@ impl Server {
 
     /// Closes the listener: new connections are refused by the kernel, old ones go on.
     pub fn close(&self) {
-        let listening = self.listening.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let listening = self
+            .listening
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if let Some(Listening { stop, thread }) = listening {
             drop(stop);
             // The listener is the thread's: it is closed when the thread has ended.
