@@ -45,7 +45,7 @@ fn latency(services: usize) -> Result<(String, String)> {
     node.address("c0", "192.0.2.1/24")?;
     node.ip("neigh add 192.0.2.2 lladdr 02:00:00:00:00:02 dev c0 nud permanent")?;
     node.ip("route add 10.2.0.0/16 via 192.0.2.2")?;
-    let weir = Weir::start(&node, "native", &config(services, EACH))?;
+    let weir = Weir::start_with(&node, "native", &config(services, EACH))?;
     let (mut file, mut reconciler) = (Vec::new(), Vec::new());
     for change in 0..CHANGES {
         let before = commits(&weir.log()).len();

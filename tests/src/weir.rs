@@ -147,6 +147,12 @@ impl<'n> Weir<'n> {
         serde_json::from_str(&body).with_context(|| body)
     }
 
+    /// The datapath's counters as its socket tells them.
+    pub fn counters(&self) -> Result<serde_json::Value> {
+        let body = get(&self.socket(), "/v1/counters")?;
+        serde_json::from_str(&body).with_context(|| body)
+    }
+
     /// Counters of the datapath, backends and what the agents said: what a failed test has to show.
     pub fn explain(&self) -> String {
         let status = self

@@ -56,8 +56,8 @@ impl Balancer {
                 nft(rig, &rules(BACKENDS))?;
                 Running::Nft(rig)
             }
-            Self::WeirXdp => Running::Weir(Weir::start(&rig.node, "native", &weir(BACKENDS))?),
-            Self::WeirTc => Running::Weir(Weir::start(&rig.node, "off", &weir(BACKENDS))?),
+            Self::WeirXdp => Running::Weir(Weir::start_with(&rig.node, "native", &weir(BACKENDS))?),
+            Self::WeirTc => Running::Weir(Weir::start_with(&rig.node, "off", &weir(BACKENDS))?),
             Self::Haproxy => process(rig, self, "haproxy", &["-db", "-q", "-f"], &haproxy(BACKENDS))?,
             Self::Nginx => process(rig, self, "nginx", &["-c"], &nginx(rig, BACKENDS))?,
         };
