@@ -1,6 +1,7 @@
 //! The whole of it on one screen: parse → flow → service → ring → rewrite → verdict.
 
 use lb_common::{
+    addr::{Addr4, Addr16},
     flow::{Address, ours_bit},
     maps::{FragmentPorts, flow_state},
 };
@@ -22,44 +23,51 @@ use crate::{
 #[inline(always)]
 pub fn process<P: Packet, T: Tables>(packet: &mut P, tables: T) -> Verdict {
     let verdict = match parse::link(packet) {
-        Some(link) if link.kind == ETH_IPV4 => ipv4(packet, tables, link.l3),
-        Some(link) if link.kind == ETH_IPV6 => ipv6(packet, tables, link.l3),
+        Some(link) if link.kind == ETH_IPV4 && ipv4(packet, tables, link.l3) => {
+            parsed::<P, T, Addr4>(packet, tables)
+        }
+        Some(link) if link.kind == ETH_IPV6 && ipv6(packet, tables, link.l3) => {
+            parsed::<P, T, Addr16>(packet, tables)
+        }
         _ => Verdict::PASS,
     };
     stats::finish(tables, verdict)
 }
 
-#[inline(always)]
-fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> Verdict {
+/// Puts what is parsed into map memory; false for what is none of our business.
+///
+/// There the verifier forgets which of the many ways of parsing led to it and walks the rest of the program once, not
+/// once per number of VLAN tags and extension headers. And the function ends before the rest begins: its room on the
+/// stack, which all nested calls share, is free again.
+#[inline(never)]
+fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> bool {
     match parse::ipv4(packet, l3) {
-        Some(datagram) if maybe_ours(tables, &datagram) => store(packet, tables, datagram),
-        _ => Verdict::PASS,
+        Some(datagram) if maybe_ours(tables, &datagram) => match tables.frame::<Addr4>() {
+            Some(frame) => {
+                *frame = datagram;
+                true
+            }
+            None => false,
+        },
+        _ => false,
     }
 }
 
+/// See [`ipv4`].
 #[inline(never)]
-fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> Verdict {
+fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> bool {
     let (Some(frame), Some(datagram)) = (tables.frame(), parse::ipv6(packet, l3)) else {
-        return Verdict::PASS;
+        return false;
     };
     // Stored before it is looked at: it is too large for registers and the stack is short.
     *frame = datagram;
-    if maybe_ours(tables, frame) {
-        transport(packet, tables, frame)
-    } else {
-        Verdict::PASS
-    }
+    maybe_ours(tables, frame)
 }
 
-/// Puts what was parsed into map memory. There the verifier forgets which of the many ways of parsing led to it and
-/// walks the rest of the program once, not once per number of VLAN tags and extension headers.
 #[inline(always)]
-fn store<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: Datagram<A>) -> Verdict {
+fn parsed<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T) -> Verdict {
     match tables.frame::<A>() {
-        Some(frame) => {
-            *frame = datagram;
-            transport(packet, tables, frame)
-        }
+        Some(frame) => transport(packet, tables, frame),
         None => Verdict::PASS,
     }
 }

@@ -17,8 +17,8 @@ use std::{
 };
 
 use aya::{
-    Btf, Ebpf, EbpfLoader, VerifierLogLevel,
-    programs::{Program, SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
+    Btf, Ebpf, EbpfLoader,
+    programs::{Program, ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
     util::KernelVersion,
 };
 use nix::sched::{CloneFlags, unshare};
@@ -56,6 +56,13 @@ struct Loaded {
     refused: Vec<String>,
 }
 
+/// The end of the verifier's log, which says why; all of it takes minutes on a serial console.
+fn end(fault: &ProgramError) -> String {
+    let text = format!("{fault:?}").replace("\\n", "\n");
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(60)..].join("\n")
+}
+
 /// One for all tests: the verifier of an emulated machine takes minutes for it.
 static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(|| Mutex::new(load()));
 
@@ -68,10 +75,7 @@ fn load() -> Loaded {
     let bytes = object::programs().unwrap();
     let btf = Btf::from_sys_fs().expect("the kernel describes its types");
     let mut loader = EbpfLoader::new();
-    // The log of a refused program is as long as the verification; the error names the program.
-    loader
-        .btf(Some(&btf))
-        .verifier_log_level(VerifierLogLevel::DISABLE);
+    loader.btf(Some(&btf));
     // The guest is small and nothing is balanced: what the maps hold by default does not matter here.
     for map in ["FLOWS4", "FLOWS6", "RINGS", "BACKENDS", "SERVICES"] {
         loader.map_max_entries(map, 64);
@@ -92,7 +96,7 @@ fn load() -> Loaded {
         };
         eprintln!("{name}: {:.1} s in the verifier", began.elapsed().as_secs_f64());
         programs += 1;
-        refused.extend(result.err().map(|fault| format!("{name}: {fault:#?}")));
+        refused.extend(result.err().map(|fault| format!("{name}: {}", end(&fault))));
     }
     Loaded {
         object,
