@@ -9,11 +9,9 @@ use aya_ebpf::{
 };
 use lb_ebpf::{
     csum,
-    packet::{Header, Hook, Packet},
+    packet::{Header, Hook, MAX_OFFSET, Packet},
 };
 
-/// Headers start below this offset; tells the verifier that offsets are bounded.
-const MAX_OFFSET: usize = 1 << 11;
 /// Bytes of a frame that hold all headers that are ever read.
 const HEADERS: u32 = 256;
 /// The mark of packets that a program of ours has sent on, so that the next one on their way leaves them alone.

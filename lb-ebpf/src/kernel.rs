@@ -1,5 +1,10 @@
 //! The maps' kernel body.
 
+#![expect(
+    clippy::needless_borrows_for_generic_args,
+    reason = "a key given by value is copied to the stack, which has 512 bytes"
+)]
+
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
     btf_maps::{HashMap, lpm_trie::Key},

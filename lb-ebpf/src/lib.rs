@@ -23,4 +23,5 @@ pub mod stats;
 pub mod sweep;
 pub mod tables;
 pub mod tcp;
+pub mod template;
 pub mod verdict;

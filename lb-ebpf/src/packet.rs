@@ -1,5 +1,8 @@
 //! The packet as the core sees it. Its kernel bodies (the only raw packet pointers) are in the binary's `body`.
 
+/// No piece of a frame that starts above this offset is ever read; tells the verifier that offsets are bounded.
+pub const MAX_OFFSET: usize = 1 << 11;
+
 /// Where a packet is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Hook {

@@ -173,14 +173,14 @@ pub fn too_big<P: Packet, T: Tables, A: Ip>(
     let Some(eth) = packet.get::<Ethernet>(0) else {
         return dropped;
     };
-    let mut eth = *eth;
+    let eth = *eth;
     if !packet.truncate(L3 + A::HEADER + QUOTED_TRANSPORT) || !packet.grow_head(added) {
         return dropped;
     }
     let Some(front) = packet.get_mut::<Ethernet>(0) else {
         return dropped;
     };
-    *front = core::mem::replace(&mut eth, *front);
+    *front = eth;
     let proto = if A::V6 {
         crate::headers::ICMPV6
     } else {

@@ -10,7 +10,7 @@ use lb_common::{
 };
 
 use crate::{
-    packet::{Header, Packet},
+    packet::{Header, MAX_OFFSET, Packet},
     send::Ip,
     tables::{Tables, is_expired, remove_pair},
 };
@@ -19,6 +19,11 @@ use crate::{
 pub const BATCH: usize = 16;
 /// Bytes before the keys.
 pub const HEADER: usize = 8;
+
+const _: () = assert!(
+    HEADER + (BATCH - 1) * size_of::<FlowKey<Addr16>>() <= MAX_OFFSET,
+    "the last key would never be read"
+);
 
 /// See the module.
 #[inline(always)]

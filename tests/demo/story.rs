@@ -75,7 +75,7 @@ fn first_containers<'s>(site: &'s Site, engine: &Engine) -> Result<Weir<'s>> {
     command("cat weir.toml");
     output(&config);
     command("weir run --config weir.toml &");
-    let mut weir = Weir::start(&site.node, "auto", &config)?;
+    let mut weir = Weir::start(&site.node, &config)?;
     await_serving(&mut weir, &containers(1, 2))?;
 
     say("\nThe client asks. Each answer is the container's name and the client as the container sees it:\n");

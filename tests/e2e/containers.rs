@@ -36,7 +36,7 @@ fn udp_is_answered_from_the_vip() -> Result<()> {
         "weir.service.dns.port=8080",
     ];
     engine.container("dns-1", &labels)?;
-    let mut weir = Weir::start(&site.node, "auto", &site.config(&engine))?;
+    let mut weir = Weir::start(&site.node, &site.config(&engine))?;
     await_serving(&mut weir, &["dns-1"])?;
     for i in 0..FLOWS {
         let (local, answer) = site.client.run(|| {
@@ -70,7 +70,7 @@ fn a_host_network_container_serves() -> Result<()> {
             "weir.service.web.port=8080",
         ],
     )?;
-    let mut weir = Weir::start(&site.node, "auto", &site.config(&engine))?;
+    let mut weir = Weir::start(&site.node, &site.config(&engine))?;
     await_serving(&mut weir, &["host-1"])?;
     let status = weir.status()?;
     let address = site::backends(&status).next().context("a backend")?["address"].clone();

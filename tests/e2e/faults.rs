@@ -71,7 +71,7 @@ fn containers_that_restart_with_their_engine_are_found_again() -> Result<()> {
     for name in ["web-1", "web-2"] {
         engine.container(name, &["--restart", "always", "--label", LABEL])?;
     }
-    let mut weir = Weir::start(&site.node, "auto", &site.config(&engine))?;
+    let mut weir = Weir::start(&site.node, &site.config(&engine))?;
     await_serving(&mut weir, &["web-1", "web-2"])?;
     engine.stop(Signal::SIGTERM)?;
     weir.await_status("without Docker", |status| !connected(status))?;

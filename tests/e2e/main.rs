@@ -28,7 +28,7 @@ fn start<'s>(site: &'s Site, engine: &Engine, containers: usize) -> Result<Weir<
     for name in &all {
         engine.container(name, &["--label", LABEL])?;
     }
-    let mut weir = Weir::start(&site.node, "auto", &site.config(engine))?;
+    let mut weir = Weir::start(&site.node, &site.config(engine))?;
     await_serving(&mut weir, &all.iter().map(String::as_str).collect::<Vec<_>>())?;
     Ok(weir)
 }

@@ -50,7 +50,9 @@ fn a_hundred_changes(body: Body) -> Result<()> {
     let servers = serve(&lab, false, false)?;
     let without = |left_out: usize| -> Vec<SocketAddr> {
         let all = servers.iter().enumerate();
-        all.filter(|(i, _)| *i != left_out).map(|(_, server)| *server).collect()
+        all.filter(|(i, _)| *i != left_out)
+            .map(|(_, server)| *server)
+            .collect()
     };
     let mut weir = lab.start(&lab.config(VIP4, "80/tcp", &without(0)))?;
     let ((), met) = under_load(&lab.client, vip(false, 80), |_| {
@@ -95,9 +97,17 @@ fn refused(body: Body, v6: bool) -> Result<()> {
         Ok(())
     })?;
     println!("slowest of 64 connections: {slowest:?}");
-    ensure!(slowest < SLOWEST, "a connection took {slowest:?}: {}", weir.explain());
+    ensure!(
+        slowest < SLOWEST,
+        "a connection took {slowest:?}: {}",
+        weir.explain()
+    );
     let hidden = weir.counters()?["node"]["resteered"].as_u64();
-    ensure!(hidden.is_some_and(|n| n > 8), "nobody was re-steered: {}", weir.explain());
+    ensure!(
+        hidden.is_some_and(|n| n > 8),
+        "nobody was re-steered: {}",
+        weir.explain()
+    );
     drop(old);
     Ok(())
 }
@@ -139,11 +149,18 @@ fn nobody_notices_a_killed_agent_and_an_upgrade() -> Result<()> {
         // The datapath alone: new connections go on without an agent.
         let (now, began) = (connections(), Instant::now());
         while connections() < now + 50 {
-            ensure!(began.elapsed() < Duration::from_secs(10), "no connections without an agent");
+            ensure!(
+                began.elapsed() < Duration::from_secs(10),
+                "no connections without an agent"
+            );
             std::thread::yield_now();
         }
         weir.run()?;
-        ensure!(weir.log().contains("adopted=true"), "the second agent has not adopted: {}", weir.log());
+        ensure!(
+            weir.log().contains("adopted=true"),
+            "the second agent has not adopted: {}",
+            weir.log()
+        );
         // It is in charge: a change takes effect.
         change(&mut weir, &lab, &servers[..3])?;
         weir.kill();
@@ -164,21 +181,27 @@ fn nobody_notices_a_killed_agent_and_an_upgrade() -> Result<()> {
 fn faults_harm_nothing_else() -> Result<()> {
     let lab = Lab::new(Wiring::TwoArm, Body::Native, 2)?;
     let (servers, servers6) = (serve(&lab, false, false)?, serve(&lab, true, false)?);
-    let good = lab.head(&format!("[vips.lab]\naddress = [\"{VIP4}\", \"{VIP6}\"]\n[limits]\nflows4 = 512\n"))
-        + &service("four", "80/tcp", &format!("vip = \"{VIP4}\""), &servers)
+    let good = lab.head(&format!(
+        "[vips.lab]\naddress = [\"{VIP4}\", \"{VIP6}\"]\n[limits]\nflows4 = 512\n"
+    )) + &service("four", "80/tcp", &format!("vip = \"{VIP4}\""), &servers)
         + &service("six", "80/tcp", &format!("vip = \"{VIP6}\""), &servers6);
     let mut weir = lab.start(&good)?;
 
     let ((), met) = under_load(&lab.client, vip(true, 80), |_| {
         weir.configure(&good.replace("80/tcp", "eighty/tcp"))?;
         weir.await_status("told of the fault", |status| {
-            status["rejections"].to_string().contains("eighty") || status["faults"].to_string().contains("eighty")
+            status["rejections"].to_string().contains("eighty")
+                || status["faults"].to_string().contains("eighty")
                 || status["sources"].to_string().contains("eighty")
         })?;
         flood(&lab, &weir)
     })?;
     let dropped = weir.counters()?["drops"]["flow_table_full"].as_u64();
-    ensure!(dropped.is_some_and(|n| n > 0), "the table was not full: {}", weir.explain());
+    ensure!(
+        dropped.is_some_and(|n| n > 0),
+        "the table was not full: {}",
+        weir.explain()
+    );
     met.judge_with(&weir)?;
     weir.configure(&good)?;
     weir.await_status("well again", |status| !status.to_string().contains("eighty"))
@@ -196,9 +219,15 @@ fn flood(lab: &Lab, weir: &Weir<'_>) -> Result<()> {
                 Err(_) => break,
             }
         }
-        ensure!(talks.len() > 256 && talks.len() < 2048, "{} connections fit", talks.len());
+        ensure!(
+            talks.len() > 256 && talks.len() < 2048,
+            "{} connections fit",
+            talks.len()
+        );
         for talk in &mut talks {
-            talk.say(64).context("an open connection was harmed").with_context(|| weir.explain())?;
+            talk.say(64)
+                .context("an open connection was harmed")
+                .with_context(|| weir.explain())?;
         }
         Ok(())
     })

@@ -34,7 +34,7 @@ pub struct Lab {
     pub backends: Vec<Namespace>,
     pub interfaces: &'static str,
     body: Body,
-    _switch: Namespace,
+    switch: Namespace,
     _programs: Vec<PassAll>,
 }
 
@@ -101,7 +101,7 @@ impl Lab {
             backends: all,
             interfaces,
             body,
-            _switch: switch,
+            switch,
             _programs: programs,
         })
     }
@@ -129,7 +129,7 @@ impl Lab {
             Body::Native => "native",
             Body::Tc => "off",
         };
-        Weir::start(&self.node, xdp, config)
+        Weir::start_with(&self.node, xdp, config)
     }
 
     /// Containers on a bridge of the balancer's own, `172.30.0.11` and `2001:db8:d::11` and on, as Docker makes them.
@@ -138,6 +138,16 @@ impl Lab {
         self.node.address("br-app", "172.30.0.1/24")?;
         self.node.address("br-app", "2001:db8:d::1/64")?;
         (0..count).map(|i| self.container(i)).collect()
+    }
+
+    /// Plugs the device `e0` of a namespace into the backends' segment.
+    pub fn plug_backend(&self, namespace: &Namespace, port: &str) -> Result<()> {
+        namespace.veth("e0", &self.switch, port)?;
+        self.switch.ip(&format!("link set {port} master br0"))?;
+        if self.body == Body::Native {
+            namespace.complete_checksums("e0")?;
+        }
+        Ok(())
     }
 
     fn container(&self, i: usize) -> Result<Namespace> {

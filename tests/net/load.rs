@@ -51,13 +51,20 @@ pub fn under_load<T>(
     let connections = || met.lock().expect("no client panics").connections;
     let result = std::thread::scope(|scope| {
         let mut threads = Vec::new();
-        let mut talks = client.run(|| (0..LONG_LIVED).map(|_| Talk::open(to)).collect::<Result<Vec<_>>>())?;
+        let mut talks = client.run(|| {
+            (0..LONG_LIVED)
+                .map(|_| Talk::open(to))
+                .collect::<Result<Vec<_>>>()
+        })?;
         threads.push(scope.spawn(move || {
             while !stop.load(Ordering::Relaxed) {
                 talks.retain_mut(|talk| {
                     let said = talk.say(64);
                     if let Err(error) = said {
-                        failed("long-lived", error.context(format!("backend {}", talk.answer.index)));
+                        failed(
+                            "long-lived",
+                            error.context(format!("backend {}", talk.answer.index)),
+                        );
                         return false;
                     }
                     true

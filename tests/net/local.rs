@@ -25,22 +25,37 @@ fn containers(body: Body, v6: bool) -> Result<()> {
     }
     let to = vip(v6, 80);
     let weir = lab.start(&lab.config(&to.ip().to_string(), "80/tcp", &servers))?;
-    assert_eq!(answered(&weir, &lab.client, to)?, [0, 1, 2].into(), "all answer a client outside");
+    assert_eq!(
+        answered(&weir, &lab.client, to)?,
+        [0, 1, 2].into(),
+        "all answer a client outside"
+    );
     let outside = if v6 { "2001:db8:c::10" } else { "192.0.2.10" }.ip();
     let bridge = if v6 { "2001:db8:d::1" } else { "172.30.0.1" }.ip();
     for _ in 0..16 {
         let answer = talk_tcp(&lab.client, to, 100).with_context(|| weir.explain())?;
         let translated = answer.index == 0;
-        assert_eq!(answer.seen == outside, !translated, "a container sees the client itself: {answer:?}");
+        assert_eq!(
+            answer.seen == outside,
+            !translated,
+            "a container sees the client itself: {answer:?}"
+        );
     }
     talk_tcp(&lab.client, to, BULK).with_context(|| weir.explain())?;
     for (i, container) in containers.iter().enumerate() {
         let own = container_address(i, v6);
-        assert_eq!(answered(&weir, container, to)?, [0, 1, 2].into(), "all answer container {own}");
+        assert_eq!(
+            answered(&weir, container, to)?,
+            [0, 1, 2].into(),
+            "all answer container {own}"
+        );
         for _ in 0..16 {
             let answer = talk_tcp(container, to, 100).with_context(|| weir.explain())?;
             // Who is on the same bridge would answer by itself, past the balancer.
-            assert!(answer.index == 0 || answer.seen == bridge, "{own} was told of {answer:?}");
+            assert!(
+                answer.index == 0 || answer.seen == bridge,
+                "{own} was told of {answer:?}"
+            );
         }
     }
     talk_tcp(&containers[0], to, BULK).with_context(|| weir.explain())?;
@@ -68,15 +83,30 @@ fn host(body: Body, v6: bool, vips: &str, to: SocketAddr) -> Result<()> {
     let own = if v6 { "2001:db8:c::1" } else { "192.0.2.1" }.ip();
     servers.push(serve_tcp(&lab.node, 2, SocketAddr::new(own, 0))?);
     let weir = lab.start(&(lab.head(vips) + &service("lab", "80/tcp", "", &servers)))?;
-    assert_eq!(answered(&weir, &lab.client, to)?, [0, 1, 2].into(), "all answer a client outside");
+    assert_eq!(
+        answered(&weir, &lab.client, to)?,
+        [0, 1, 2].into(),
+        "all answer a client outside"
+    );
     talk_tcp(&lab.client, to, BULK).with_context(|| weir.explain())?;
-    assert_eq!(answered(&weir, &lab.node, to)?, [0, 1, 2].into(), "all answer the node itself");
+    assert_eq!(
+        answered(&weir, &lab.node, to)?,
+        [0, 1, 2].into(),
+        "all answer the node itself"
+    );
     talk_tcp(&lab.node, to, BULK).with_context(|| weir.explain())?;
-    assert_eq!(answered(&weir, &containers[0], to)?, [0, 1, 2].into(), "all answer a container");
+    assert_eq!(
+        answered(&weir, &containers[0], to)?,
+        [0, 1, 2].into(),
+        "all answer a container"
+    );
     let other = serve_tcp(&lab.node, 9, SocketAddr::new(own, 0))?;
     for client in [&lab.client, &lab.node, &containers[0]] {
         let answer = talk_tcp(client, other, 100_000).with_context(|| weir.explain())?;
-        assert_eq!(answer.index, 9, "another port of the node's address is the node's");
+        assert_eq!(
+            answer.index, 9,
+            "another port of the node's address is the node's"
+        );
     }
     Ok(())
 }

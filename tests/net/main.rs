@@ -1,9 +1,13 @@
 //! Real traffic through the real agent: client, balancer and backends in namespaces over veth.
 
+#![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
+
 mod changes;
 mod lab;
 mod load;
 mod local;
+mod pmtu;
+mod policy;
 mod talk;
 
 use std::{
@@ -55,7 +59,11 @@ fn tcp(wiring: Wiring, body: Body, v6: bool) -> Result<()> {
     let to = vip(v6, 80);
     let weir = lab.start(&lab.config(&to.ip().to_string(), "80/tcp", &servers))?;
     talk_tcp(&lab.client, to, BULK).with_context(|| weir.explain())?;
-    assert_eq!(answered(&weir, &lab.client, to)?, [0, 1].into(), "both backends answer");
+    assert_eq!(
+        answered(&weir, &lab.client, to)?,
+        [0, 1].into(),
+        "both backends answer"
+    );
     Ok(())
 }
 

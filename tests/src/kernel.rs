@@ -1,6 +1,13 @@
 //! The core as the kernel runs it: the real object, loaded, and one frame at a time by `BPF_PROG_TEST_RUN`.
 
-use std::{net::IpAddr, path::PathBuf, process::Command, time::Duration};
+use std::{
+    fs::File,
+    net::IpAddr,
+    path::PathBuf,
+    process::Command,
+    sync::{Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
@@ -26,10 +33,23 @@ use crate::{
 
 /// Entries of each flow table in the tests.
 pub const FLOW_ENTRIES: u32 = 64;
-/// Backend records in the tests.
-pub const BACKENDS: u32 = 32;
-/// Services in the tests.
-pub const SERVICES: u32 = 16;
+/// Sizes of the maps in the tests.
+pub const SMALL: Sizes = Sizes {
+    flow_entries: FLOW_ENTRIES,
+    backends: 32,
+    services: 16,
+};
+
+/// Sizes of the maps.
+#[derive(Clone, Copy, Debug)]
+pub struct Sizes {
+    /// Entries of each flow table.
+    pub flow_entries: u32,
+    /// Backend records.
+    pub backends: u32,
+    /// Services.
+    pub services: u32,
+}
 
 /// Where a frame is met.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,10 +76,11 @@ pub struct Ran {
 /// All counters by name.
 pub type Counters = std::collections::BTreeMap<String, u64>;
 
-/// The object in the kernel, with the devices of [`DEVICES`] in a network namespace of this thread.
+/// The object in the kernel, with the devices of [`DEVICES`] in a network namespace of their own.
 pub struct Kernel {
     bpf: Ebpf,
     hz: u32,
+    sizes: Sizes,
 }
 
 /// The object to test: `WEIR_BPF_OBJECT`, or where `cargo xtask build-ebpf` puts it.
@@ -99,9 +120,32 @@ pub fn ticks_per_second() -> u32 {
     (1_000_000_000 / Duration::from(tick).as_nanos()) as u32
 }
 
+/// The one object of this process: the verifier takes seconds for it, and minutes on an emulated machine.
+static SHARED: Mutex<Option<(Kernel, File)>> = Mutex::new(None);
+
+/// Works with the loaded object, one caller after the other, with the devices of [`DEVICES`] around.
+pub fn with_kernel<R>(work: impl FnOnce(&mut Kernel) -> R) -> Result<R> {
+    // A failed test leaves nothing behind that the next one does not set anew.
+    let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some((_, namespace)) = &*shared {
+        nix::sched::setns(namespace, nix::sched::CloneFlags::CLONE_NEWNET)
+            .context("entering the namespace")?;
+    } else {
+        let kernel = Kernel::load()?;
+        *shared = Some((kernel, File::open("/proc/thread-self/ns/net")?));
+    }
+    let (kernel, _) = shared.as_mut().context("loaded above")?;
+    Ok(work(kernel))
+}
+
 impl Kernel {
     /// Loads the object with small maps, in a namespace of this thread.
     pub fn load() -> Result<Self> {
+        Self::load_sized(SMALL)
+    }
+
+    /// Loads the object, in a namespace of this thread.
+    pub fn load_sized(sizes: Sizes) -> Result<Self> {
         enter_namespace()?;
         let path = object_path();
         let object = std::fs::read(&path)
@@ -109,14 +153,14 @@ impl Kernel {
         // The log of a refused program is long and slow to write; `cargo xtask build-ebpf` is the place to read it.
         let mut bpf = EbpfLoader::new()
             .verifier_log_level(VerifierLogLevel::DISABLE)
-            .map_max_entries("FLOWS4", FLOW_ENTRIES)
-            .map_max_entries("FLOWS6", FLOW_ENTRIES)
-            .map_max_entries("BACKENDS", BACKENDS)
-            .map_max_entries("BACKEND_STATS", BACKENDS)
-            .map_max_entries("SERVICES", SERVICES)
-            .map_max_entries("SERVICE_STATS", SERVICES)
-            .map_max_entries("TIMEOUTS", SERVICES)
-            .map_max_entries("RINGS", SERVICES)
+            .map_max_entries("FLOWS4", sizes.flow_entries)
+            .map_max_entries("FLOWS6", sizes.flow_entries)
+            .map_max_entries("BACKENDS", sizes.backends)
+            .map_max_entries("BACKEND_STATS", sizes.backends)
+            .map_max_entries("SERVICES", sizes.services)
+            .map_max_entries("SERVICE_STATS", sizes.services)
+            .map_max_entries("TIMEOUTS", sizes.services)
+            .map_max_entries("RINGS", sizes.services)
             .load(&object)
             .context("the object does not load")?;
         let xdp: &mut Xdp = bpf
@@ -135,6 +179,7 @@ impl Kernel {
         let mut kernel = Self {
             bpf,
             hz: ticks_per_second(),
+            sizes,
         };
         let meta = Meta {
             schema: SCHEMA,
@@ -161,6 +206,11 @@ impl Kernel {
         PerCpuArray::try_from(map).with_context(|| format!("map {name}"))
     }
 
+    /// The loaded object.
+    pub fn object(&mut self) -> &mut Ebpf {
+        &mut self.bpf
+    }
+
     fn clear<K: Pod, V: Pod>(&mut self, name: &str) -> Result<()> {
         let mut map = self.hash::<K, V>(name)?;
         let keys = map.keys().collect::<Result<Vec<K>, _>>()?;
@@ -183,7 +233,8 @@ impl Kernel {
         Ok(())
     }
 
-    fn insert(&mut self, conn: &Conn, last_seen: u32) -> Result<()> {
+    /// Puts both entries of a connection into its flow table.
+    pub fn insert(&mut self, conn: &Conn, last_seen: u32) -> Result<()> {
         conn.entries()
             .iter()
             .try_for_each(|entry| self.insert_entry(entry, last_seen))
@@ -244,7 +295,7 @@ impl Datapath for Kernel {
             self.array::<Addr16>("SNAT_ADDRESSES")?
                 .set(i as u32, Addr16::from(*addr), 0)?;
         }
-        for id in 1..BACKENDS {
+        for id in 1..self.sizes.backends {
             let backend = world.backends.get(id as usize - 1).copied().unwrap_or_default();
             self.array::<Backend>("BACKENDS")?.set(id, backend, 0)?;
         }
@@ -315,14 +366,14 @@ impl Datapath for Kernel {
                 put(format!("drops {}", reason.name()), cpu.reasons[*reason as usize]);
             }
         }
-        for id in 0..BACKENDS {
+        for id in 0..self.sizes.backends {
             for cpu in self.per_cpu::<BackendStats>("BACKEND_STATS")?.get(&id, 0)?.iter() {
                 for (name, value) in backend_fields(cpu) {
                     put(format!("backend {id} {name}"), value);
                 }
             }
         }
-        for id in 0..SERVICES {
+        for id in 0..self.sizes.services {
             for cpu in self.per_cpu::<ServiceStats>("SERVICE_STATS")?.get(&id, 0)?.iter() {
                 put(format!("service {id} flows"), cpu.flows);
                 for reason in DropReason::ALL {

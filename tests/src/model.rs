@@ -27,10 +27,7 @@ use lb_ebpf::{
 };
 
 use crate::{
-    kernel::{
-        BACKENDS, Counters, FLOW_ENTRIES, Program, Ran, SERVICES, backend_fields, entry_of, flow_of,
-        strangers,
-    },
+    kernel::{Counters, FLOW_ENTRIES, Program, Ran, SMALL, backend_fields, entry_of, flow_of, strangers},
     row::Datapath,
     world::{FlowEntry, World, ifindex_of},
 };
@@ -102,8 +99,8 @@ impl Default for Model {
             scratch6: blank(),
             counters: vec![0; Counter::COUNT],
             drops: vec![0; DropReason::COUNT],
-            backend_stats: vec![BackendStats::default(); BACKENDS as usize],
-            service_stats: vec![ServiceStats::default(); SERVICES as usize],
+            backend_stats: vec![BackendStats::default(); SMALL.backends as usize],
+            service_stats: vec![ServiceStats::default(); SMALL.services as usize],
         }))
     }
 }
@@ -146,7 +143,7 @@ impl Datapath for Model {
             .map(|(ip, flags)| (Addr16::from(*ip), Vip { flags: *flags }))
             .collect();
         // An array map has a value at every index.
-        maps.backends = vec![Backend::default(); BACKENDS as usize];
+        maps.backends = vec![Backend::default(); SMALL.backends as usize];
         maps.backends[1..=world.backends.len()].copy_from_slice(&world.backends);
         maps.sources = world.sources.iter().map(|ip| Addr16::from(*ip)).collect();
         maps.devices = vec![Device::default(); 8];

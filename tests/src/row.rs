@@ -7,7 +7,7 @@ use anyhow::Result;
 use lb_common::{counter::Counter, counter::DropReason};
 
 use crate::{
-    kernel::{Counters, Kernel, Program, Ran},
+    kernel::{Counters, Program, Ran, with_kernel},
     model::Model,
     packet::{Packet, diff},
     world::{BRIDGE, Conn, FlowEntry, World, ifindex_of},
@@ -453,8 +453,7 @@ fn counters_diff(expected: &Counters, found: &Counters) -> String {
 /// # Panics
 /// If any row fails, with all faults in the message, or if the object does not load.
 pub fn run_in_kernel(rows: &[Row]) {
-    let mut kernel = Kernel::load().unwrap_or_else(|e| panic!("{e:#}"));
-    run_rows(rows, &mut kernel);
+    with_kernel(|kernel| run_rows(rows, kernel)).unwrap_or_else(|e| panic!("{e:#}"));
 }
 
 /// Runs rows on both bodies as the host compiles them.

@@ -33,9 +33,14 @@ pub fn binary() -> PathBuf {
 }
 
 impl<'n> Weir<'n> {
-    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready. `xdp` is the
-    /// key of that name. Pins, socket and metrics are set here; Docker is off unless the configuration has a section of its own.
-    pub fn start(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
+    /// Starts an agent with this configuration (interfaces, VIPs, services) and waits until it is ready.
+    /// Pins, socket and metrics are set here; Docker is off unless the configuration has a section of its own.
+    pub fn start(namespace: &'n Namespace, config: &str) -> Result<Self> {
+        Self::start_with(namespace, "auto", config)
+    }
+
+    /// As [`Weir::start`], with `bpf.xdp` as given.
+    pub fn start_with(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
         let mut weir = Self {
@@ -142,6 +147,12 @@ impl<'n> Weir<'n> {
         serde_json::from_str(&body).with_context(|| body)
     }
 
+    /// The datapath's counters as its socket tells them.
+    pub fn counters(&self) -> Result<serde_json::Value> {
+        let body = get(&self.socket(), "/v1/counters")?;
+        serde_json::from_str(&body).with_context(|| body)
+    }
+
     /// Counters of the datapath, backends and what the agents said: what a failed test has to show.
     pub fn explain(&self) -> String {
         let status = self
@@ -153,14 +164,8 @@ impl<'n> Weir<'n> {
         format!("counters {moved}\nstatus {status}\nlog\n{}", self.log())
     }
 
-    /// Every counter, as the socket tells them.
-    pub fn counters(&self) -> Result<serde_json::Value> {
-        let body = get(&self.socket(), "/v1/counters")?;
-        serde_json::from_str(&body).with_context(|| body)
-    }
-
-    /// Ids of the programs in the pinned links, in the order of the links' names.
-    pub fn programs(&self) -> Result<Vec<u32>> {
+    /// Tags (digests of the instructions) of the programs in the pinned links, in the order of the links' names.
+    pub fn programs(&self) -> Result<Vec<u64>> {
         use aya::programs::links::{FdLink, PinnedLink};
         let mut paths = Vec::new();
         for version in std::fs::read_dir(&self.pins)? {
@@ -170,8 +175,13 @@ impl<'n> Weir<'n> {
             }
         }
         paths.sort();
-        let program = |path: &PathBuf| Ok(FdLink::from(PinnedLink::from_pin(path)?).info()?.program_id());
-        paths.iter().map(program).collect()
+        let loaded = aya::programs::loaded_programs().collect::<Result<Vec<_>, _>>()?;
+        let tag = |path: &PathBuf| {
+            let id = FdLink::from(PinnedLink::from_pin(path)?).info()?.program_id();
+            let program = loaded.iter().find(|program| program.id() == id);
+            Ok(program.context("a link without a program")?.tag())
+        };
+        paths.iter().map(tag).collect()
     }
 
     /// Has later agents carry programs that were built otherwise: in a copy of the binary, moves of small constants

@@ -7,10 +7,17 @@
     reason = "a test fails by panicking"
 )]
 
-use std::{net::UdpSocket, path::Path, process::Command, sync::mpsc, thread, time::Duration};
+use std::{
+    net::UdpSocket,
+    path::Path,
+    process::Command,
+    sync::{LazyLock, Mutex, MutexGuard, PoisonError, mpsc},
+    thread,
+    time::{Duration, Instant},
+};
 
 use aya::{
-    Btf, Ebpf, EbpfLoader,
+    Btf, Ebpf, EbpfLoader, VerifierLogLevel,
     programs::{Program, SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
     util::KernelVersion,
 };
@@ -41,18 +48,57 @@ fn ip(arguments: &[&str]) {
     assert!(output.status.success(), "ip {}: {errors}", arguments.join(" "));
 }
 
-fn load() -> Ebpf {
+/// The object with all its programs through the verifier.
+struct Loaded {
+    object: Ebpf,
+    programs: usize,
+    /// What the verifier said of those that it refused.
+    refused: Vec<String>,
+}
+
+/// One for all tests: the verifier of an emulated machine takes minutes for it.
+static LOADED: LazyLock<Mutex<Loaded>> = LazyLock::new(|| Mutex::new(load()));
+
+fn loaded() -> MutexGuard<'static, Loaded> {
+    // A test that failed has at worst left a program on a device of its own namespace.
+    LOADED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn load() -> Loaded {
     let bytes = object::programs().unwrap();
     let btf = Btf::from_sys_fs().expect("the kernel describes its types");
     let mut loader = EbpfLoader::new();
-    loader.btf(Some(&btf));
+    // The log of a refused program is as long as the verification; the error names the program.
+    loader
+        .btf(Some(&btf))
+        .verifier_log_level(VerifierLogLevel::DISABLE);
     // The guest is small and nothing is balanced: what the maps hold by default does not matter here.
     for map in ["FLOWS4", "FLOWS6", "RINGS", "BACKENDS", "SERVICES"] {
         loader.map_max_entries(map, 64);
     }
-    loader
+    let mut object = loader
         .load(bytes)
-        .unwrap_or_else(|fault| panic!("the object does not load: {fault:?}"))
+        .unwrap_or_else(|fault| panic!("the object does not load: {fault:?}"));
+    let (mut programs, mut refused) = (0, Vec::new());
+    for (name, program) in object.programs_mut() {
+        let began = Instant::now();
+        let result = match program {
+            Program::Xdp(program) => program.load(),
+            Program::SchedClassifier(program) => program.load(),
+            other => panic!(
+                "{name} is of a kind that this test does not know: {:?}",
+                other.prog_type()
+            ),
+        };
+        eprintln!("{name}: {:.1} s in the verifier", began.elapsed().as_secs_f64());
+        programs += 1;
+        refused.extend(result.err().map(|fault| format!("{name}: {fault:#?}")));
+    }
+    Loaded {
+        object,
+        programs,
+        refused,
+    }
 }
 
 fn xdp<'a>(object: &'a mut Ebpf, name: &str) -> &'a mut Xdp {
@@ -131,36 +177,22 @@ fn the_kernel_has_what_weir_needs() {
 
 #[test]
 fn the_verifier_accepts_every_program() {
-    let mut object = load();
-    let mut refused = Vec::new();
-    let mut count = 0;
-    for (name, program) in object.programs_mut() {
-        let loaded = match program {
-            Program::Xdp(program) => program.load(),
-            Program::SchedClassifier(program) => program.load(),
-            other => panic!(
-                "{name} is of a kind that this test does not know: {:?}",
-                other.prog_type()
-            ),
-        };
-        count += 1;
-        refused.extend(loaded.err().map(|fault| format!("{name}: {fault:#?}")));
-    }
-    assert!(refused.is_empty(), "{}", refused.join("\n"));
-    assert!(count > 0, "the object has no program");
+    let loaded = loaded();
+    assert!(loaded.refused.is_empty(), "{}", loaded.refused.join("\n"));
+    assert!(loaded.programs > 0, "the object has no program");
 }
 
 #[test]
 fn the_xdp_body_attaches_natively_and_passes_foreign_traffic() {
     own_namespace();
     echoing_peer();
-    let mut object = load();
-    let program = xdp(&mut object, "weir_xdp");
-    program.load().unwrap();
-    program
+    let mut loaded = loaded();
+    let program = xdp(&mut loaded.object, "weir_xdp");
+    let link = program
         .attach(DEVICE, XdpMode::Driver)
         .expect("veth has native XDP");
     assert_foreign_traffic_passes();
+    program.detach(link).unwrap();
 }
 
 #[test]
@@ -170,14 +202,14 @@ fn the_tc_body_attaches_both_ways_and_passes_foreign_traffic() {
     if KernelVersion::current().unwrap() < TCX {
         tc::qdisc_add_clsact(DEVICE).unwrap();
     }
-    let mut object = load();
+    let mut loaded = loaded();
     for (name, direction) in [
         ("weir_tc_ingress", TcAttachType::Ingress),
         ("weir_tc_egress", TcAttachType::Egress),
     ] {
-        let program = tc(&mut object, name);
-        program.load().unwrap();
-        program.attach(DEVICE, direction).unwrap();
+        let program = tc(&mut loaded.object, name);
+        let link = program.attach(DEVICE, direction).unwrap();
         assert_foreign_traffic_passes();
+        program.detach(link).unwrap();
     }
 }

@@ -13,15 +13,27 @@ const CPU: &str = "v3";
 
 /// Builds the object, installing the toolchain if it is missing, and returns the object's path.
 pub fn build() -> Result<PathBuf> {
+    build_binary("weir-ebpf")
+}
+
+/// Builds the object of the programs that measure the others; its path.
+pub fn build_bench() -> Result<PathBuf> {
+    build_binary("weir-bench")
+}
+
+fn build_binary(name: &str) -> Result<PathBuf> {
     setup::ensure(&[Group::Build])?;
     let toolchain = Toolchain::find()?;
     let mut command = toolchain.command(&toolchain.cargo);
-    command.args(["build", "--quiet"]);
+    command.args(["build", "--quiet", "--bin", name]);
     process::run(in_bpf(&mut command, &toolchain))?;
-    let built = build_dir().join(TARGET).join("release/weir-ebpf");
+    let built = build_dir().join(TARGET).join("release").join(name);
     let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     elf::check_bpf_object(&bytes).with_context(|| built.display().to_string())?;
-    publish(&bytes)
+    publish(
+        &bytes,
+        workspace::bpf_object().with_file_name(format!("{name}.o")),
+    )
 }
 
 /// What cargo and clippy are told alike, so that they judge the same program.
@@ -32,15 +44,7 @@ pub fn in_bpf<'a>(command: &'a mut Command, toolchain: &Toolchain) -> &'a mut Co
             "RUSTFLAGS",
             format!("-C debuginfo=2 -C link-arg=--btf -C target-cpu={CPU} -C panic=abort -C linker={linker}"),
         )
-        .args([
-            "--release",
-            "-p",
-            "lb-ebpf",
-            "--bin",
-            "weir-ebpf",
-            "--features",
-            "programs",
-        ])
+        .args(["--release", "-p", "lb-ebpf", "--features", "programs"])
         .args(["--target", TARGET, "-Z", "build-std=core", "--target-dir"])
         .arg(build_dir())
 }
@@ -51,8 +55,7 @@ fn build_dir() -> PathBuf {
 }
 
 /// Writes the object only if it has changed: the agent is compiled anew whenever the file is newer.
-fn publish(bytes: &[u8]) -> Result<PathBuf> {
-    let object = workspace::bpf_object();
+fn publish(bytes: &[u8], object: PathBuf) -> Result<PathBuf> {
     if fs::read(&object).is_ok_and(|old| old == bytes) {
         return Ok(object);
     }

@@ -13,6 +13,7 @@ pub fn run() -> Result<()> {
         "--quiet",
         "--workspace",
         "--all-targets",
+        "--keep-going",
         "--",
         "-D",
         "warnings",
@@ -21,6 +22,6 @@ pub fn run() -> Result<()> {
     let toolchain = Toolchain::find()?;
     let mut clippy = toolchain.command(&toolchain.clippy());
     // Given by path, it wants its own name as the first argument, as cargo would give it.
-    ebpf::in_bpf(clippy.args(["clippy", "--quiet"]), &toolchain).args(["--", "-D", "warnings"]);
+    ebpf::in_bpf(clippy.args(["clippy", "--quiet", "--bins"]), &toolchain).args(["--", "-D", "warnings"]);
     process::run(&mut clippy)
 }

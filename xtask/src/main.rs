@@ -5,7 +5,9 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
+mod agent;
 mod apt;
+mod bench;
 mod demo;
 mod ebpf;
 mod elf;
@@ -13,7 +15,6 @@ mod lint;
 mod needs;
 mod process;
 mod run;
-mod server;
 mod setup;
 mod test;
 mod toolchain;
@@ -40,6 +41,8 @@ enum Command {
     Demo,
     /// Run the tests, all tiers or those named
     Test(test::Options),
+    /// Measure: ns per packet, rates against other balancers, change latency, memory
+    Bench(bench::Options),
     /// Check formatting, then clippy on the host crates and on the BPF programs; warnings are errors
     Lint,
 }
@@ -62,6 +65,7 @@ fn run(command: Command) -> Result<()> {
         Command::Run(options) => run::run(&options),
         Command::Demo => demo::run(),
         Command::Test(options) => test::run(&options),
+        Command::Bench(options) => bench::run(&options),
         Command::Lint => lint::run(),
     }
 }

@@ -21,19 +21,10 @@ pub fn bpf_object() -> PathBuf {
     target().join("bpf/weir-ebpf.o")
 }
 
-/// A binary of the host's release build.
-pub fn release_binary(name: &str) -> PathBuf {
-    binary("release", name)
-}
-
-/// A binary of the host's development build.
-pub fn debug_binary(name: &str) -> PathBuf {
-    binary("debug", name)
-}
-
-fn binary(profile: &str, name: &str) -> PathBuf {
+/// A binary that cargo built for the host; `folder` is its profile's.
+pub fn host_binary(folder: &str, name: &str) -> PathBuf {
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(target, |dir| root().join(dir));
-    target.join(profile).join(name)
+    target.join(folder).join(name)
 }
 
 /// The first executable called `name` on PATH, or in the folders that a non-login shell's PATH may lack.

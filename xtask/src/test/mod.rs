@@ -5,7 +5,10 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
-use crate::{ebpf, run::build_agent, server, setup, vm, workspace};
+use crate::{
+    agent::{self, Profile},
+    ebpf, setup, vm, workspace,
+};
 
 pub mod cargo;
 pub mod report;
@@ -66,10 +69,10 @@ fn run_tier(tier: Tier, filter: Option<&str>) -> Result<Count> {
     }
     let mut command = cargo::test(&tier.selection(), tier.threads(), filter);
     if tier.needs_agent() {
-        command.env("WEIR_BIN", build_agent()?);
+        command.env("WEIR_BIN", agent::build(Profile::Debug)?);
     }
     if tier == Tier::E2e {
-        command.env("WEIR_SERVER_BIN", server::build()?);
+        command.env("WEIR_SERVER_BIN", agent::build_test_server()?);
     }
     cargo::run(command)
 }

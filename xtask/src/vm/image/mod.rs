@@ -182,7 +182,8 @@ fn init(modules: &[String], binaries: &[&str], filter: Option<&str>) -> String {
         );
     }
     script += "ip link set lo up\n";
-    let arguments = cargo::harness_arguments(Some(1), filter).join(" ");
+    // What tests say also when they pass is how long the verifier took.
+    let arguments = cargo::harness_arguments(Some(1), filter).join(" ") + " --show-output";
     for binary in binaries {
         script += &format!(
             "echo '{} {binary}'\n/tests/{binary} {arguments}\necho \"{} {binary} $?\"\n",

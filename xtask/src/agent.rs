@@ -1,0 +1,47 @@
+//! The programs of the host: the agent, and the static server that the containers of the tests run.
+
+use std::{env, path::PathBuf};
+
+use anyhow::Result;
+
+use crate::{ebpf, process, workspace};
+
+/// How the agent is compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// As it is released.
+    Release,
+    /// As the tests are, whose compiled dependencies it shares.
+    Debug,
+}
+
+/// Builds the agent with the programs of now inside and returns its path.
+pub fn build(profile: Profile) -> Result<PathBuf> {
+    ebpf::build()?;
+    let mut build = process::cargo();
+    build.args(["build", "--quiet", "-p", "lb-userspace", "--bin", "weir"]);
+    if profile == Profile::Release {
+        build.arg("--release");
+    }
+    process::run(&mut build)?;
+    let folder = match profile {
+        Profile::Release => "release",
+        Profile::Debug => "debug",
+    };
+    Ok(workspace::host_binary(folder, "weir"))
+}
+
+/// Builds the test server, which runs in images that hold nothing else, and returns its path.
+pub fn build_test_server() -> Result<PathBuf> {
+    let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+    // A folder of its own: other flags would throw the host's files out of the common one.
+    let folder = workspace::target().join("static");
+    let mut build = process::cargo();
+    build
+        .env("RUSTFLAGS", "-C target-feature=+crt-static")
+        .args(["build", "--quiet", "--release", "-p", "weir-test-server"])
+        .args(["--target", &target, "--target-dir"])
+        .arg(&folder);
+    process::run(&mut build)?;
+    Ok(folder.join(target).join("release/weir-test-server"))
+}

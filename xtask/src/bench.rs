@@ -1,0 +1,46 @@
+//! `bench`: builds the programs and runs the benchmarks of `lb-tests`.
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+
+use crate::{ebpf, needs::Group, process, setup, workspace};
+
+/// Options of `bench`.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Benchmarks to run; all of them if none is named
+    kinds: Vec<Kind>,
+}
+
+/// A benchmark.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Kind {
+    /// ns per packet of every path through the programs
+    Prog,
+}
+
+/// The command.
+pub fn run(options: &Options) -> Result<()> {
+    if !workspace::is_root() {
+        bail!("it makes namespaces and loads BPF programs: run it as root");
+    }
+    let kinds = match options.kinds.as_slice() {
+        [] => Kind::value_variants(),
+        named => named,
+    };
+    setup::ensure(&[Group::Build, Group::Bench])?;
+    ebpf::build()?;
+    for kind in kinds {
+        let name = kind
+            .to_possible_value()
+            .map_or_else(String::new, |v| v.get_name().to_owned());
+        println!("=== bench {name}");
+        let mut command = process::cargo();
+        command.args(["run", "--quiet", "-p", "lb-tests", "--bin", "weir-bench", "--"]);
+        match kind {
+            Kind::Prog => drop(ebpf::build_bench()?),
+        }
+        process::run(command.arg(name))?;
+    }
+    Ok(())
+}
