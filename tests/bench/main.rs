@@ -6,13 +6,19 @@
     reason = "a benchmark that cannot go on reports it by panicking"
 )]
 
+mod net;
 mod prog;
+mod scale;
+mod update;
 
 use anyhow::{Result, bail};
 
 fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("prog") => prog::run(),
+        Some("update") => update::run(),
+        Some("scale") => scale::run(),
+        Some("net") => net::run(),
         other => bail!("no benchmark {other:?}: run it by `cargo xtask bench`"),
     }
 }

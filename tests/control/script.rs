@@ -17,7 +17,7 @@
 //! ```
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fmt::Write,
     net::{IpAddr, SocketAddr},
     time::{Duration, Instant, SystemTime},
@@ -55,6 +55,8 @@ struct World {
     now: Instant,
     /// Backends with flows at the last sweep: their ids must stay theirs.
     held: BTreeMap<u32, u32>,
+    /// Ids and epochs that a sweep found dead and without flows: nothing brings their flows back.
+    ended: BTreeSet<(u32, u32)>,
 }
 
 /// Runs a script, with one failing write if wanted.
@@ -149,6 +151,7 @@ impl World {
             policy: policy(),
             now,
             held: BTreeMap::new(),
+            ended: BTreeSet::new(),
         }
     }
 
@@ -261,16 +264,25 @@ impl World {
     }
 
     fn sweep(&mut self, counts: &[&str]) {
+        let counts: BTreeMap<SocketAddr, u64> = counts
+            .iter()
+            .map(|count| {
+                let (address, count) = count.split_once('=').unwrap();
+                (address.parse().unwrap(), count.parse().unwrap())
+            })
+            .collect();
         let mut flows = BTreeMap::new();
         self.held.clear();
-        for count in counts {
-            let (address, count) = count.split_once('=').unwrap();
-            let address: SocketAddr = address.parse().unwrap();
-            for (id, backend) in self.maps.contents().backends {
-                if SocketAddr::new(backend.addr.into(), backend.port.get()) == address {
-                    flows.insert(id, count.parse().unwrap());
+        for (id, backend) in self.maps.contents().backends {
+            let address = SocketAddr::new(backend.addr.into(), backend.port.get());
+            let user = (id, backend.epoch);
+            match counts.get(&address).filter(|_| !self.ended.contains(&user)) {
+                Some(count) => {
+                    flows.insert(id, *count);
                     self.held.insert(id, backend.epoch);
                 }
+                None if backend.state == backend_state::DEAD => drop(self.ended.insert(user)),
+                None => {}
             }
         }
         self.reconciler.set_sweep(Sweep {

@@ -23,7 +23,12 @@ const ROUTED: u32 = 1300;
 fn routed(lab: &Lab, v6: bool) -> Result<(Namespace, Namespace, &'static str)> {
     let (router, backend) = (Namespace::new("router")?, Namespace::new("routed")?);
     let (own, near, far, from) = if v6 {
-        ("2001:db8:b::fe/64", "2001:db8:e::1/64", "2001:db8:e::2", "2001:db8:b::/64")
+        (
+            "2001:db8:b::fe/64",
+            "2001:db8:e::1/64",
+            "2001:db8:e::2",
+            "2001:db8:b::/64",
+        )
     } else {
         ("203.0.113.254/24", "10.9.0.1/24", "10.9.0.2", "203.0.113.0/24")
     };
@@ -35,7 +40,11 @@ fn routed(lab: &Lab, v6: bool) -> Result<(Namespace, Namespace, &'static str)> {
     router.sysctl("net.ipv4.ip_forward", "1")?;
     router.sysctl("net.ipv6.conf.all.forwarding", "1")?;
     backend.ip(&format!("link set e0 mtu {ROUTED}"))?;
-    let (length, hop) = if v6 { (64, "2001:db8:e::1") } else { (24, "10.9.0.1") };
+    let (length, hop) = if v6 {
+        (64, "2001:db8:e::1")
+    } else {
+        (24, "10.9.0.1")
+    };
     backend.address("e0", &format!("{far}/{length}"))?;
     // It asks for full segments, so that the router has something to refuse.
     backend.ip(&format!("route add {from} via {hop} advmss 1440"))?;
@@ -57,7 +66,15 @@ fn told(client: &Namespace, to: SocketAddr, length: usize) -> Result<u32> {
         };
         let (mut value, mut size) = (libc::IP_PMTUDISC_DO, size_of::<libc::c_int>() as libc::socklen_t);
         // SAFETY: the option takes an integer, which outlives the call.
-        let set = unsafe { libc::setsockopt(socket.as_raw_fd(), level, discover, (&raw const value).cast(), size) };
+        let set = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                level,
+                discover,
+                (&raw const value).cast(),
+                size,
+            )
+        };
         ensure!(set == 0, "MTU_DISCOVER: {}", std::io::Error::last_os_error());
         socket.send(&vec![7; length])?;
         match socket.recv(&mut [0; 16]) {
@@ -66,7 +83,13 @@ fn told(client: &Namespace, to: SocketAddr, length: usize) -> Result<u32> {
         }
         // SAFETY: the option gives an integer of `size` bytes.
         let got = unsafe {
-            libc::getsockopt(socket.as_raw_fd(), level, mtu, (&raw mut value).cast(), &raw mut size)
+            libc::getsockopt(
+                socket.as_raw_fd(),
+                level,
+                mtu,
+                (&raw mut value).cast(),
+                &raw mut size,
+            )
         };
         ensure!(got == 0, "MTU: {}", std::io::Error::last_os_error());
         Ok(value as u32)
@@ -84,7 +107,9 @@ fn discovery(body: Body, v6: bool) -> Result<()> {
     };
     // The backend keeps to the segment's MTU, but asks for more.
     lab.backends[0].ip(&format!("link set e0 mtu {DEVICE}"))?;
-    lab.backends[0].ip(&format!("route replace {subnet} dev e0 src {source} metric 1 advmss 1440"))?;
+    lab.backends[0].ip(&format!(
+        "route replace {subnet} dev e0 src {source} metric 1 advmss 1440"
+    ))?;
     let near: SocketAddr = SocketAddr::new(source.parse()?, 0);
     let far: SocketAddr = SocketAddr::new(far.parse()?, 0);
     let config = lab.head(&format!("[vips.lab]\naddress = \"{}\"\n", vip(v6, 0).ip()))
@@ -95,11 +120,17 @@ fn discovery(body: Body, v6: bool) -> Result<()> {
     let weir = lab.start(&config)?;
     let counted = |name: &str| -> Result<u64> {
         let counters = weir.counters()?;
-        counters["node"][name].as_u64().with_context(|| counters.to_string())
+        counters["node"][name]
+            .as_u64()
+            .with_context(|| counters.to_string())
     };
 
     talk_tcp(&lab.client, vip(v6, 81), BULK).with_context(|| weir.explain())?;
-    ensure!(counted("too_big_sent")? > 0, "TCP was never told: {}", weir.explain());
+    ensure!(
+        counted("too_big_sent")? > 0,
+        "TCP was never told: {}",
+        weir.explain()
+    );
     // Only TCP's own route knows by now.
     forget(&lab.client, v6)?;
     let mtu = told(&lab.client, vip(v6, 81), 1430).with_context(|| weir.explain())?;
@@ -107,7 +138,11 @@ fn discovery(body: Body, v6: bool) -> Result<()> {
 
     ensure!(counted("icmp_translated")? == 0, "{}", weir.explain());
     talk_tcp(&lab.client, vip(v6, 82), BULK).with_context(|| weir.explain())?;
-    ensure!(counted("icmp_translated")? > 0, "the router was not heard: {}", weir.explain());
+    ensure!(
+        counted("icmp_translated")? > 0,
+        "the router was not heard: {}",
+        weir.explain()
+    );
     forget(&lab.client, v6)?;
     let mtu = told(&lab.client, vip(v6, 82), 1330).with_context(|| weir.explain())?;
     assert_eq!(mtu, ROUTED, "the router's link");
@@ -116,7 +151,11 @@ fn discovery(body: Body, v6: bool) -> Result<()> {
 
 /// Makes the client forget the path MTU that it has learnt.
 fn forget(client: &Namespace, v6: bool) -> Result<()> {
-    client.ip(if v6 { "-6 route flush cache" } else { "-4 route flush cache" })
+    client.ip(if v6 {
+        "-6 route flush cache"
+    } else {
+        "-4 route flush cache"
+    })
 }
 
 #[test]

@@ -43,15 +43,32 @@ fn policies(body: Body, v6: bool) -> Result<()> {
     let on = |more: &str| format!("vip = \"{own}\"\n{more}");
     let config = lab.head(&format!("[vips.lab]\naddress = [\"{own}\", \"{every}\"]\n"))
         + &service("sticky", "81/tcp", &on("affinity = \"client-ip\""), &servers)
-        + &service("denied", "82/tcp", &on(&format!("deny = [\"{client}\"]")), &servers)
-        + &service("allowed", "83/tcp", &on(&format!("allow = [\"{others}\"]")), &servers)
-        + &service("others", "84/tcp", &on(&format!("allow = [\"{others}\"]\ndeny = [\"{client}\"]")), &servers)
+        + &service(
+            "denied",
+            "82/tcp",
+            &on(&format!("deny = [\"{client}\"]")),
+            &servers,
+        )
+        + &service(
+            "allowed",
+            "83/tcp",
+            &on(&format!("allow = [\"{others}\"]")),
+            &servers,
+        )
+        + &service(
+            "others",
+            "84/tcp",
+            &on(&format!("allow = [\"{others}\"]\ndeny = [\"{client}\"]")),
+            &servers,
+        )
         + &service("every", "*/tcp", &format!("vip = \"{every}\""), &any_port);
     let weir = lab.start(&config)?;
     let at = |port| SocketAddr::new(own, port);
     let talk = |to| talk_tcp(&lab.client, to, 100).with_context(|| weir.explain());
 
-    let sticky = (0..FLOWS).map(|_| talk(at(81))).collect::<Result<BTreeSet<_>>>()?;
+    let sticky = (0..FLOWS)
+        .map(|_| talk(at(81)))
+        .collect::<Result<BTreeSet<_>>>()?;
     assert_eq!(sticky.len(), 1, "one client, one backend: {sticky:?}");
     talk(at(83))?;
     for port in [82, 84] {
@@ -82,7 +99,9 @@ fn echo(client: &Namespace, weir: &Weir<'_>, vip: IpAddr) -> Result<()> {
     let mut message = vec![request, 0, 0, 0, 0x12, 0x34, 0, 1];
     message.extend(b"is the VIP alive");
     if !vip.is_ipv6() {
-        let words = message.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
+        let words = message
+            .chunks(2)
+            .map(|pair| u32::from(pair[0]) << 8 | u32::from(pair[1]));
         let sum = words.sum::<u32>();
         let check = !((sum & 0xffff) + (sum >> 16)) as u16;
         message[2..4].copy_from_slice(&check.to_be_bytes());
@@ -100,7 +119,10 @@ fn echo(client: &Namespace, weir: &Weir<'_>, vip: IpAddr) -> Result<()> {
             let (length, from) = socket.recv_from(&mut answer).with_context(|| weir.explain())?;
             // Neighbour discovery and our own request pass by here too.
             if from.ip() == vip && length > header && answer[header] == reply {
-                ensure!(answer[header + 4..length] == message[4..], "another echo came back");
+                ensure!(
+                    answer[header + 4..length] == message[4..],
+                    "another echo came back"
+                );
                 return Ok(());
             }
         }
@@ -130,7 +152,9 @@ fn a_port_without_a_service_is_silent() -> Result<()> {
     let weir = lab.start(&config)?;
     for v6 in [false, true] {
         talk_tcp(&lab.client, vip(v6, 80), 1000).with_context(|| weir.explain())?;
-        let other = lab.client.run(|| TcpStream::connect_timeout(&vip(v6, 81), SILENCE));
+        let other = lab
+            .client
+            .run(|| TcpStream::connect_timeout(&vip(v6, 81), SILENCE));
         assert!(other.is_err(), "nobody serves port 81");
     }
     Ok(())

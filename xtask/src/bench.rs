@@ -3,7 +3,12 @@
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::{ebpf, needs::Group, process, setup, workspace};
+use crate::{
+    agent::{self, Profile},
+    ebpf,
+    needs::Group,
+    process, setup, workspace,
+};
 
 /// Options of `bench`.
 #[derive(clap::Args)]
@@ -17,6 +22,12 @@ pub struct Options {
 enum Kind {
     /// ns per packet of every path through the programs
     Prog,
+    /// Rates and CPU per request against other balancers
+    Net,
+    /// Change latency, and failures during changes
+    Update,
+    /// Memory and sweep time at full size
+    Scale,
 }
 
 /// The command.
@@ -39,6 +50,8 @@ pub fn run(options: &Options) -> Result<()> {
         command.args(["run", "--quiet", "-p", "lb-tests", "--bin", "weir-bench", "--"]);
         match kind {
             Kind::Prog => drop(ebpf::build_bench()?),
+            Kind::Net | Kind::Update => drop(command.env("WEIR_BIN", agent::build(Profile::Release)?)),
+            Kind::Scale => {}
         }
         process::run(command.arg(name))?;
     }

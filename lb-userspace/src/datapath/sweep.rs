@@ -22,6 +22,7 @@ use lb_ebpf::{
     sweep::{BATCH, HEADER},
     tables::{partner_key, timeout},
 };
+use nix::time::{ClockId, clock_getres};
 use tokio::{sync::watch, task::JoinError};
 
 use super::{
@@ -34,8 +35,6 @@ use super::{
 const CHUNK: usize = 8192;
 /// Shortest packet that the kernel lets an XDP program be run with.
 const MIN_PACKET: usize = 64;
-/// How long the flow clock is compared with the monotonic one to learn its rate.
-const CALIBRATION: Duration = Duration::from_millis(60);
 /// Rates that Linux can be built with (kernel/Kconfig.hz).
 const RATES: [u32; 4] = [100, 250, 300, 1000];
 
@@ -69,14 +68,10 @@ pub enum SweepError {
     #[error("program {SWEEP_PROGRAM} could not be run: {0}")]
     Run(#[from] io::Error),
     /// The flow clock runs at no rate that Linux has.
-    #[error(
-        "the flow clock advanced {ticks} ticks in {elapsed:?}: no known rate; is the machine overloaded?"
-    )]
+    #[error("the kernel's coarse clock ticks every {tick:?}: no rate that Linux can be built with")]
     Rate {
-        /// Ticks.
-        ticks: u32,
-        /// Meanwhile.
-        elapsed: Duration,
+        /// Resolution of the coarse clocks, one tick.
+        tick: Duration,
     },
     /// The blocking task died.
     #[error("sweep task: {0}")]
@@ -91,7 +86,7 @@ pub struct Sweeper {
 }
 
 impl Sweeper {
-    /// Opens the pinned program and, once per set of maps, measures the rate of the flow clock (takes 60 ms).
+    /// Opens the pinned program and, once per set of maps, notes the rate of the flow clock.
     pub fn open(pins: &Pins) -> Result<Self, SweepError> {
         let program = ProgramInfo::from_pin(pins.programs().join(SWEEP_PROGRAM))?.fd()?;
         let sweeper = Self {
@@ -101,7 +96,7 @@ impl Sweeper {
         let table: Table<u32, Meta> = Table::open(&sweeper.maps, "META")?;
         let meta = table.get(&0)?.unwrap_or_default();
         if meta.hz == 0 {
-            let hz = sweeper.calibrate()?;
+            let hz = ticks_per_second()?;
             table.put(&0, &Meta { hz, ..meta })?;
         }
         Ok(sweeper)
@@ -124,32 +119,6 @@ impl Sweeper {
                 // A signal, or another test run on this CPU.
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {}
                 result => return result,
-            }
-        }
-    }
-
-    fn calibrate(&self) -> Result<u32, SweepError> {
-        // From one tick to another: a whole number of ticks, whatever the moment of asking.
-        let edge = || -> Result<(u32, Instant), SweepError> {
-            let before = self.now()?;
-            loop {
-                let now = self.now()?;
-                if now != before {
-                    return Ok((now, Instant::now()));
-                }
-            }
-        };
-        let mut window = CALIBRATION;
-        loop {
-            let (first, began) = edge()?;
-            std::thread::sleep(window);
-            let (last, ended) = edge()?;
-            let (ticks, elapsed) = (last.wrapping_sub(first), ended - began);
-            match snap(ticks, elapsed) {
-                Some(hz) => return Ok(hz),
-                // This thread lost its CPU between a tick and the look at the watch: that weighs less in a longer time.
-                None if window < CALIBRATION * 16 => window *= 2,
-                None => return Err(SweepError::Rate { ticks, elapsed }),
             }
         }
     }
@@ -271,12 +240,19 @@ fn packet<K: Pod>(family: u32, keys: &[K]) -> Vec<u8> {
     packet
 }
 
-/// The rate that explains `ticks` in `elapsed`, if one does within 10 %.
-fn snap(ticks: u32, elapsed: Duration) -> Option<u32> {
-    let measured = f64::from(ticks) / elapsed.as_secs_f64();
+/// Ticks of the flow clock per second. The resolution of the coarse clocks is one tick (kernel/time/posix-timers.c), on
+/// an idle machine and on an overloaded one.
+fn ticks_per_second() -> Result<u32, SweepError> {
+    let tick = clock_getres(ClockId::CLOCK_MONOTONIC_COARSE).map_err(io::Error::from)?;
+    let tick = Duration::from(tick);
+    rate(tick).ok_or(SweepError::Rate { tick })
+}
+
+/// The rate whose tick takes so long; the kernel rounds it to nanoseconds.
+fn rate(tick: Duration) -> Option<u32> {
     RATES
         .into_iter()
-        .find(|rate| (measured / f64::from(*rate) - 1.0).abs() < 0.1)
+        .find(|hz| (Duration::from_secs(1) / *hz).abs_diff(tick) < Duration::from_micros(1))
 }
 
 /// Sweeps every `interval` and publishes what it found, until nobody listens any more.
@@ -314,12 +290,12 @@ mod tests {
 
     #[test]
     fn rates_are_recognised_and_nonsense_is_not() {
-        assert_eq!(snap(6, Duration::from_millis(60)), Some(100));
-        assert_eq!(snap(15, Duration::from_micros(60_400)), Some(250));
-        assert_eq!(snap(18, Duration::from_millis(60)), Some(300));
-        assert_eq!(snap(61, Duration::from_micros(61_200)), Some(1000));
-        assert_eq!(snap(30, Duration::from_millis(60)), None);
-        assert_eq!(snap(0, Duration::from_millis(60)), None);
+        assert_eq!(rate(Duration::from_millis(10)), Some(100));
+        assert_eq!(rate(Duration::from_millis(4)), Some(250));
+        assert_eq!(rate(Duration::from_nanos(3_333_333)), Some(300));
+        assert_eq!(rate(Duration::from_millis(1)), Some(1000));
+        assert_eq!(rate(Duration::from_nanos(1)), None);
+        assert_eq!(rate(Duration::ZERO), None);
     }
 
     #[test]

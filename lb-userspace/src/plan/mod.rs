@@ -5,10 +5,13 @@
 //! nothing refers to any more. So a ring never names a backend that is absent or dead, and each step of the way is a
 //! state that may stay: a crash between two writes harms nothing. A failing service stops only itself.
 
+mod backends;
 mod ids;
 mod network;
 mod programmed;
+mod rings;
 mod service;
+mod settings;
 #[cfg(test)]
 mod tests;
 
@@ -17,9 +20,6 @@ use std::{
     net::IpAddr,
     time::{Duration, Instant},
 };
-
-use ipnet::IpNet;
-use lb_common::limits;
 
 pub use programmed::{About, Entry, Note, Programmed, ROW_QUARANTINE, Ring, Slot, address_of, key_of};
 
@@ -346,12 +346,9 @@ impl Planner<'_> {
     }
 }
 
-/// Prefixes in `ACL` that fit beside those in it.
-fn acl_room(capacities: &Capacities, used: usize) -> usize {
-    (capacities.acl.min(limits::MAX_ACL_ENTRIES) as usize).saturating_sub(used)
-}
-
-/// Longest prefix first: while a list is being put in, every client is judged by the old list or by the new one.
-fn longest_first(prefixes: &mut [(IpNet, u32)]) {
-    prefixes.sort_by_key(|(prefix, _)| (std::cmp::Reverse(prefix.prefix_len()), *prefix));
+/// What to do about a map that is too small.
+fn raise(setting: &str) -> String {
+    format!(
+        "raise `limits.{setting}` and run `weir detach` before the next start, or remove what is not needed"
+    )
 }

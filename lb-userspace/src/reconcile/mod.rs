@@ -147,10 +147,10 @@ impl Reconciler {
                 Err(fault) => error!("{fault}"),
             }
         }
-        if let Some(path) = &this.options.deadlines {
-            if let Err(fault) = Memory::recall(path, &mut this.programmed, now, SystemTime::now()) {
-                error!("{fault}");
-            }
+        if let Some(path) = &this.options.deadlines
+            && let Err(fault) = Memory::recall(path, &mut this.programmed, now, SystemTime::now())
+        {
+            error!("{fault}");
         }
         Ok(this)
     }

@@ -188,7 +188,7 @@ async fn places_are_asked_for_while_they_matter() {
         .wait_for(|places| places.contains(&ip))
         .await
         .unwrap();
-    agent.topology.send_modify(|t| drop(t.places.insert(ip, REMOTE)));
+    agent.topology.send_modify(|t| t.places.extend([(ip, REMOTE)]));
     agent.status.wait_for(|s| s.commits == 1).await.unwrap();
     // It drains with its flows: its place still matters.
     agent

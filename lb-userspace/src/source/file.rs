@@ -35,17 +35,18 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// The file is looked at this often even if nobody says that it changed: network file systems say nothing.
 const RECHECK: Duration = Duration::from_secs(10);
 
-/// Starts the source with what was loaded at start and is on `publish`; later versions are sent there. Ends with
-/// `stop`, or when the inbox is gone.
+/// Starts the source with what was loaded at start and is on `publish`; later versions are sent there. It looks at the
+/// file when the file changes, or when `look` is notified. Ends with `stop`, or when the inbox is gone.
 pub fn spawn(
     publish: watch::Sender<Arc<Config>>,
     inbox: mpsc::Sender<Message>,
+    look: Arc<Notify>,
     stop: CancellationToken,
 ) -> JoinHandle<()> {
     let path = publish.borrow().path.clone();
     tokio::spawn(async move {
         let follower = Follower { path, publish, inbox };
-        stop.run_until_cancelled(follower.run()).await;
+        stop.run_until_cancelled(follower.run(look)).await;
     })
 }
 
@@ -59,8 +60,7 @@ struct Follower {
 struct InboxGone;
 
 impl Follower {
-    async fn run(self) {
-        let changed = Arc::new(Notify::new());
+    async fn run(self, changed: Arc<Notify>) {
         // The watch is set before the file is read again below: no change falls between.
         let mut watcher = self.watch(&changed);
         let mut last: Option<Result<String, String>> = None;
@@ -228,6 +228,7 @@ mod tests {
         folder: tempfile::TempDir,
         inbox: mpsc::Receiver<Message>,
         config: watch::Receiver<Arc<Config>>,
+        look: Arc<Notify>,
         stop: CancellationToken,
         task: JoinHandle<()>,
     }
@@ -239,11 +240,13 @@ mod tests {
             let (publish, config) = watch::channel(Arc::new(Config::load(&path).unwrap()));
             let (sender, inbox) = mpsc::channel(64);
             let stop = CancellationToken::new();
-            let task = spawn(publish, sender, stop.clone());
+            let look = Arc::new(Notify::new());
+            let task = spawn(publish, sender, look.clone(), stop.clone());
             Self {
                 folder,
                 inbox,
                 config,
+                look,
                 stop,
                 task,
             }
@@ -339,6 +342,27 @@ mod tests {
         // And what it leads to is watched now.
         fs::write(rig.folder.path().join("v2/weir.toml"), with_service("three")).unwrap();
         rig.until(named("three")).await;
+        rig.end().await;
+    }
+
+    /// SIGHUP: where changes are not told, the operator tells.
+    #[tokio::test(start_paused = true)]
+    async fn the_file_is_looked_at_when_asked_for() {
+        let mut rig = Rig::new(|folder| {
+            let path = folder.join("weir.toml");
+            fs::write(&path, with_service("one")).unwrap();
+            fs::create_dir(folder.join("elsewhere")).unwrap();
+            fs::hard_link(&path, folder.join("elsewhere/weir.toml")).unwrap();
+            path
+        });
+        rig.until(named("one")).await;
+        // A write by another name of the file is not seen in the folder that is watched.
+        let other = rig.folder.path().join("elsewhere/weir.toml");
+        fs::write(other, with_service("two")).unwrap();
+        let asked = tokio::time::Instant::now();
+        rig.look.notify_one();
+        rig.until(named("two")).await;
+        assert!(asked.elapsed() < RECHECK, "{:?}", asked.elapsed());
         rig.end().await;
     }
 }

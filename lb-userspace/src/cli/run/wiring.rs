@@ -5,7 +5,7 @@ use std::{ops::RangeInclusive, sync::Arc, time::Duration, time::Instant};
 use anyhow::Context as _;
 use tokio::{
     signal::unix::{SignalKind, signal},
-    sync::{broadcast, mpsc, oneshot, watch},
+    sync::{Notify, broadcast, mpsc, oneshot, watch},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
@@ -147,10 +147,11 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
         tasks.spawn(async { docker.await.context("docker source") });
     }
-    let file = source::file::spawn(config_to, inbox_to, stop.clone());
+    let look = Arc::new(Notify::new());
+    let file = source::file::spawn(config_to, inbox_to, look.clone(), stop.clone());
     tasks.spawn(async { file.await.context("file source") });
 
-    let result = wait(&mut tasks, &commands_to).await;
+    let result = wait(&mut tasks, &commands_to, &look).await;
     stop.cancel();
     let farewell = async { while tasks.join_next().await.is_some() {} };
     let _late_ones_end_with_the_process = tokio::time::timeout(FAREWELL, farewell).await;
@@ -161,7 +162,8 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
 }
 
 /// Waits for a signal to stop, or for a part that ends before.
-async fn wait(tasks: &mut Tasks, commands: &mpsc::Sender<Command>) -> anyhow::Result<()> {
+/// SIGHUP has the configuration file read and the maps compared.
+async fn wait(tasks: &mut Tasks, commands: &mpsc::Sender<Command>, look: &Notify) -> anyhow::Result<()> {
     let (mut term, mut int, mut hup) = (
         signal(SignalKind::terminate())?,
         signal(SignalKind::interrupt())?,
@@ -172,7 +174,8 @@ async fn wait(tasks: &mut Tasks, commands: &mpsc::Sender<Command>) -> anyhow::Re
             _ = term.recv() => return Ok(()),
             _ = int.recv() => return Ok(()),
             _ = hup.recv() => {
-                info!("SIGHUP: the configuration file is followed by itself; reading the maps back");
+                info!("SIGHUP: reading the configuration file and the maps");
+                look.notify_one();
                 let (reply, _nobody_waits) = oneshot::channel();
                 let _the_reconciler_may_have_ended = commands.send(Command::Resync { reply }).await;
             }
@@ -296,7 +299,7 @@ mod tests {
         let (mut tasks, stop) = (Tasks::new(), CancellationToken::new());
         until(&mut tasks, &stop, async { anyhow::bail!("network: gone") });
         let (commands, _inbox) = mpsc::channel(1);
-        let error = wait(&mut tasks, &commands).await.unwrap_err();
+        let error = wait(&mut tasks, &commands, &Notify::new()).await.unwrap_err();
         assert!(format!("{error:#}").contains("network: gone"), "{error:#}");
     }
 }
