@@ -100,15 +100,16 @@ fn discovery(body: Body, v6: bool) -> Result<()> {
     let lab = Lab::new(Wiring::TwoArm, body, 1)?;
     let (_router, behind, far) = routed(&lab, v6)?;
     lab.node.ip(&format!("link set b0 mtu {DEVICE}"))?;
-    let (subnet, source) = if v6 {
-        ("2001:db8:b::/64", "2001:db8:b::11")
+    // Ahead of the connected route of IPv6, or in place of that of IPv4.
+    let (subnet, source, metric) = if v6 {
+        ("2001:db8:b::/64", "2001:db8:b::11", 1)
     } else {
-        ("203.0.113.0/24", "203.0.113.11")
+        ("203.0.113.0/24", "203.0.113.11", 0)
     };
     // The backend keeps to the segment's MTU, but asks for more.
     lab.backends[0].ip(&format!("link set e0 mtu {DEVICE}"))?;
     lab.backends[0].ip(&format!(
-        "route replace {subnet} dev e0 src {source} metric 1 advmss 1440"
+        "route replace {subnet} dev e0 src {source} metric {metric} advmss 1440"
     ))?;
     let near: SocketAddr = SocketAddr::new(source.parse()?, 0);
     let far: SocketAddr = SocketAddr::new(far.parse()?, 0);
