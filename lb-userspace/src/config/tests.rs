@@ -40,6 +40,26 @@ fn the_defaults_are_those_of_the_constants() {
 }
 
 #[test]
+fn the_document_tells_the_defaults_that_the_code_has() {
+    use lb_common::limits as common;
+    let docs = fs::read_to_string(repository().join("docs/config.md")).unwrap();
+    for (key, default) in [
+        ("services", common::DEFAULT_SERVICES),
+        ("backends", common::DEFAULT_BACKENDS),
+        ("ring-rows", common::DEFAULT_RING_ROWS),
+        ("flows4", common::DEFAULT_FLOW_ENTRIES / 2),
+        ("flows6", common::DEFAULT_FLOW6_ENTRIES / 2),
+        ("events", common::EVENTS_BYTES),
+    ] {
+        let line = format!("| `{key}` | `{default}` |");
+        assert!(docs.contains(&line), "docs/config.md does not say: {line}");
+    }
+    let (first, last) = (common::DEFAULT_SNAT_PORT_MIN, common::DEFAULT_SNAT_PORT_MAX);
+    let line = format!("| `ports` | `first-last` | `{first}-{last}` |");
+    assert!(docs.contains(&line), "docs/config.md does not say: {line}");
+}
+
+#[test]
 fn the_example_shows_the_defaults_and_every_key_is_documented() {
     let path = repository().join("deploy/weir.example.toml");
     let text = fs::read_to_string(&path).unwrap();
