@@ -9,7 +9,7 @@ pub const DEFAULT_BACKENDS: u32 = 16_384;
 /// Largest configurable number of backend records.
 pub const MAX_BACKENDS: u32 = 1 << 17;
 /// Entries of `FLOWS4`; one connection takes two (both directions).
-pub const DEFAULT_FLOW_ENTRIES: u32 = 1 << 18;
+pub const DEFAULT_FLOW_ENTRIES: u32 = 1 << 19;
 /// Entries of `FLOWS6`; one connection takes two (both directions).
 pub const DEFAULT_FLOW6_ENTRIES: u32 = 1 << 16;
 /// Rows in `RINGS`, 64 KiB each. A service holds the rows of one ring; a change takes as many again, and gives the old
@@ -46,7 +46,7 @@ pub const OURS_BITS: u32 = 16;
 pub const OURS_WORDS: usize = 1 << (OURS_BITS - 6);
 
 /// First SNAT port unless configured: below the default `net.ipv4.ip_local_port_range` (32768–60999).
-pub const DEFAULT_SNAT_PORT_MIN: u16 = 16_384;
+pub const DEFAULT_SNAT_PORT_MIN: u16 = 1_024;
 /// Last SNAT port unless configured.
 pub const DEFAULT_SNAT_PORT_MAX: u16 = 32_767;
 /// Ports tried for a new flow before it is dropped as `snat_ports_exhausted`.
@@ -63,7 +63,7 @@ pub const DEFAULT_TCP_ESTABLISHED_S: u32 = 7_200;
 /// Default timeout of a TCP flow whose handshake is not finished, seconds.
 pub const DEFAULT_TCP_SYN_S: u32 = 60;
 /// Default timeout of a TCP flow closed by both sides or reset, seconds.
-pub const DEFAULT_TCP_CLOSING_S: u32 = 30;
+pub const DEFAULT_TCP_CLOSING_S: u32 = 10;
 /// Default idle timeout of a UDP flow, seconds.
 pub const DEFAULT_UDP_S: u32 = 60;
 /// Longest configurable timeout, seconds: the flow clock is 32 bits of jiffies and compares by wrapping.

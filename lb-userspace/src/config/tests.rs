@@ -27,7 +27,7 @@ fn the_defaults_are_those_of_the_constants() {
     let config = parse(MINIMAL).unwrap();
     assert_eq!(config.interfaces, [Interface::Named("eth0".into())]);
     assert_eq!(config.limits, Limits::default());
-    assert_eq!(config.snat.ports, 16_384..=32_767);
+    assert_eq!(config.snat.ports, 1_024..=32_767);
     assert_eq!(config.admin.metrics, DEFAULT_METRICS);
     assert_eq!(config.startup_wait, DEFAULT_STARTUP_WAIT);
     let docker = config.docker.unwrap();
@@ -315,7 +315,7 @@ fn endpoints() {
 fn snat_ports_and_ephemeral_ports_must_not_meet() {
     let snat = parse(MINIMAL).unwrap().snat;
     assert_eq!(snat.check_port_overlap(32_768..=60_999), Ok(()));
-    assert_eq!(snat.check_port_overlap(1_024..=16_383), Ok(()));
+    assert_eq!(snat.check_port_overlap(1..=1_023), Ok(()));
     for range in [32_767..=60_999, 1_024..=16_384, 20_000..=20_001, 1..=65_535] {
         let error = snat.check_port_overlap(range).unwrap_err();
         assert!(error.to_string().contains("ip_local_port_range"), "{error}");
