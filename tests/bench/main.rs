@@ -1,11 +1,5 @@
 //! The benchmarks, a kind each: `cargo xtask bench <kind>` builds what they need and runs them.
 
-#![expect(
-    clippy::expect_used,
-    clippy::panic,
-    reason = "a benchmark that cannot go on reports it by panicking"
-)]
-
 mod net;
 mod prog;
 mod scale;

@@ -74,16 +74,18 @@ fn nobody_notices_a_hundred_changes_by_tc_alone() -> Result<()> {
     a_hundred_changes(Body::Tc)
 }
 
-/// A backend's listener goes away before anybody tells the agent: half of the new connections meet a refusal, and all
-/// succeed at once.
+/// A backend's listener goes away before anybody tells the agent: a quarter of the new connections meet a refusal, and
+/// all succeed at once. (Of two backends, the ring would find no other for one refusal in 256.)
 fn refused(body: Body, v6: bool) -> Result<()> {
-    let lab = Lab::new(Wiring::TwoArm, body, 2)?;
+    let lab = Lab::new(Wiring::TwoArm, body, 4)?;
     let closing = listen_tcp(&lab.backends[0], SocketAddr::new(address_of(0, v6), 0))?;
     let port = closing.local_addr()?.port();
-    serve_tcp(&lab.backends[1], 1, SocketAddr::new(address_of(1, v6), port))?;
+    for i in 1..4 {
+        serve_tcp(&lab.backends[i], i, SocketAddr::new(address_of(i, v6), port))?;
+    }
     let to = vip(v6, 80);
     let weir = lab.start(&lab.config(&to.ip().to_string(), "80/tcp", &lab.servers(v6, port)))?;
-    let old = lab.client.run(|| both(to, &closing))?;
+    let old = lab.client.run(|| reached(to, &closing))?;
     drop(closing);
     let mut slowest = Duration::ZERO;
     lab.client.run(|| {
@@ -92,7 +94,7 @@ fn refused(body: Body, v6: bool) -> Result<()> {
             let mut talk = Talk::open(to).with_context(|| weir.explain())?;
             slowest = slowest.max(began.elapsed());
             talk.say(100).with_context(|| weir.explain())?;
-            ensure!(talk.answer.index == 1, "a closed listener answered");
+            ensure!(talk.answer.index != 0, "a closed listener answered");
         }
         Ok(())
     })?;
@@ -104,7 +106,7 @@ fn refused(body: Body, v6: bool) -> Result<()> {
     );
     let hidden = weir.counters()?["node"]["resteered"].as_u64();
     ensure!(
-        hidden.is_some_and(|n| n > 8),
+        hidden.is_some_and(|n| n > 2),
         "nobody was re-steered: {}",
         weir.explain()
     );
@@ -112,9 +114,8 @@ fn refused(body: Body, v6: bool) -> Result<()> {
     Ok(())
 }
 
-/// Connections to the VIP until both backends have one, so that both are known to be reached. The listener that nobody
-/// serves takes connections without an answer.
-fn both(to: SocketAddr, silent: &TcpListener) -> Result<Vec<std::net::TcpStream>> {
+/// Connections to the VIP until the listener that nobody serves has one: it is known to be reached.
+fn reached(to: SocketAddr, silent: &TcpListener) -> Result<Vec<std::net::TcpStream>> {
     silent.set_nonblocking(true)?;
     let mut kept = Vec::new();
     for _ in 0..64 {

@@ -47,8 +47,15 @@ impl Planner<'_> {
         self.expire(&mut candidates, |id| entry.ring.counts.contains_key(&id));
         self.demote(group, &candidates, |_| false);
         self.describe(&candidates);
-        if entry.value.is_none() && entry.acl.is_empty() && entry.slots.is_subset(&self.freed) {
+        if !entry.slots.is_subset(&self.freed) {
+            return;
+        }
+        if entry.value.is_none() && entry.acl.is_empty() {
             self.plan.notes.push(Note::Forget { address });
+        } else {
+            // Forgotten once this plan's deletions have been made, which the next pass will see.
+            self.plan.waiting.insert(address);
+            self.wake_at(self.inputs.now);
         }
     }
 
