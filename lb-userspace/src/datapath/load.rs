@@ -254,6 +254,9 @@ fn mismatch(shape: &shape::Shape, info: &MapInfo) -> Option<String> {
     None
 }
 
+/// The verifier gives up with EAGAIN when a signal arrives while it works, which takes seconds: so often it is asked.
+const LOAD_ATTEMPTS: usize = 5;
+
 fn load_program(ebpf: &mut Ebpf, name: &'static str, pins: &Pins) -> Result<(), LoadError> {
     let missing = || LoadError::Object(format!("program {name} is missing or of another type"));
     let program = ebpf.program_mut(name).ok_or_else(missing)?;
@@ -261,10 +264,20 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str, pins: &Pins) -> Result<(), 
         name,
         source: Box::new(source),
     };
-    match program {
-        Program::Xdp(xdp) => xdp.load().map_err(refused)?,
-        Program::SchedClassifier(tc) => tc.load().map_err(refused)?,
-        _ => return Err(missing()),
+    for attempt in 1..=LOAD_ATTEMPTS {
+        let result = match program {
+            Program::Xdp(xdp) => xdp.load(),
+            Program::SchedClassifier(tc) => tc.load(),
+            _ => return Err(missing()),
+        };
+        match result {
+            Err(ProgramError::LoadError { io_error, .. })
+                if attempt < LOAD_ATTEMPTS && io_error.raw_os_error() == Some(libc::EAGAIN) => {}
+            other => {
+                other.map_err(refused)?;
+                break;
+            }
+        }
     }
     let (path, fresh) = (
         pins.programs().join(name),
