@@ -92,6 +92,10 @@ fn transition<T: Tables, A: Ip>(
     } else if state & flow_state::REFUSED != 0 && datagram.flags & TCP_RST != 0 {
         // The client's answer to the nudge that hid the refusal, not the end of its connection.
         return Verdict::drop(DropReason::RefusalHidden, flow.service);
+    } else if datagram.flags & TCP_RST != 0 && !answered {
+        // So a client in SYN-SENT answers an ACK that it cannot accept: the backend still has an older connection of
+        // this tuple (TIME-WAIT), which the RST ends. The client goes on; its next SYN must find the same port.
+        return CONTINUE;
     }
     apply(tables, datagram, entry, false);
     CONTINUE

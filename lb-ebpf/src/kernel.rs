@@ -8,7 +8,7 @@
 use aya_ebpf::{
     bindings::BPF_NOEXIST,
     btf_maps::{HashMap, lpm_trie::Key},
-    helpers::generated::{bpf_get_prandom_u32, bpf_get_smp_processor_id, bpf_jiffies64},
+    helpers::generated::{bpf_get_prandom_u32, bpf_jiffies64},
 };
 use lb_common::{
     addr::Addr16,
@@ -35,9 +35,6 @@ use crate::maps::{
 const EEXIST: i32 = -17;
 /// Bits of an `ACL` key with a full address.
 const ACL_BITS: u32 = 32 + 128;
-/// Spreads the CPUs' port cursors over the range: an odd number near 2^32 / φ.
-const CURSOR_SPREAD: u32 = 0x9e37_79b1;
-
 /// The maps of this program.
 #[derive(Clone, Copy)]
 pub struct Kernel;
@@ -132,16 +129,18 @@ impl Tables for Kernel {
 
     #[inline(always)]
     fn next_port(self, backend: u32) -> u32 {
-        // SAFETY: a helper without arguments.
-        let cpu = unsafe { bpf_get_smp_processor_id() };
         match CURSORS.get_ptr_mut(backend) {
             Some(cursor) => {
+                // A new datapath does not begin where the one before it began: there the backends still have old
+                // connections in TIME-WAIT.
                 // SAFETY: this CPU's own word.
-                let next = unsafe {
+                unsafe {
+                    if *cursor == 0 {
+                        *cursor = self.random();
+                    }
                     *cursor = (*cursor).wrapping_add(1);
                     *cursor
-                };
-                next.wrapping_add(cpu.wrapping_mul(CURSOR_SPREAD) >> 16)
+                }
             }
             None => 0,
         }

@@ -247,7 +247,7 @@ pub(super) fn snat(check: &mut Check<'_>, raw: &RawSnat) -> Snat {
             Some(range) => ports = range,
             None => {
                 let fault = format!("`{}` is not a range of ports", text.get_ref());
-                let remedy = "write the first and the last, from 1024 on: `16384-32767`";
+                let remedy = "write the first and the last, from 1024 on: `1024-32767`";
                 check.fault("snat.ports", Some(text.span()), fault, remedy);
             }
         }
