@@ -40,10 +40,12 @@ pub const MAX_FRAGMENTS: u32 = 16_384;
 /// Bytes of the event ring buffer.
 pub const EVENTS_BYTES: u32 = 1 << 18;
 
-/// log2 of the bits in the `OURS` filter.
+/// log2 of the bits in the address filter of `OURS`.
 pub const OURS_BITS: u32 = 16;
-/// 64-bit words of the `OURS` filter.
+/// 64-bit words of the address filter in `OURS`.
 pub const OURS_WORDS: usize = 1 << (OURS_BITS - 6);
+/// 64-bit words of the port filter in `OURS`: a bit for each port of TCP, then of UDP.
+pub const PORT_WORDS: usize = 2 << (16 - 6);
 
 /// First SNAT port unless configured: below the default `net.ipv4.ip_local_port_range` (32768–60999).
 pub const DEFAULT_SNAT_PORT_MIN: u16 = 1_024;
