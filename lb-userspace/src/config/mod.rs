@@ -17,7 +17,7 @@ use std::{
 
 use lb_common::limits;
 
-use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode};
+use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode, UnhealthyPolicy};
 
 pub use errors::{ConfigErrors, ConfigFault};
 
@@ -410,5 +410,7 @@ fn built_in_settings() -> ServiceSettings {
         timeouts: FlowTimeouts::default(),
         when_empty: EmptyPolicy::DrainersThenRefuse,
         reset_unknown: false,
+        when_unhealthy: UnhealthyPolicy::AsEmpty,
+        passive: None,
     }
 }

@@ -274,6 +274,7 @@ impl Heard {
             address,
             settings: owner.settings.clone(),
             backends: backends.into_values().collect(),
+            slow: BTreeMap::new(),
         };
         let old = self.desired.services.get(&address).map(|w| &w.service);
         let service = match old {

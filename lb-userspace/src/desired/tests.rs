@@ -22,6 +22,7 @@ fn object(id: &str, age: u64, affinity: bool) -> Object {
             reason: String::new(),
             drain: std::time::Duration::ZERO,
             name: id.into(),
+            check: None,
         }],
     };
     Object {

@@ -117,6 +117,7 @@ fn backend(address: u32) -> Backend {
         reason: String::new(),
         drain: Duration::from_secs(30),
         name: format!("web-{address}"),
+        check: None,
     }
 }
 

@@ -159,6 +159,8 @@ fn settings(check: &mut Check<'_>, key: &str, raw: &RawService, policy: &Policy)
             .reset_unknown
             .as_ref()
             .map_or(base.reset_unknown, |flag| *flag.get_ref()),
+        when_unhealthy: base.when_unhealthy,
+        passive: base.passive,
     }
 }
 
@@ -222,6 +224,7 @@ fn backends(
                 .name
                 .as_ref()
                 .map_or_else(|| address.to_string(), |name| name.get_ref().clone()),
+            check: None,
         });
     }
     found

@@ -166,6 +166,8 @@ fn service(
         timeouts: policy.defaults.timeouts,
         when_empty: labels.get("when-empty", policy.defaults.when_empty, value::when_empty)?,
         reset_unknown: labels.get("reset-unknown", policy.defaults.reset_unknown, value::boolean)?,
+        when_unhealthy: policy.defaults.when_unhealthy,
+        passive: policy.defaults.passive.clone(),
     };
     let weight = labels.get("weight", value::DEFAULT_WEIGHT, value::weight)?;
     let drain = labels.get("drain", policy.drain, value::duration)?;
@@ -205,6 +207,7 @@ fn service(
                     reason: reason.into(),
                     drain,
                     name: container.name.clone(),
+                    check: None,
                 }],
             });
         }
