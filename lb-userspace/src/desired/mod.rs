@@ -99,6 +99,7 @@ impl Heard {
             Update::Put(object) => changed.extend(source.put(object)),
             Update::Remove(id) => changed.extend(source.remove(&id).map(|old| (Some(old), None))),
             Update::Freshness(freshness) => source.freshness = Some(freshness),
+            Update::Verdicts(_) => {}
         }
         for (old, new) in changed {
             for (object, present) in [(old, false), (new, true)] {
