@@ -37,6 +37,16 @@ pub async fn run<P: Probe>(
     checks.follow(&targets.borrow_and_update());
     loop {
         checks.start();
+        if !checks.verdicts.is_empty() {
+            let update = Update::Verdicts(std::mem::take(&mut checks.verdicts));
+            let source = SourceId(SOURCE.into());
+            if inbox.send(Message { source, update }).await.is_err() {
+                return;
+            }
+        }
+        if std::mem::take(&mut checks.news) {
+            checks.report(&report);
+        }
         let next = checks.next();
         tokio::select! {
             () = stop.cancelled() => return,
@@ -52,17 +62,6 @@ pub async fn run<P: Probe>(
             }
             () = sleep_until(next.unwrap_or_else(Instant::now)), if next.is_some() => {}
             _ = tell.tick() => checks.report(&report),
-        }
-        if std::mem::take(&mut checks.news) {
-            checks.report(&report);
-        }
-        let verdicts = std::mem::take(&mut checks.verdicts);
-        let message = Message {
-            source: SourceId(SOURCE.into()),
-            update: Update::Verdicts(verdicts),
-        };
-        if message.update != Update::Verdicts(Vec::new()) && inbox.send(message).await.is_err() {
-            return;
         }
     }
 }
