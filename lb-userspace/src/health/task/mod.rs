@@ -267,6 +267,11 @@ impl<P: Probe> Checks<P> {
             ..self.counted.clone()
         };
         to.send_if_modified(|old| {
+            // The one number of somebody else.
+            let report = Report {
+                ejected: old.ejected,
+                ..report
+            };
             let differs = *old != report;
             *old = report;
             differs
