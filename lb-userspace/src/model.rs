@@ -1,8 +1,11 @@
 //! The domain words: services and backends as people mean them. No wire types, no I/O.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
     time::Duration,
 };
 
@@ -107,6 +110,47 @@ impl Default for FlowTimeouts {
     }
 }
 
+/// What a service does when there are backends and every one of them is judged unfit by a check.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum UnhealthyPolicy {
+    /// As without backends: [`EmptyPolicy`] decides.
+    #[default]
+    AsEmpty,
+    /// All of them serve: a check that fails everywhere is more likely wrong than right.
+    ServeAll,
+}
+
+/// Ejection of a backend by what the datapath sees of it: connections that it refuses or leaves unanswered.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Passive {
+    /// Attempts are counted over this time.
+    pub window: Duration,
+    /// Fewer failed attempts in a window say nothing.
+    pub failures: u32,
+    /// Share of failed attempts from which on a backend is an outlier, percent.
+    pub ratio: u32,
+    /// First ejection; the next one, if it comes soon, is twice as long, and so on.
+    pub eject: Duration,
+    /// Longest ejection.
+    pub eject_max: Duration,
+    /// Share of the service's backends that is never ejected, percent.
+    pub keep: u32,
+}
+
+impl Default for Passive {
+    fn default() -> Self {
+        Self {
+            window: Duration::from_secs(10),
+            failures: 5,
+            ratio: 50,
+            eject: Duration::from_secs(30),
+            eject_max: Duration::from_secs(300),
+            keep: 50,
+        }
+    }
+}
+
 /// Everything about a service that is not its address and not its backends.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceSettings {
@@ -124,6 +168,162 @@ pub struct ServiceSettings {
     pub when_empty: EmptyPolicy,
     /// Answer TCP packets of unknown flows by RST instead of silence.
     pub reset_unknown: bool,
+    /// With nothing but unfit backends.
+    pub when_unhealthy: UnhealthyPolicy,
+    /// Ejection of outliers; `None`: switched off. Counts TCP alone.
+    pub passive: Option<Passive>,
+}
+
+/// What is tried by an active check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CheckKind {
+    /// A TCP connection.
+    Tcp,
+    /// An HTTP/1.1 request.
+    Http,
+    /// The same inside TLS.
+    Https,
+}
+
+/// How a backend is actively checked. Docker's HEALTHCHECK and the operator count besides.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Check {
+    /// What is tried, in this order, at least one and none twice; all must pass.
+    pub kinds: Vec<CheckKind>,
+    /// Port to try instead of the backend's own; never 0.
+    pub port: Option<u16>,
+    /// The request of `http` and `https`.
+    pub http: HttpCheck,
+    /// The session of `https`.
+    pub tls: TlsCheck,
+    /// When, how often, and how many results count.
+    pub timing: CheckTiming,
+}
+
+/// Times and thresholds of a check.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct CheckTiming {
+    /// Time from one check to the next; a tenth more or less, by chance.
+    pub interval: Duration,
+    /// The same while the verdict is open: new backends, and results that contradict the verdict.
+    pub fast_interval: Duration,
+    /// Time for all kinds together; no answer by then is a failure.
+    pub timeout: Duration,
+    /// Passed checks in a row that bring a backend back; at least 1. A new backend needs one.
+    pub rise: u32,
+    /// Failed checks in a row that take a backend out; at least 1.
+    pub fall: u32,
+    /// A new backend that fails is starting, not failing, for so long.
+    pub grace: Duration,
+    /// Time in which a backend that comes back is given its share little by little; 0: at once.
+    pub slow_start: Duration,
+}
+
+/// The request, and which answers are good.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct HttpCheck {
+    /// Method.
+    pub method: HttpMethod,
+    /// Path and query, with the leading `/`.
+    pub path: String,
+    /// `Host`; `None`: the address and port that are checked.
+    pub host: Option<String>,
+    /// Status codes, first and last of each range; at least one range.
+    pub status: Vec<(u16, u16)>,
+    /// Text that the first 64 KiB of the body must contain.
+    pub body: Option<String>,
+}
+
+/// Methods without an effect on the server.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum HttpMethod {
+    /// `GET`.
+    #[default]
+    Get,
+    /// `HEAD`: an answer without a body.
+    Head,
+    /// `OPTIONS`.
+    Options,
+}
+
+/// How a checked server proves who it is, and the checker too. The server is always verified.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct TlsCheck {
+    /// Name in its certificate, sent as SNI; `None`: its address.
+    pub server_name: Option<String>,
+    /// Whom to trust and what to show; `None`: the node's own certificate authorities, and nothing.
+    pub files: Option<TlsFiles>,
+}
+
+/// Files of a `[tls.<name>]` section, PEM. Labels name the section: a container names no files of the node.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct TlsFiles {
+    /// Certificate authorities to trust; `None`: the node's own.
+    pub ca: Option<PathBuf>,
+    /// Client certificate with its chain, and its key.
+    pub identity: Option<(PathBuf, PathBuf)>,
+}
+
+impl Check {
+    /// A check of these kinds with everything else as it is when nothing is said.
+    pub fn of(kinds: Vec<CheckKind>) -> Self {
+        Self {
+            kinds,
+            port: None,
+            http: HttpCheck::default(),
+            tls: TlsCheck::default(),
+            timing: CheckTiming::default(),
+        }
+    }
+}
+
+impl Default for CheckTiming {
+    fn default() -> Self {
+        Self {
+            interval: Duration::from_secs(5),
+            fast_interval: Duration::from_secs(1),
+            timeout: Duration::from_secs(2),
+            rise: 2,
+            fall: 3,
+            grace: Duration::from_secs(10),
+            slow_start: Duration::ZERO,
+        }
+    }
+}
+
+impl Default for HttpCheck {
+    fn default() -> Self {
+        Self {
+            method: HttpMethod::Get,
+            path: "/".into(),
+            host: None,
+            status: vec![(200, 399)],
+            body: None,
+        }
+    }
+}
+
+impl HttpMethod {
+    /// As in a request line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Get => "GET",
+            Self::Head => "HEAD",
+            Self::Options => "OPTIONS",
+        }
+    }
+}
+
+impl fmt::Display for CheckKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Http => "http",
+            Self::Https => "https",
+        })
+    }
 }
 
 /// Whether a backend may take new flows, as its source and the operator wish.
@@ -153,6 +353,8 @@ pub struct Backend {
     pub drain: Duration,
     /// Who it is, for people: container name, or the name in the file.
     pub name: String,
+    /// How it is checked; `None`: not at all, what its source says is all there is.
+    pub check: Option<Arc<Check>>,
 }
 
 /// One service as one source object wishes it: part of what becomes a service together with others.
@@ -179,6 +381,8 @@ pub struct Service {
     pub settings: ServiceSettings,
     /// Backends, ordered by address, no address twice.
     pub backends: Vec<Backend>,
+    /// Backends that have come back and are given their share little by little: tenths of it, 1 to 9, by address.
+    pub slow: BTreeMap<SocketAddr, u8>,
 }
 
 /// Something that was refused, and only that: the rest goes on.

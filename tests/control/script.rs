@@ -510,6 +510,7 @@ fn backend(name: &str, word: &str) -> Backend {
         state: BackendState::Active,
         reason: String::new(),
         drain: Duration::from_secs(30),
+        check: None,
         name: name.into(),
     };
     for part in parts {

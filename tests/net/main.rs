@@ -4,6 +4,7 @@
 
 mod changes;
 mod events;
+mod health;
 mod lab;
 mod load;
 mod local;

@@ -10,7 +10,7 @@ use lb_common::{counter::Counter, counter::DropReason, maps};
 use super::api::Reading;
 use crate::{
     model::{BackendState, Protocol, Rejection, ServiceAddress},
-    status::{AttachmentStatus, BackendStatus, ServiceStatus, SourceStatus, Status},
+    status::{AttachmentStatus, BackendStatus, Condition, ServiceStatus, SourceStatus, Status},
 };
 
 /// The time at which the tests look: 2026-01-01 00:00:00 UTC.
@@ -36,6 +36,8 @@ fn backend(id: u32, name: &str, address: &str, state: BackendState, since: u64) 
         drain_deadline: None,
         ring_share: 0,
         flows: 0,
+        tenths: None,
+        conditions: Vec::new(),
     }
 }
 
@@ -60,6 +62,7 @@ pub fn status() -> Status {
             BackendStatus {
                 ring_share: 3_333,
                 flows: 9,
+                tenths: Some(3),
                 ..backend(12, "web-2", "172.17.0.3:8080", BackendState::Active, 42)
             },
             BackendStatus {
@@ -67,6 +70,12 @@ pub fn status() -> Status {
                 reason: "container stopping".into(),
                 drain_deadline: Some(*NOW + Duration::from_secs(25)),
                 flows: 3,
+                conditions: vec![Condition {
+                    by: "check".into(),
+                    fit: false,
+                    reason: "http: 503 Service Unavailable".into(),
+                    since: ago(5),
+                }],
                 ..backend(13, "web-3", "172.17.0.4:8080", BackendState::Draining, 5)
             },
         ],
@@ -129,6 +138,15 @@ pub fn status() -> Status {
         last_commit: Some(ago(42)),
         last_commit_us: 1_250,
         commits: 17,
+        checks: crate::health::Report {
+            targets: 3,
+            running: 1,
+            passed: 40,
+            failed: 2,
+            impossible: 1,
+            ejected: 1,
+            faults: Vec::new(),
+        },
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod check;
 mod errors;
+pub mod health;
 mod raw;
 #[cfg(test)]
 mod tests;
@@ -17,9 +18,10 @@ use std::{
 
 use lb_common::limits;
 
-use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode};
+use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode, UnhealthyPolicy};
 
 pub use errors::{ConfigErrors, ConfigFault};
+pub use health::CheckPolicy;
 
 /// Where Docker listens unless it was told otherwise.
 pub const DEFAULT_DOCKER_ENDPOINT: &str = "unix:///var/run/docker.sock";
@@ -74,6 +76,8 @@ pub struct Policy {
     pub defaults: ServiceSettings,
     /// Drain deadline of a backend that says nothing.
     pub drain: Duration,
+    /// Checks of a service that says nothing about them, and what it may name.
+    pub checks: CheckPolicy,
 }
 
 /// A service that claims no VIP of the configuration.
@@ -410,5 +414,7 @@ fn built_in_settings() -> ServiceSettings {
         timeouts: FlowTimeouts::default(),
         when_empty: EmptyPolicy::DrainersThenRefuse,
         reset_unknown: false,
+        when_unhealthy: UnhealthyPolicy::AsEmpty,
+        passive: None,
     }
 }

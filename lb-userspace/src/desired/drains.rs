@@ -120,6 +120,7 @@ mod tests {
             reason: String::new(),
             drain: Duration::from_secs(30),
             name: "web-1".into(),
+            check: None,
         };
         for (selector, web, dns) in [
             ("web-1", true, true),
@@ -146,6 +147,7 @@ mod tests {
             reason: String::new(),
             drain: Duration::from_secs(30),
             name: "web-1".into(),
+            check: None,
         };
         let seconds = |s| Some(Duration::from_secs(s));
         let drains = Drains([("web-1".into(), None), ("web/web-1".into(), seconds(60))].into());

@@ -22,6 +22,7 @@ fn object(id: &str, age: u64, affinity: bool) -> Object {
             reason: String::new(),
             drain: std::time::Duration::ZERO,
             name: id.into(),
+            check: None,
         }],
     };
     Object {
@@ -38,7 +39,7 @@ fn hear(heard: &mut Heard, source: &str, update: Update) -> BTreeSet<ServiceAddr
         source: SourceId(source.into()),
         update,
     });
-    heard.refresh()
+    heard.refresh(SystemTime::UNIX_EPOCH)
 }
 
 #[test]

@@ -53,12 +53,14 @@ fn wanted(address: ServiceAddress, backends: impl Iterator<Item = u32>) -> Wante
         reason: String::new(),
         drain: Duration::from_secs(2),
         name: i.to_string(),
+        check: None,
     };
     let service = Service {
         name: "s".into(),
         address,
         settings: ServiceSettings::default(),
         backends: backends.map(backend).collect(),
+        slow: std::collections::BTreeMap::new(),
     };
     Wanted {
         service: Arc::new(service),

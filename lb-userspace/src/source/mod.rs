@@ -6,7 +6,10 @@ pub mod labels;
 
 use std::time::SystemTime;
 
-use crate::model::{Rejection, ServiceWish};
+use crate::{
+    health::Verdict,
+    model::{Rejection, ServiceWish},
+};
 
 /// Which source an update is from. Each source owns its objects: a `Reset` replaces them all.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
@@ -38,6 +41,8 @@ pub enum Update {
     Remove(String),
     /// The connection's state changed, or a sign of life came.
     Freshness(Freshness),
+    /// Which backends are fit: from the health checks, which own no objects.
+    Verdicts(Vec<Verdict>),
 }
 
 /// How current a source is.

@@ -3,19 +3,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
 };
 
 use toml::Spanned;
 
 use super::{
     super::{
-        Policy, StaticService,
+        Policy, StaticService, health as value_health,
         raw::{Given, RawBackend, RawService},
         value,
     },
-    Check, sections,
+    Check, health, sections,
 };
-use crate::model::{Backend, BackendState, ServiceAddress, ServiceSettings, ServiceWish};
+use crate::model::{Backend, BackendState, Protocol, ServiceAddress, ServiceSettings, ServiceWish};
 
 pub(super) fn services(
     check: &mut Check<'_>,
@@ -76,6 +77,7 @@ fn service(
     let vips = vip(check, &at("vip"), given, policy);
     let settings = settings(check, key, raw, policy);
     let backends = backends(check, key, &raw.backends, policy);
+    let backends = checked(check, &at("check"), given, backends, policy);
 
     let vips = vips?;
     let served: Vec<_> = vips
@@ -94,6 +96,8 @@ fn service(
         }
     }
     let name = name?;
+    // What all services get are checks by TCP: a service of UDP is checked so only where it says so itself.
+    let named = raw.check.kind.is_some();
     let wishes = value::service_addresses(&served, &listens)
         .into_iter()
         .map(|address| ServiceWish {
@@ -103,7 +107,13 @@ fn service(
             backends: backends
                 .iter()
                 .filter(|backend| backend.address.is_ipv4() == address.vip.is_ipv4())
-                .cloned()
+                .map(|backend| Backend {
+                    check: backend
+                        .check
+                        .clone()
+                        .filter(|_| named || address.protocol == Protocol::Tcp),
+                    ..backend.clone()
+                })
                 .collect(),
         })
         .collect();
@@ -159,7 +169,39 @@ fn settings(check: &mut Check<'_>, key: &str, raw: &RawService, policy: &Policy)
             .reset_unknown
             .as_ref()
             .map_or(base.reset_unknown, |flag| *flag.get_ref()),
+        when_unhealthy: check.text_or(
+            &at("when-unhealthy"),
+            &raw.when_unhealthy,
+            base.when_unhealthy,
+            value_health::when_unhealthy,
+        ),
+        passive: {
+            let passive = health::passive(check, &at("passive"), &raw.passive, &policy.checks.passive);
+            let on = raw.passive.enabled.as_ref();
+            on.map_or(base.passive.is_some(), |flag| *flag.get_ref())
+                .then_some(passive)
+        },
     }
+}
+
+/// The backends with the check of their service.
+fn checked(
+    check: &mut Check<'_>,
+    key: &str,
+    given: &Spanned<RawService>,
+    backends: Vec<Backend>,
+    policy: &Policy,
+) -> Vec<Backend> {
+    let raw = &given.get_ref().check;
+    let made = health::active(check, key, raw, &policy.checks.check, &policy.checks.tls);
+    let ports = backends.iter().map(|backend| backend.address.port());
+    health::fits(check, key, raw, &made, ports, given.span());
+    let made = (!made.kinds.is_empty()).then(|| Arc::new(made));
+    let with = |backend| Backend {
+        check: made.clone(),
+        ..backend
+    };
+    backends.into_iter().map(with).collect()
 }
 
 fn backends(
@@ -222,6 +264,7 @@ fn backends(
                 .name
                 .as_ref()
                 .map_or_else(|| address.to_string(), |name| name.get_ref().clone()),
+            check: None,
         });
     }
     found

@@ -2,6 +2,7 @@
 //!
 //! A bad label refuses the one service that it belongs to, of this one container, and nothing else.
 
+mod check;
 mod reach;
 mod refusal;
 #[cfg(test)]
@@ -21,7 +22,7 @@ use super::{
 };
 use crate::{
     config::{
-        Policy,
+        Policy, health,
         value::{self, Listen, ValueError},
     },
     model::{Backend, BackendState, Protocol, Rejection, ServiceAddress, ServiceSettings, ServiceWish},
@@ -47,6 +48,24 @@ pub const SETTINGS: &[&str] = &[
     "network",
     "when-empty",
     "reset-unknown",
+    "check",
+    "check-port",
+    "check-interval",
+    "check-fast-interval",
+    "check-timeout",
+    "check-rise",
+    "check-fall",
+    "check-grace",
+    "check-slow-start",
+    "check-method",
+    "check-path",
+    "check-host",
+    "check-status",
+    "check-body",
+    "check-tls",
+    "check-server-name",
+    "when-unhealthy",
+    "passive",
 ];
 
 /// Where the engine's containers are, seen from this node.
@@ -166,6 +185,12 @@ fn service(
         timeouts: policy.defaults.timeouts,
         when_empty: labels.get("when-empty", policy.defaults.when_empty, value::when_empty)?,
         reset_unknown: labels.get("reset-unknown", policy.defaults.reset_unknown, value::boolean)?,
+        when_unhealthy: labels.get(
+            "when-unhealthy",
+            policy.defaults.when_unhealthy,
+            health::when_unhealthy,
+        )?,
+        passive: check::passive(&labels, policy.defaults.passive.as_ref(), &policy.checks)?,
     };
     let weight = labels.get("weight", value::DEFAULT_WEIGHT, value::weight)?;
     let drain = labels.get("drain", policy.drain, value::duration)?;
@@ -178,6 +203,10 @@ fn service(
         .choose_vip(labels.0.get("vip").copied())
         .map_err(|error| ("vip", error.into()))?;
 
+    // What all services get are checks by TCP: a service of UDP is checked so only where it says so itself.
+    let named = labels.0.contains_key("check");
+    let check = check::check(&labels, container, &policy.checks)?;
+
     let (state, reason) = state(container);
     let network = labels.0.get("network").copied();
     let mut wishes = Vec::new();
@@ -186,6 +215,9 @@ fn service(
         let inside = container_port(*listen, port, container).map_err(|refusal| ("port", refusal))?;
         let places = places(*listen, inside, network, container, site)?;
         reachable.extend(places.iter().map(SocketAddr::ip));
+        if let Some(check) = &check {
+            health::fits(check, inside).map_err(|error| ("check", error.into()))?;
+        }
         for vip in &vips {
             let Some(address) = places.iter().find(|place| place.is_ipv4() == vip.is_ipv4()) else {
                 continue;
@@ -205,6 +237,9 @@ fn service(
                     reason: reason.into(),
                     drain,
                     name: container.name.clone(),
+                    check: check
+                        .clone()
+                        .filter(|_| named || listen.protocol == Protocol::Tcp),
                 }],
             });
         }

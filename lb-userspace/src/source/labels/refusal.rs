@@ -6,6 +6,7 @@ use super::SERVICE;
 use crate::{
     config::{
         VipError,
+        health::CheckError,
         value::{self, Listen, ValueError},
     },
     model::ServiceAddress,
@@ -18,6 +19,8 @@ pub(super) enum Refusal {
     Value(#[from] ValueError),
     #[error("{0}")]
     Vip(#[from] VipError),
+    #[error("{0}")]
+    Check(#[from] CheckError),
     #[error("there is no label `{prefix}{text}`")]
     Unknown {
         prefix: String,
@@ -53,6 +56,10 @@ impl Refusal {
         match self {
             Self::Value(error) => error.remedy(),
             Self::Vip(error) => error.remedy(&format!("{SERVICE}{service}.vip")),
+            Self::Check(error) => error.remedy(
+                &format!("{SERVICE}{service}.check"),
+                &format!("{SERVICE}{service}.check-port"),
+            ),
             Self::Unknown { prefix, text, known } => match value::nearest(text, known) {
                 Some(word) => format!("did you mean `{prefix}{word}`?"),
                 None => format!("known after `{prefix}`: {}", known.join(", ")),
