@@ -353,7 +353,7 @@ fn several_engines_have_names_and_limits_of_their_own() {
         (
             "[[docker]]\nname = \"a\"\nallow-services = [\"*x\"]",
             "docker.a.allow-services",
-            "letters",
+            "is not a name",
         ),
         (
             "[[docker]]\nname = \"a\"\nnonsense = 1",
