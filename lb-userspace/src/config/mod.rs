@@ -1,6 +1,7 @@
 //! The agent's configuration: `raw` is the file as written, [`Config`] is valid by construction.
 
 mod check;
+mod engine;
 mod errors;
 pub mod health;
 mod raw;
@@ -20,6 +21,7 @@ use lb_common::limits;
 
 use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode, UnhealthyPolicy};
 
+pub use engine::{Allowed, DockerConfig, Endpoint};
 pub use errors::{ConfigErrors, ConfigFault};
 pub use health::CheckPolicy;
 
@@ -53,8 +55,8 @@ pub struct Config {
     pub limits: Limits,
     /// Source translation.
     pub snat: Snat,
-    /// The Docker source; `None`: switched off.
-    pub docker: Option<DockerConfig>,
+    /// Docker engines, by name.
+    pub docker: Vec<DockerConfig>,
     /// Status and metrics.
     pub admin: Admin,
     /// Longest wait for each source's first list.
@@ -159,37 +161,6 @@ pub struct SnatOverlap {
     pub ports: RangeInclusive<u16>,
     /// The node's.
     pub ephemeral: RangeInclusive<u16>,
-}
-
-/// How to reach Docker.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct DockerConfig {
-    /// Where the engine listens.
-    pub endpoint: Endpoint,
-    /// Its containers run on another node: they are reached by that node's address and published ports.
-    pub remote: bool,
-    /// Addresses of the engine's node. For a local engine empty means: the addresses of `interfaces`.
-    pub node_addresses: Vec<IpAddr>,
-    /// Full list every so often.
-    pub resync: Duration,
-    /// Silence after which the engine is asked for a sign of life.
-    pub liveness: Duration,
-}
-
-/// Where an engine listens.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Endpoint {
-    /// A Unix socket.
-    Unix(PathBuf),
-    /// Plain HTTP, `host:port`; only on loopback.
-    Http(String),
-    /// HTTPS with both sides verified, `host:port`.
-    Tls {
-        address: String,
-        ca: PathBuf,
-        cert: PathBuf,
-        key: PathBuf,
-    },
 }
 
 /// Status and metrics.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, ops::Range};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{SeqAccess, Visitor},
+    de::{MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
 };
 use toml::{
     Spanned,
@@ -29,7 +29,7 @@ pub(super) struct RawConfig {
     pub(super) defaults: RawDefaults,
     pub(super) limits: RawLimits,
     pub(super) snat: RawSnat,
-    pub(super) docker: RawDocker,
+    pub(super) docker: RawEngines,
     pub(super) admin: RawAdmin,
     pub(super) startup: RawStartup,
     pub(super) events: RawEvents,
@@ -161,10 +161,20 @@ pub(super) struct RawSnat {
     pub(super) ports: Given<String>,
 }
 
-/// `[docker]`.
+/// `[docker]`, or `[[docker]]` once for each engine.
+#[derive(Debug)]
+pub(super) enum RawEngines {
+    /// The one engine.
+    One(Box<RawDocker>),
+    /// Each with a name.
+    Named(Vec<Spanned<RawDocker>>),
+}
+
+/// One engine.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub(super) struct RawDocker {
+    pub(super) name: Given<String>,
     pub(super) enabled: Given<bool>,
     pub(super) endpoint: Given<String>,
     pub(super) remote: Given<bool>,
@@ -174,6 +184,10 @@ pub(super) struct RawDocker {
     pub(super) tls_key: Given<String>,
     pub(super) resync: Given<String>,
     pub(super) liveness: Given<String>,
+    pub(super) keep: Given<String>,
+    pub(super) allow_vips: Given<Strings>,
+    pub(super) allow_ports: Given<Strings>,
+    pub(super) allow_services: Given<Strings>,
 }
 
 /// `[admin]`.
@@ -300,6 +314,43 @@ fn cut(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<(String, bool)> {
     })?;
     table.remove(key.as_str());
     Some((key, unknown))
+}
+
+// === impl RawEngines ===
+
+impl Default for RawEngines {
+    fn default() -> Self {
+        Self::One(Box::default())
+    }
+}
+
+impl<'de> Deserialize<'de> for RawEngines {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct OneOrMany;
+
+        impl<'de> Visitor<'de> for OneOrMany {
+            type Value = RawEngines;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("the section [docker], or [[docker]] once for each engine")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RawEngines, A::Error> {
+                RawDocker::deserialize(MapAccessDeserializer::new(map))
+                    .map(|one| RawEngines::One(Box::new(one)))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<RawEngines, A::Error> {
+                let mut engines = Vec::new();
+                while let Some(item) = items.next_element()? {
+                    engines.push(item);
+                }
+                Ok(RawEngines::Named(engines))
+            }
+        }
+
+        deserializer.deserialize_any(OneOrMany)
+    }
 }
 
 // === impl Strings ===

@@ -33,7 +33,9 @@ fn the_defaults_are_those_of_the_constants() {
     assert_eq!(config.snat.ports, 1_024..=32_767);
     assert_eq!(config.admin.metrics, DEFAULT_METRICS);
     assert_eq!(config.startup_wait, DEFAULT_STARTUP_WAIT);
-    let docker = config.docker.unwrap();
+    let [docker] = config.docker.as_slice() else {
+        panic!("one engine: {:?}", config.docker)
+    };
     assert_eq!(docker.endpoint, Endpoint::Unix("/var/run/docker.sock".into()));
     assert_eq!(
         (docker.resync, docker.liveness),
@@ -440,7 +442,7 @@ fn a_service_of_the_file_has_a_wish_for_each_address() {
 #[test]
 fn endpoints() {
     let endpoint =
-        |docker: &str| parse(&format!("{MINIMAL}[docker]\n{docker}")).map(|c| c.docker.unwrap().endpoint);
+        |docker: &str| parse(&format!("{MINIMAL}[docker]\n{docker}")).map(|c| c.docker[0].endpoint.clone());
     assert_eq!(
         endpoint("endpoint = \"tcp://localhost:2375\""),
         Ok(Endpoint::Http("localhost:2375".into()))
@@ -455,8 +457,64 @@ fn endpoints() {
         parse(&format!("{MINIMAL}[docker]\nenabled = false"))
             .unwrap()
             .docker,
-        None
+        []
     );
+}
+
+#[test]
+fn several_engines_have_names_and_limits_of_their_own() {
+    let vip = "[vips.web]\naddress = \"203.0.113.1\"\n";
+    let engines = |text: &str| parse(&format!("{MINIMAL}{vip}{text}")).map(|config| config.docker);
+    let two = "[[docker]]\nname = \"one\"\n[[docker]]\nname = \"two\"\nkeep = \"5m\"\nallow-vips = [\"web\"]\n\
+               allow-ports = [\"80/tcp\"]\nallow-services = [\"api-*\"]\n[[docker]]\nname = \"off\"\nenabled = false\n";
+    let two = engines(two).unwrap();
+    assert_eq!(
+        two.iter().map(DockerConfig::source).collect::<Vec<_>>(),
+        ["docker:one", "docker:two"]
+    );
+    assert_eq!((two[0].keep, two[1].keep), (None, Some(Duration::from_secs(300))));
+    assert_eq!(two[0].allow, Allowed::default());
+    assert!(two[1].allow.port(80, Protocol::Tcp) && !two[1].allow.port(81, Protocol::Tcp));
+    assert!(two[1].allow.service("api-1") && !two[1].allow.service("web"));
+    assert_eq!(
+        engines("[docker]\nname = \"only\"").unwrap()[0].source(),
+        "docker:only"
+    );
+    for (text, place, want) in [
+        ("[[docker]]\nremote = false", "docker.name", "name of its own"),
+        (
+            "[[docker]]\nname = \"a\"\n[[docker]]\nname = \"a\"",
+            "docker.name",
+            "rename one",
+        ),
+        ("[[docker]]\nname = \"a b\"", "docker.name", "is not a name"),
+        (
+            "[[docker]]\nname = \"a\"\nresync = \"1\"",
+            "docker.a.resync",
+            "unit",
+        ),
+        (
+            "[[docker]]\nname = \"a\"\nallow-vips = [\"none\"]",
+            "docker.a.allow-vips",
+            "web",
+        ),
+        (
+            "[[docker]]\nname = \"a\"\nallow-services = [\"*x\"]",
+            "docker.a.allow-services",
+            "is not a name",
+        ),
+        (
+            "[[docker]]\nname = \"a\"\nnonsense = 1",
+            "docker[0].nonsense",
+            "docs/config.md",
+        ),
+    ] {
+        let errors = engines(text).unwrap_err().to_string();
+        assert!(
+            errors.contains(place) && errors.contains(want),
+            "{text}: {errors}"
+        );
+    }
 }
 
 #[test]

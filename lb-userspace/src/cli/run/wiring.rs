@@ -162,10 +162,8 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         let work = health::passive::run(counters, targets, status, inbox, checks_to, stop.clone());
         lasting(stop, work)
     });
-    if first.docker.is_some() {
-        let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
-        tasks.spawn(async { docker.await.context("docker source") });
-    }
+    let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
+    tasks.spawn(async { docker.await.context("docker source") });
     let look = Arc::new(Notify::new());
     let file = source::file::spawn(config_to, inbox_to, look.clone(), stop.clone());
     tasks.spawn(async { file.await.context("file source") });
@@ -254,14 +252,8 @@ where
 
 /// Sources that must have been read before anything is removed.
 fn sources(config: &Config) -> Vec<SourceId> {
-    let docker = config
-        .docker
-        .is_some()
-        .then(|| SourceId(source::docker::SOURCE.into()));
-    docker
-        .into_iter()
-        .chain([SourceId(source::file::SOURCE.into())])
-        .collect()
+    let engines = config.docker.iter().map(|engine| SourceId(engine.source()));
+    engines.chain([SourceId(source::file::SOURCE.into())]).collect()
 }
 
 /// What the network and the start have to say in the status.

@@ -1,4 +1,4 @@
-//! `[docker]`.
+//! `[docker]` and `[[docker]]`.
 
 use std::{
     net::IpAddr,
@@ -10,8 +10,9 @@ use toml::Spanned;
 
 use super::{
     super::{
-        DEFAULT_DOCKER_ENDPOINT, DEFAULT_LIVENESS, DEFAULT_RESYNC, DockerConfig, Endpoint, raw::RawDocker,
-        value,
+        Allowed, DEFAULT_DOCKER_ENDPOINT, DEFAULT_LIVENESS, DEFAULT_RESYNC, DockerConfig, Endpoint, Policy,
+        raw::{RawDocker, RawEngines},
+        value::{self, ValueError},
     },
     Check,
 };
@@ -19,32 +20,117 @@ use super::{
 /// An engine that is listed or asked more often does nothing else.
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 
-pub(super) fn docker(check: &mut Check<'_>, raw: &RawDocker) -> Option<DockerConfig> {
-    let endpoint = endpoint(check, raw);
+/// All engines that are switched on.
+pub(super) fn engines(check: &mut Check<'_>, raw: &RawEngines, policy: &Policy) -> Vec<DockerConfig> {
+    let named = match raw {
+        RawEngines::One(raw) => {
+            let name = raw
+                .name
+                .as_ref()
+                .and_then(|name| check.keep("docker.name", name.span(), value::name(name.get_ref())));
+            return docker(check, "docker", raw, name, policy).into_iter().collect();
+        }
+        RawEngines::Named(named) => named,
+    };
+    let mut engines: Vec<DockerConfig> = Vec::new();
+    let mut names: Vec<String> = Vec::new();
+    for spanned in named {
+        let raw = spanned.get_ref();
+        let Some(given) = &raw.name else {
+            let remedy = "give each of several engines a name of its own";
+            check.missing("docker.name", Some(spanned.span()), remedy);
+            continue;
+        };
+        let name = check.keep("docker.name", given.span(), value::name(given.get_ref()));
+        let Some(name) = name else { continue };
+        if names.contains(&name) {
+            let fault = format!("another engine is named `{name}`");
+            check.fault("docker.name", Some(given.span()), fault, "rename one of them");
+            continue;
+        }
+        names.push(name.clone());
+        let key = format!("docker.{name}");
+        engines.extend(docker(check, &key, raw, Some(name), policy));
+    }
+    engines
+}
+
+/// One engine; `at` is the section for messages.
+fn docker(
+    check: &mut Check<'_>,
+    at: &str,
+    raw: &RawDocker,
+    name: Option<String>,
+    policy: &Policy,
+) -> Option<DockerConfig> {
+    let key = |key: &str| format!("{at}.{key}");
+    let endpoint = endpoint(check, at, raw);
     let remote = raw.remote.as_ref().is_some_and(|flag| *flag.get_ref());
-    let node_addresses = check.list("docker.node-address", raw.node_address.as_ref(), value::address);
+    let node_addresses = check.list(&key("node-address"), raw.node_address.as_ref(), value::address);
     if let Some(flag) = raw
         .remote
         .as_ref()
         .filter(|_| remote && raw.node_address.is_none())
     {
         let remedy = "write the address at which published ports of that engine are reached";
-        check.missing("docker.node-address", Some(flag.span()), remedy);
+        check.missing(&key("node-address"), Some(flag.span()), remedy);
     }
     let interval = value::duration_from(SHORTEST_INTERVAL);
     let docker = DockerConfig {
+        name,
         endpoint,
         remote,
         node_addresses,
-        resync: check.text_or("docker.resync", &raw.resync, DEFAULT_RESYNC, &interval),
-        liveness: check.text_or("docker.liveness", &raw.liveness, DEFAULT_LIVENESS, &interval),
+        resync: check.text_or(&key("resync"), &raw.resync, DEFAULT_RESYNC, &interval),
+        liveness: check.text_or(&key("liveness"), &raw.liveness, DEFAULT_LIVENESS, &interval),
+        keep: check.text_or(&key("keep"), &raw.keep, None, |text| interval(text).map(Some)),
+        allow: allowed(check, at, raw, policy),
     };
     let enabled = raw.enabled.as_ref().is_none_or(|flag| *flag.get_ref());
     enabled.then_some(docker)
 }
 
-fn endpoint(check: &mut Check<'_>, raw: &RawDocker) -> Endpoint {
-    let key = "docker.endpoint";
+/// What the engine's containers may claim.
+fn allowed(check: &mut Check<'_>, at: &str, raw: &RawDocker, policy: &Policy) -> Allowed {
+    let vips = raw.allow_vips.as_ref().map(|list| {
+        let mut addresses = Vec::new();
+        for text in &list.get_ref().0 {
+            match policy.choose_vip(Some(text)) {
+                Ok(found) => addresses.extend(found),
+                Err(error) => {
+                    let remedy = error.remedy(&format!("{at}.allow-vips"));
+                    check.fault(format!("{at}.allow-vips"), Some(list.span()), &error, remedy);
+                }
+            }
+        }
+        addresses
+    });
+    let ports = raw
+        .allow_ports
+        .as_ref()
+        .map(|list| check.list(&format!("{at}.allow-ports"), Some(list), value::listen));
+    let services = raw
+        .allow_services
+        .as_ref()
+        .map(|list| check.list(&format!("{at}.allow-services"), Some(list), name_pattern));
+    Allowed {
+        vips,
+        ports,
+        services,
+    }
+}
+
+/// A service name, or its beginning and `*`.
+fn name_pattern(text: &str) -> Result<String, ValueError> {
+    match text.strip_suffix('*') {
+        Some("") => Ok(text.to_owned()),
+        Some(beginning) => value::name(beginning).map(|_| text.to_owned()),
+        None => value::name(text),
+    }
+}
+
+fn endpoint(check: &mut Check<'_>, at: &str, raw: &RawDocker) -> Endpoint {
+    let key = format!("{at}.endpoint");
     let span = raw.endpoint.as_ref().map(Spanned::span);
     let text = raw
         .endpoint
@@ -54,10 +140,15 @@ fn endpoint(check: &mut Check<'_>, raw: &RawDocker) -> Endpoint {
     if let Some(path) = text.strip_prefix("unix://") {
         if !Path::new(path).is_absolute() {
             let fault = format!("`{text}` has no absolute path");
-            check.fault(key, span, fault, format!("write `{DEFAULT_DOCKER_ENDPOINT}`"));
+            check.fault(
+                key.as_str(),
+                span,
+                fault,
+                format!("write `{DEFAULT_DOCKER_ENDPOINT}`"),
+            );
         } else if files.iter().any(Option::is_some) {
             check.fault(
-                "docker",
+                at,
                 span,
                 "tls files for a Unix socket",
                 "remove tls-ca, tls-cert and tls-key",
@@ -72,7 +163,12 @@ fn endpoint(check: &mut Check<'_>, raw: &RawDocker) -> Endpoint {
         .filter(|rest| has_port(rest));
     let Some(address) = address else {
         let fault = format!("`{text}` is not an endpoint");
-        check.fault(key, span, fault, "write `unix:///path` or `tcp://host:port`");
+        check.fault(
+            key.as_str(),
+            span,
+            fault,
+            "write `unix:///path` or `tcp://host:port`",
+        );
         return Endpoint::Unix(PathBuf::new());
     };
     let address = address.to_owned();
@@ -88,7 +184,7 @@ fn endpoint(check: &mut Check<'_>, raw: &RawDocker) -> Endpoint {
         }
         _ => {
             check.fault(
-                key,
+                key.as_str(),
                 span,
                 "an engine on the network must prove who it is, and so must we",
                 "use tcp:// and set all of tls-ca, tls-cert and tls-key",

@@ -28,7 +28,7 @@ pub(super) fn check(path: &Path, text: &str) -> Result<Config, ConfigErrors> {
         interfaces: sections::interfaces(&mut check, raw.interfaces.as_ref()),
         limits: sections::limits(&mut check, &raw.limits),
         snat: sections::snat(&mut check, &raw.snat),
-        docker: docker::docker(&mut check, &raw.docker),
+        docker: docker::engines(&mut check, &raw.docker, &policy),
         admin: sections::admin(&mut check, &raw.admin),
         startup_wait: check.text_or(
             "startup.wait",

@@ -11,6 +11,7 @@ pub(crate) mod signal;
 mod site;
 
 use std::{
+    collections::BTreeSet,
     pin::pin,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -19,7 +20,7 @@ use std::{
 use futures_util::{FutureExt as _, StreamExt as _, future::BoxFuture, stream::FuturesUnordered};
 use tokio::{
     sync::{mpsc, watch},
-    task::JoinHandle,
+    task::{JoinHandle, JoinSet},
     time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
@@ -30,8 +31,6 @@ use container::Container;
 use engine::{Engine, EngineError};
 use events::{Action, Cache, Event, Kind};
 
-/// Name of this source.
-pub const SOURCE: &str = "docker";
 /// First wait after a failure: an engine that restarts is back within a second.
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 /// Longest wait between two tries.
@@ -39,27 +38,34 @@ const LAST_BACKOFF: Duration = Duration::from_secs(15);
 /// Signs of life are passed on no more often than this.
 const FRESHNESS_INTERVAL: Duration = Duration::from_secs(1);
 
-/// Starts the source. It follows `config`: other VIPs or defaults are applied to the containers that are known,
-/// another endpoint is connected to, and a switched-off source says that it has nothing. Ends with `stop`, or when the
-/// inbox is gone.
+/// Starts a source for every engine of `config`, and for those that come into it later. Each follows its own engine's
+/// section: other VIPs or defaults are applied to the containers that are known, another endpoint is connected to, and
+/// the source of an engine that is switched off or gone says that it has nothing. Ends with `stop`, or when the inbox is
+/// gone.
 pub fn spawn(
-    config: watch::Receiver<Arc<Config>>,
+    mut config: watch::Receiver<Arc<Config>>,
     inbox: mpsc::Sender<Message>,
     stop: CancellationToken,
 ) -> JoinHandle<()> {
-    let source = Source {
-        config,
-        inbox,
-        cache: Cache::default(),
-        freshness: Freshness {
-            connected: false,
-            last_heard: None,
-            last_full_read: None,
-            fault: None,
-        },
+    let engines = async move {
+        let mut known = BTreeSet::new();
+        let mut sources = JoinSet::new();
+        loop {
+            let now = config.borrow_and_update().clone();
+            for engine in &now.docker {
+                if known.insert(engine.source()) {
+                    let source = Source::new(engine.source(), config.clone(), inbox.clone());
+                    sources.spawn(source.run());
+                }
+            }
+            if config.changed().await.is_err() {
+                while sources.join_next().await.is_some() {}
+                return;
+            }
+        }
     };
     tokio::spawn(async move {
-        stop.run_until_cancelled(source.run()).await;
+        stop.run_until_cancelled(engines).await;
     })
 }
 
@@ -88,22 +94,52 @@ impl From<InboxGone> for End {
     }
 }
 
+/// Hears one engine.
 struct Source {
+    /// Its name.
+    name: SourceId,
     config: watch::Receiver<Arc<Config>>,
     inbox: mpsc::Sender<Message>,
     cache: Cache,
     freshness: Freshness,
+    /// Since when the engine is not heard.
+    silent_since: Option<Instant>,
+    /// Its containers have been given up: it was not heard for longer than they are kept.
+    given_up: bool,
 }
 
 /// An answered inspection: container, ticket, answer.
 type Inspected = (String, u64, Result<Option<Container>, EngineError>);
 
 impl Source {
+    fn new(name: String, config: watch::Receiver<Arc<Config>>, inbox: mpsc::Sender<Message>) -> Self {
+        Self {
+            name: SourceId(name),
+            config,
+            inbox,
+            cache: Cache::default(),
+            freshness: Freshness {
+                connected: false,
+                last_heard: None,
+                last_full_read: None,
+                fault: None,
+            },
+            silent_since: None,
+            given_up: false,
+        }
+    }
+
+    /// The engine's section in a configuration.
+    fn section(&self, config: &Config) -> Option<DockerConfig> {
+        let own = |engine: &&DockerConfig| engine.source() == self.name.0;
+        config.docker.iter().find(own).cloned()
+    }
+
     async fn run(mut self) {
         let mut backoff = FIRST_BACKOFF;
         loop {
             let config = self.config.borrow_and_update().clone();
-            let Some(docker) = config.docker.clone() else {
+            let Some(docker) = self.section(&config) else {
                 self.cache = Cache::default();
                 let silent = self.send(Update::Reset(Vec::new())).await.is_err();
                 if silent || self.config.changed().await.is_err() {
@@ -122,7 +158,8 @@ impl Source {
                     let fault = Some(error.to_string());
                     // Once for each reason, not once for each try.
                     if self.freshness.fault != fault {
-                        tracing::warn!(source = SOURCE, %error, "Docker cannot be heard; what is known stays as it is");
+                        let source = &self.name.0;
+                        tracing::warn!(source, %error, "Docker cannot be heard; what is known stays as it is");
                     }
                     self.freshness.connected = false;
                     self.freshness.fault = fault;
@@ -133,17 +170,41 @@ impl Source {
                     {
                         return;
                     }
+                    let Ok(left) = self.give_up(docker.keep).await else {
+                        return;
+                    };
                     // Half fixed, half by chance: agents of many nodes must not knock in step.
-                    sleep(backoff.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+                    sleep(backoff.mul_f64(0.5 + fastrand::f64() / 2.0).min(left)).await;
                     backoff = LAST_BACKOFF.min(backoff * 2);
                 }
             }
         }
     }
 
+    /// Gives the engine's containers up if it was not heard for longer than they are kept; the time left until then.
+    async fn give_up(&mut self, keep: Option<Duration>) -> Result<Duration, InboxGone> {
+        let since = *self.silent_since.get_or_insert_with(Instant::now);
+        let Some(keep) = keep.filter(|_| !self.given_up) else {
+            return Ok(Duration::MAX);
+        };
+        let left = keep.saturating_sub(since.elapsed());
+        if left.is_zero() {
+            self.given_up = true;
+            self.cache = Cache::default();
+            tracing::warn!(
+                source = self.name.0,
+                ?keep,
+                "Docker was not heard for so long: its containers drain"
+            );
+            self.send(Update::Reset(Vec::new())).await?;
+            return Ok(Duration::MAX);
+        }
+        Ok(left)
+    }
+
     async fn send(&self, update: Update) -> Result<(), InboxGone> {
         let message = Message {
-            source: SourceId(SOURCE.into()),
+            source: self.name.clone(),
             update,
         };
         self.inbox.send(message).await.map_err(|_| InboxGone)
@@ -197,7 +258,8 @@ impl Source {
                     heard = Instant::now();
                     match answer {
                         Err(error) if error.is_answer() => {
-                            tracing::warn!(source = SOURCE, container = id, %error, "what was known of it stays as it is");
+                            let source = &self.name.0;
+                            tracing::warn!(source, container = id, %error, "what was known of it stays as it is");
                             self.cache.on_unclear(&id, ticket);
                         }
                         answer => {
@@ -222,7 +284,7 @@ impl Source {
                 changed = self.config.changed() => {
                     changed.map_err(|_| End::InboxGone)?;
                     *config = self.config.borrow_and_update().clone();
-                    if config.docker.as_ref() != Some(docker) {
+                    if self.section(config).as_ref() != Some(docker) {
                         return Ok(());
                     }
                     site = site::site(config, docker);
@@ -257,8 +319,10 @@ impl Source {
     /// Docker was heard just now.
     async fn tell_freshness(&mut self) -> Result<(), InboxGone> {
         if !self.freshness.connected {
-            tracing::info!(source = SOURCE, "Docker is heard");
+            tracing::info!(source = self.name.0, "Docker is heard");
         }
+        self.silent_since = None;
+        self.given_up = false;
         self.freshness.connected = true;
         self.freshness.fault = None;
         self.freshness.last_heard = Some(SystemTime::now());

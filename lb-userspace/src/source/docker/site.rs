@@ -18,8 +18,10 @@ pub fn site(config: &Config, docker: &DockerConfig) -> Site {
         docker.node_addresses.clone()
     };
     Site {
+        source: docker.source(),
         remote: docker.remote,
         node,
+        allow: docker.allow.clone(),
     }
 }
 

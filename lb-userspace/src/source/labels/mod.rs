@@ -22,7 +22,7 @@ use super::{
 };
 use crate::{
     config::{
-        Policy, health,
+        Allowed, Policy, health,
         value::{self, Listen, ValueError},
     },
     model::{Backend, BackendState, Protocol, Rejection, ServiceAddress, ServiceSettings, ServiceWish},
@@ -71,10 +71,14 @@ pub const SETTINGS: &[&str] = &[
 /// Where the engine's containers are, seen from this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Site {
+    /// Name of the source that hears the engine.
+    pub source: String,
     /// The engine runs on another node.
     pub remote: bool,
     /// Addresses of the engine's node: of host-network containers, and of published ports when it is remote.
     pub node: Vec<IpAddr>,
+    /// What its containers may claim.
+    pub allow: Allowed,
 }
 
 /// What a container wishes; `None` when it says nothing to Weir, is switched off, or does not run.
@@ -83,6 +87,7 @@ pub fn object(container: &Container, site: &Site, policy: &Policy) -> Option<Obj
         return None;
     }
     let mut refused = Refused {
+        source: &site.source,
         container,
         rejections: Vec::new(),
     };
@@ -111,6 +116,7 @@ pub fn object(container: &Container, site: &Site, policy: &Policy) -> Option<Obj
 
 /// The refusals of one container.
 struct Refused<'c> {
+    source: &'c str,
     container: &'c Container,
     rejections: Vec<Rejection>,
 }
@@ -119,7 +125,7 @@ impl Refused<'_> {
     fn note(&mut self, label: &str, service: &str, refusal: Refusal) {
         let short: String = self.container.id.chars().take(12).collect();
         self.rejections.push(Rejection {
-            source: super::docker::SOURCE.into(),
+            source: self.source.into(),
             object: format!("container {} ({short}): label {label}", self.container.name),
             fault: refusal.to_string(),
             remedy: refusal.remedy(service),
@@ -206,6 +212,7 @@ fn service(
     // What all services get are checks by TCP: a service of UDP is checked so only where it says so itself.
     let named = labels.0.contains_key("check");
     let check = check::check(&labels, container, &policy.checks)?;
+    allowed(name, &listens, &vips, site)?;
 
     let (state, reason) = state(container);
     let network = labels.0.get("network").copied();
@@ -248,6 +255,35 @@ fn service(
         return Err(("vip", Refusal::Family(reachable.into_iter().collect())));
     }
     Ok(wishes)
+}
+
+/// Refuses what the containers of this engine may not claim.
+fn allowed(
+    name: &str,
+    listens: &[Listen],
+    vips: &[IpAddr],
+    site: &Site,
+) -> Result<(), (&'static str, Refusal)> {
+    let refused = |setting, what| {
+        let refusal = Refusal::NotAllowed {
+            what,
+            engine: site.source.clone(),
+        };
+        Err((setting, refusal))
+    };
+    if !site.allow.service(name) {
+        return refused("*", format!("a service named `{name}`"));
+    }
+    if let Some(vip) = vips.iter().find(|vip| !site.allow.vip(**vip)) {
+        return refused("vip", format!("VIP {vip}"));
+    }
+    match listens
+        .iter()
+        .find(|listen| !site.allow.port(listen.port, listen.protocol))
+    {
+        Some(listen) => refused("listen", format!("port {listen}")),
+        None => Ok(()),
+    }
 }
 
 /// The labels of one service by setting.

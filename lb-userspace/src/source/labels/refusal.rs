@@ -47,6 +47,8 @@ pub(super) enum Refusal {
     NoNodeAddress,
     #[error("no address of the VIP is of a family that the container has ({})", list(.0))]
     Family(Vec<IpAddr>),
+    #[error("containers of engine `{engine}` may not claim {what}")]
+    NotAllowed { what: String, engine: String },
     #[error("{address} is claimed by service `{other}` of the same container")]
     Twice { address: ServiceAddress, other: String },
 }
@@ -83,6 +85,11 @@ impl Refusal {
             Self::NoNodeAddress => "set docker.node-address in the agent's configuration".into(),
             Self::Family(_) => {
                 "give the VIP or the container's network an address of the other family".into()
+            }
+            Self::NotAllowed { .. } => {
+                "change the label, or the engine's allow-services, allow-vips or allow-ports in the \
+                                        agent's configuration"
+                    .into()
             }
             Self::Twice { .. } => "choose another port or VIP for one of them".into(),
         }

@@ -50,8 +50,9 @@ pub(crate) fn container(labels: &[(&str, &str)]) -> Container {
 
 pub(super) fn local() -> Site {
     Site {
-        remote: false,
+        source: "docker".into(),
         node: vec!["192.0.2.5".parse().unwrap()],
+        ..Site::default()
     }
 }
 
@@ -316,10 +317,56 @@ fn networks() {
 }
 
 #[test]
+fn an_engine_may_be_allowed_less() {
+    let with = |allow: Allowed| Site { allow, ..local() };
+    let c = container(&[(L, "80"), VIP]);
+    let free = outcome(&c, &local()).unwrap();
+    let list = |text: &str| Some(value::listens(text).unwrap());
+    let ports = |text| {
+        with(Allowed {
+            ports: list(text),
+            ..Allowed::default()
+        })
+    };
+    assert_eq!(outcome(&c, &ports("80/tcp")).unwrap(), free);
+    let refusal = outcome(&c, &ports("80/udp, 443/tcp")).unwrap_err();
+    assert!(
+        refusal.contains("may not claim port 80/tcp") && refusal.contains("allow-ports"),
+        "{refusal}"
+    );
+    let vips = |ips: &[&str]| {
+        let vips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
+        with(Allowed {
+            vips: Some(vips),
+            ..Allowed::default()
+        })
+    };
+    assert_eq!(
+        outcome(&c, &vips(&["203.0.113.10", "2001:db8::10"])).unwrap(),
+        free
+    );
+    let refusal = outcome(&c, &vips(&["203.0.113.10"])).unwrap_err();
+    assert!(refusal.contains("may not claim VIP 2001:db8::10"), "{refusal}");
+    let names = |name: &str| {
+        with(Allowed {
+            services: Some(vec![name.into()]),
+            ..Allowed::default()
+        })
+    };
+    assert_eq!(outcome(&c, &names("*")).unwrap(), free);
+    assert!(
+        outcome(&c, &names("other"))
+            .unwrap_err()
+            .contains("may not claim a service named")
+    );
+}
+
+#[test]
 fn a_remote_engine_is_reached_by_published_ports() {
     let site = Site {
         remote: true,
         node: vec!["192.0.2.9".parse().unwrap()],
+        ..local()
     };
     let mut c = container(&[(L, "80"), VIP]);
     assert!(
