@@ -3,6 +3,7 @@
 mod check;
 mod errors;
 mod raw;
+mod shared;
 #[cfg(test)]
 mod tests;
 pub mod value;
@@ -12,6 +13,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -20,6 +22,7 @@ use lb_common::limits;
 use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode};
 
 pub use errors::{ConfigErrors, ConfigFault};
+pub use shared::{DEFAULT_PREFIX, EtcdConfig, EtcdTls, Shared};
 
 /// Where Docker listens unless it was told otherwise.
 pub const DEFAULT_DOCKER_ENDPOINT: &str = "unix:///var/run/docker.sock";
@@ -53,6 +56,8 @@ pub struct Config {
     pub snat: Snat,
     /// The Docker source; `None`: switched off.
     pub docker: Option<DockerConfig>,
+    /// The etcd source; `None`: the file is all there is.
+    pub etcd: Option<EtcdConfig>,
     /// Status and metrics.
     pub admin: Admin,
     /// Longest wait for each source's first list.
@@ -63,6 +68,10 @@ pub struct Config {
     pub bpf: Bpf,
     /// Services of the file.
     pub services: Vec<StaticService>,
+    /// The file's text.
+    text: Arc<str>,
+    /// What the nodes share, as far as it is part of this.
+    pub shared: Arc<Shared>,
 }
 
 /// What a service may claim, and what it gets when it says nothing.
@@ -256,7 +265,15 @@ impl Config {
     /// # Errors
     /// Every fault of the text together, in its order.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigErrors> {
-        check::check(path, text)
+        check::check(path, text, Arc::default())
+    }
+
+    /// The same file beside what the nodes share: the file's word counts where both say something.
+    ///
+    /// # Errors
+    /// None for a configuration that was parsed: its text has no fault, and the shared part was checked by itself.
+    pub fn with_shared(&self, shared: &Arc<Shared>) -> Result<Self, ConfigErrors> {
+        check::check(&self.path, &self.text, Arc::clone(shared))
     }
 
     /// Sections that differ from `old` and are read at start alone.
@@ -265,6 +282,7 @@ impl Config {
             ("limits", self.limits != old.limits),
             ("admin", self.admin != old.admin),
             ("bpf", self.bpf != old.bpf),
+            ("etcd", self.etcd != old.etcd),
         ];
         changed
             .into_iter()
@@ -315,6 +333,15 @@ fn default_route_device(routes: &str) -> Option<String> {
 // === impl Policy ===
 
 impl Policy {
+    /// Before any text has said something.
+    fn built_in() -> Self {
+        Self {
+            vips: Vec::new(),
+            defaults: built_in_settings(),
+            drain: Duration::from_secs(limits::DEFAULT_DRAIN_S.into()),
+        }
+    }
+
     /// The addresses that a service claims: those of the VIP it names, else those of the only VIP there is.
     ///
     /// # Errors

@@ -13,7 +13,7 @@ use toml::Spanned;
 use super::{
     super::{
         Admin, Announce, Bpf, DEFAULT_ADMIN_SOCKET, DEFAULT_METRICS, DEFAULT_PIN_PATH, Interface, Limits,
-        Policy, Snat, Vip, XdpMode, built_in_settings,
+        Policy, Snat, Vip, XdpMode,
         raw::{Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawLimits, RawSnat, RawTimeouts, Strings},
         value,
     },
@@ -157,8 +157,9 @@ fn interface<T>(
     }
 }
 
-pub(super) fn policy(check: &mut Check<'_>, raw: &RawDefaults, vips: Vec<Vip>) -> Policy {
-    let mut defaults = built_in_settings();
+/// `[defaults]`, with what `base` says where they are silent.
+pub(super) fn policy(check: &mut Check<'_>, raw: &RawDefaults, vips: Vec<Vip>, base: &Policy) -> Policy {
+    let mut defaults = base.defaults.clone();
     defaults.snat = check.text_or("defaults.snat", &raw.snat, defaults.snat, value::snat);
     defaults.when_empty = check.text_or(
         "defaults.when-empty",
@@ -166,13 +167,14 @@ pub(super) fn policy(check: &mut Check<'_>, raw: &RawDefaults, vips: Vec<Vip>) -
         defaults.when_empty,
         value::when_empty,
     );
-    defaults.reset_unknown = raw.reset_unknown.as_ref().is_some_and(|flag| *flag.get_ref());
+    if let Some(flag) = &raw.reset_unknown {
+        defaults.reset_unknown = *flag.get_ref();
+    }
     defaults.timeouts = timeouts(check, "defaults.timeouts", &raw.timeouts, defaults.timeouts);
-    let drain = Duration::from_secs(common::DEFAULT_DRAIN_S.into());
     Policy {
         vips,
         defaults,
-        drain: check.text_or("defaults.drain", &raw.drain, drain, value::duration),
+        drain: check.text_or("defaults.drain", &raw.drain, base.drain, value::duration),
     }
 }
 
@@ -297,7 +299,7 @@ pub(super) fn bpf(check: &mut Check<'_>, raw: &RawBpf) -> Bpf {
     }
 }
 
-fn absolute(check: &mut Check<'_>, key: &str, given: &Given<String>, default: &str) -> PathBuf {
+pub(super) fn absolute(check: &mut Check<'_>, key: &str, given: &Given<String>, default: &str) -> PathBuf {
     match given {
         Some(path) if Path::new(path.get_ref()).is_absolute() => path.get_ref().into(),
         Some(path) => {
