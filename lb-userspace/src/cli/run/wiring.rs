@@ -71,9 +71,11 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let maps = KernelMaps::open(&pins.maps())?;
     let sweeper = Sweeper::open(&pins)?;
     let hz = sweeper.hz()?;
+    let (config, recalled) = source::etcd::recall(config);
 
     let stop = CancellationToken::new();
     let (status_to, status) = watch::channel(Status::default());
+    let (shared_to, shared) = watch::channel(Arc::clone(&config.shared));
     let (config_to, config) = watch::channel(Arc::new(config));
     let (inbox_to, inbox) = mpsc::channel(INBOX);
     let (topology_to, topology) = watch::channel(Topology::default());
@@ -143,12 +145,17 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
             .await
             .context("reconciler")
     });
+    if let (Some(etcd), Some(recalled)) = (first.etcd.clone(), recalled) {
+        let (config, inbox) = (config.clone(), inbox_to.clone());
+        let etcd = source::etcd::spawn(etcd, recalled, config, shared_to, inbox, stop.clone());
+        tasks.spawn(async { etcd.await.context("etcd source") });
+    }
     if first.docker.is_some() {
         let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
         tasks.spawn(async { docker.await.context("docker source") });
     }
     let look = Arc::new(Notify::new());
-    let file = source::file::spawn(config_to, inbox_to, look.clone(), stop.clone());
+    let file = source::file::spawn(config_to, shared, inbox_to, look.clone(), stop.clone());
     tasks.spawn(async { file.await.context("file source") });
 
     let result = wait(&mut tasks, &commands_to, &look).await;
@@ -232,8 +239,13 @@ fn sources(config: &Config) -> Vec<SourceId> {
         .docker
         .is_some()
         .then(|| SourceId(source::docker::SOURCE.into()));
+    let etcd = config
+        .etcd
+        .is_some()
+        .then(|| SourceId(source::etcd::SOURCE.into()));
     docker
         .into_iter()
+        .chain(etcd)
         .chain([SourceId(source::file::SOURCE.into())])
         .collect()
 }
