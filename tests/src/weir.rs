@@ -96,6 +96,11 @@ impl<'n> Weir<'n> {
         self.await_ready()
     }
 
+    /// The file in which the agent keeps what it last read of etcd.
+    pub fn cache_path(&self) -> PathBuf {
+        self.directory.path().join("etcd.json")
+    }
+
     fn log_path(&self) -> PathBuf {
         self.directory.path().join("weir.log")
     }
@@ -145,6 +150,12 @@ impl<'n> Weir<'n> {
     pub fn status(&self) -> Result<serde_json::Value> {
         let body = get(&self.socket(), "/v1/status")?;
         serde_json::from_str(&body).with_context(|| body)
+    }
+
+    /// What is in the pinned maps.
+    pub fn dump(&self) -> Result<weir::datapath::Dump> {
+        use weir::datapath::{Maps as _, bpf::KernelMaps, load::Pins};
+        Ok(KernelMaps::open(&Pins::new(&self.pins).maps())?.dump()?)
     }
 
     /// The datapath's counters as its socket tells them.

@@ -1,0 +1,1 @@
+//! etcd fails; nothing else does.

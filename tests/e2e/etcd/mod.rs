@@ -1,0 +1,99 @@
+//! One configuration for many nodes: real agents, each in a namespace of its own, and real etcd servers.
+
+mod faults;
+mod nodes;
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use anyhow::{Context as _, Result};
+use lb_tests::{etcd::Etcd, netns::Namespace, weir::Weir};
+use serde_json::Value;
+use weir::{model::ServiceAddress, plan::address_of};
+
+/// Where etcd listens for the nodes.
+const STORE: &str = "10.77.0.1";
+/// A VIP in every node's own file.
+const OWN: &str = "[vips.own]\naddress = \"198.51.100.1\"\n";
+
+/// A switch with etcd at it, and nodes.
+struct Lab {
+    store: Namespace,
+    nodes: Vec<Namespace>,
+}
+
+impl Lab {
+    fn new(nodes: usize) -> Result<Self> {
+        let store = Namespace::new("store")?;
+        store.bridge("br0")?;
+        store.address("br0", &format!("{STORE}/16"))?;
+        let node = |at: usize| {
+            let node = Namespace::new("node")?;
+            node.veth("eth0", &store, &format!("to-{at}"))?;
+            store.ip(&format!("link set to-{at} master br0"))?;
+            node.address("eth0", &format!("10.77.1.{}/16", at + 1))?;
+            Ok(node)
+        };
+        let nodes = (0..nodes).map(node).collect::<Result<_>>()?;
+        Ok(Self { store, nodes })
+    }
+
+    fn agent(&self, node: usize, etcd: &Etcd<'_>) -> Result<Weir<'_>> {
+        Weir::start(&self.nodes[node], &config(etcd))
+    }
+}
+
+fn config(etcd: &Etcd<'_>) -> String {
+    format!("interfaces = [\"eth0\"]\n{OWN}{}", etcd.section())
+}
+
+/// The text of a service on a port, with these last octets as backends.
+fn service(port: u16, backends: impl IntoIterator<Item = u8>) -> String {
+    let backend = |octet| {
+        format!(
+            "\n[[backends]]\naddress = \"10.77.2.{octet}:80\"\nweight = {}\n",
+            1 + octet % 3
+        )
+    };
+    let backends: String = backends.into_iter().map(backend).collect();
+    format!("listen = [\"{port}/tcp\"]\n{backends}")
+}
+
+/// The committed rings, entry by entry, with backends for ids.
+type Rings = BTreeMap<ServiceAddress, Vec<SocketAddr>>;
+
+fn rings(weir: &Weir<'_>) -> Result<Rings> {
+    let dump = weir.dump()?;
+    let address = |id: &u32| {
+        let backend = dump.backends.get(id).context("a ring names an unknown backend")?;
+        Ok(SocketAddr::new(backend.addr.into(), backend.port.get()))
+    };
+    let ring = |(key, service): (_, &lb_common::maps::Service)| {
+        let ids = dump.rings.get(&service.ring_row).map_or(&[][..], Vec::as_slice);
+        Ok((address_of(key), ids.iter().map(address).collect::<Result<_>>()?))
+    };
+    dump.services.iter().map(ring).collect()
+}
+
+/// What the agent says of etcd.
+fn source(status: &Value) -> &Value {
+    let sources = status["sources"].as_array().into_iter().flatten();
+    sources
+        .into_iter()
+        .find(|source| source["name"] == "etcd")
+        .unwrap_or(&Value::Null)
+}
+
+fn connected(status: &Value) -> bool {
+    source(status)["connected"] == true
+}
+
+/// How many backends of a service take new flows.
+fn serving(status: &Value, service: &str) -> usize {
+    let services = status["services"].as_array().into_iter().flatten();
+    let backends = services
+        .filter(|s| s["name"] == service)
+        .flat_map(|s| s["backends"].as_array().into_iter().flatten());
+    backends
+        .filter(|backend| backend["ring_share"].as_u64() > Some(0))
+        .count()
+}
