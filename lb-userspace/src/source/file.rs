@@ -196,7 +196,7 @@ fn folders(path: &Path) -> Vec<PathBuf> {
 }
 
 /// The services of the file. They are older than any container: their settings win.
-fn objects(config: &Config) -> Vec<Object> {
+pub fn objects(config: &Config) -> Vec<Object> {
     config
         .services
         .iter()

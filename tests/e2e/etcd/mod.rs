@@ -2,6 +2,7 @@
 
 mod faults;
 mod nodes;
+mod operator;
 
 use std::{collections::BTreeMap, net::SocketAddr};
 
@@ -46,8 +47,8 @@ fn config(etcd: &Etcd<'_>) -> String {
     format!("interfaces = [\"eth0\"]\n{OWN}{}", etcd.section())
 }
 
-/// The text of a service on a port, with these last octets as backends.
-fn service(port: u16, backends: impl IntoIterator<Item = u8>) -> String {
+/// The text of a service on a port of a VIP, with these last octets as backends.
+fn service(vip: &str, port: u16, backends: impl IntoIterator<Item = u8>) -> String {
     let backend = |octet| {
         format!(
             "\n[[backends]]\naddress = \"10.77.2.{octet}:80\"\nweight = {}\n",
@@ -55,7 +56,7 @@ fn service(port: u16, backends: impl IntoIterator<Item = u8>) -> String {
         )
     };
     let backends: String = backends.into_iter().map(backend).collect();
-    format!("listen = [\"{port}/tcp\"]\n{backends}")
+    format!("vip = \"{vip}\"\nlisten = [\"{port}/tcp\"]\n{backends}")
 }
 
 /// The committed rings, entry by entry, with backends for ids.

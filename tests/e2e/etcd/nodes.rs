@@ -11,28 +11,16 @@ fn one_update_gives_the_same_rings_on_every_node() -> Result<()> {
     let etcd = Etcd::start(&lab.store, super::STORE, 1)?;
     let shared = "[vips.shop]\naddress = \"198.51.100.7\"\n[defaults]\ndrain = \"1s\"\n";
     etcd.put("/weir/config", shared)?;
-    etcd.put(
-        "/weir/services/web",
-        &format!("vip = \"shop\"\n{}", service(80, 1..=5)),
-    )?;
-    etcd.put(
-        "/weir/services/dns",
-        &format!("vip = \"own\"\n{}", service(53, [7, 8])),
-    )?;
+    etcd.put("/weir/services/web", &service("shop", 80, 1..=5))?;
+    etcd.put("/weir/services/dns", &service("own", 53, [7, 8]))?;
     // The nodes have different histories: ids are given in the order of hearing.
     let mut one = lab.agent(0, &etcd)?;
     let mut two = lab.agent(1, &etcd)?;
-    etcd.put(
-        "/weir/services/dns",
-        &format!("vip = \"own\"\n{}", service(53, [9])),
-    )?;
+    etcd.put("/weir/services/dns", &service("own", 53, [9]))?;
     for weir in [&mut one, &mut two] {
         weir.await_status("one backend of dns", |status| serving(status, "dns") == 1)?;
     }
-    etcd.put(
-        "/weir/services/web",
-        &format!("vip = \"shop\"\n{}", service(80, 2..=40)),
-    )?;
+    etcd.put("/weir/services/web", &service("shop", 80, 2..=40))?;
     let mut three = lab.agent(2, &etcd)?;
     for weir in [&mut one, &mut two, &mut three] {
         weir.await_status("39 backends of web", |status| serving(status, "web") == 39)?;
@@ -49,10 +37,7 @@ fn one_update_gives_the_same_rings_on_every_node() -> Result<()> {
     assert!(all[0] == all[1] && all[1] == all[2], "the rings differ");
 
     // One removal is seen by all of them, and moves only the removed one's share.
-    etcd.put(
-        "/weir/services/web",
-        &format!("vip = \"shop\"\n{}", service(80, 2..=39)),
-    )?;
+    etcd.put("/weir/services/web", &service("shop", 80, 2..=39))?;
     for weir in [&mut one, &mut two, &mut three] {
         weir.await_status("38 backends of web", |status| serving(status, "web") == 38)?;
     }
@@ -77,9 +62,9 @@ fn a_nodes_file_wins_over_etcd_and_is_good_without_it() -> Result<()> {
     // The same address with other settings: refused by name.
     etcd.put(
         "/weir/services/web",
-        &format!("affinity = \"client-ip\"\n{}", service(80, [1])),
+        &format!("affinity = \"client-ip\"\n{}", service("own", 80, [1])),
     )?;
-    etcd.put("/weir/services/more", &service(81, [1, 2]))?;
+    etcd.put("/weir/services/more", &service("own", 81, [1, 2]))?;
     weir.await_status("a service of etcd beside that of the file", |status| {
         let refused = status["rejections"].to_string();
         serving(status, "more") == 2
@@ -87,6 +72,6 @@ fn a_nodes_file_wins_over_etcd_and_is_good_without_it() -> Result<()> {
             && refused.contains("/weir/services/web")
     })?;
     // With the same settings its backends join.
-    etcd.put("/weir/services/web", &service(80, [1]))?;
+    etcd.put("/weir/services/web", &service("own", 80, [1]))?;
     weir.await_status("joined", |status| serving(status, "of-file") == 2)
 }

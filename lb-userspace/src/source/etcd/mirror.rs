@@ -35,6 +35,9 @@ pub struct Mirror {
     keys: BTreeMap<String, Text>,
     /// Deletions are held back.
     holding: bool,
+    /// Nothing of it is in force.
+    #[serde(skip)]
+    proposed: bool,
     /// Policy by which the texts were judged.
     #[serde(skip)]
     judged_by: Option<Policy>,
@@ -79,6 +82,16 @@ impl Mirror {
             root: format!("{prefix}/"),
             ..Self::default()
         }
+    }
+
+    /// Of keys that are judged before they are written: nothing else is in force.
+    pub fn proposed(prefix: &str, keys: Vec<Key>) -> Self {
+        let mut mirror = Self {
+            proposed: true,
+            ..Self::new(prefix)
+        };
+        keys.into_iter().for_each(|key| mirror.put(key));
+        mirror
     }
 
     /// What all keys begin with.
@@ -172,13 +185,6 @@ impl Mirror {
         })
     }
 
-    /// Names below the prefix, their revisions and texts: what is in force or would be without its faults.
-    pub fn keys(&self) -> impl Iterator<Item = (&str, i64, &str)> {
-        self.keys
-            .iter()
-            .map(|(name, text)| (name.as_str(), text.revision, text.text.as_str()))
-    }
-
     /// Judges what has not been judged, and says what all of it comes to for a node with this configuration.
     pub fn outcome(&mut self, node: &Config) -> Outcome {
         let mut objects = BTreeMap::new();
@@ -209,7 +215,7 @@ impl Mirror {
                 let old = good.and_then(|(text, _)| Shared::parse(&key, text, node).ok());
                 let in_force = good.filter(|_| old.is_some()).map(|(_, revision)| *revision);
                 let mut object = object(&key, CONFIG, config.created);
-                object.rejections = rejections(&faults, in_force);
+                object.rejections = rejections(&faults, self.proposed, in_force);
                 objects.insert(object.id.clone(), object);
                 config.verdict = Some(Verdict {
                     service: None,
@@ -259,7 +265,8 @@ impl Mirror {
             let mut object = object(&key, name, text.created);
             if let Some(faults) = &verdict.faults {
                 let good = text.good.as_ref().map(|(_, revision)| *revision);
-                object.rejections = rejections(faults, good.filter(|_| verdict.service.is_some()));
+                let in_force = good.filter(|_| verdict.service.is_some());
+                object.rejections = rejections(faults, self.proposed, in_force);
             }
             for wish in verdict.service.iter().flat_map(|service| &service.wishes) {
                 match owners.get(&wish.address) {
@@ -297,8 +304,9 @@ fn object(key: &str, name: &str, created: i64) -> Object {
 }
 
 /// Every fault of a text; `in_force` is the revision of the good one before.
-fn rejections(errors: &ConfigErrors, in_force: Option<i64>) -> Vec<Rejection> {
+fn rejections(errors: &ConfigErrors, proposed: bool, in_force: Option<i64>) -> Vec<Rejection> {
     let consequence = match in_force {
+        _ if proposed => String::new(),
         Some(revision) => format!("; its text of revision {revision} stays in force"),
         None => "; it does nothing until then".into(),
     };
