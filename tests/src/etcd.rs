@@ -211,9 +211,15 @@ impl<'n> Etcd<'n> {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
-    /// Sets a key, as an operator without `weir` would.
+    /// Sets a key, as an operator without `weir` would: again, if an election comes between.
     pub fn put(&self, key: &str, text: &str) -> Result<()> {
-        self.ctl(&["put", key], text).map(drop)
+        let until = Instant::now() + PATIENCE;
+        loop {
+            match self.ctl(&["put", key], text) {
+                Err(_) if Instant::now() < until => {}
+                done => return done.map(drop),
+            }
+        }
     }
 
     /// Deletes a key.

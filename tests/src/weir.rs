@@ -96,11 +96,6 @@ impl<'n> Weir<'n> {
         self.await_ready()
     }
 
-    /// The file in which the agent keeps what it last read of etcd.
-    pub fn cache_path(&self) -> PathBuf {
-        self.directory.path().join("etcd.json")
-    }
-
     fn log_path(&self) -> PathBuf {
         self.directory.path().join("weir.log")
     }

@@ -4,10 +4,14 @@ mod faults;
 mod nodes;
 mod operator;
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{
+    collections::BTreeMap,
+    net::SocketAddr,
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context as _, Result};
-use lb_tests::{etcd::Etcd, netns::Namespace, weir::Weir};
+use anyhow::{Context as _, Result, ensure};
+use lb_tests::{etcd::Etcd, guard::Guard, load::Load, netns::Namespace, weir::Weir};
 use serde_json::Value;
 use weir::{model::ServiceAddress, plan::address_of};
 
@@ -39,9 +43,63 @@ impl Lab {
     }
 
     fn agent(&self, node: usize, etcd: &Etcd<'_>) -> Result<Weir<'_>> {
-        Weir::start(&self.nodes[node], &config(etcd))
+        // TC alone: the devices keep their offloads, as real ones would.
+        Weir::start_with(&self.nodes[node], "off", &config(etcd))
+    }
+
+    fn plug(&self, role: &str, address: &str) -> Result<Namespace> {
+        let namespace = Namespace::new(role)?;
+        let port = format!("to-{}", address.replace("10.77.", ""));
+        namespace.veth("eth0", &self.store, &port)?;
+        self.store.ip(&format!("link set {port} master br0"))?;
+        namespace.address("eth0", &format!("{address}/16"))?;
+        Ok(namespace)
+    }
+
+    /// Servers at 10.77.2.1 and on, port 80, and a client whose packets to the VIP go to the first node.
+    fn traffic(&self, servers: u8) -> Result<Traffic> {
+        let server = |octet| {
+            let namespace = self.plug("backend", &format!("10.77.2.{octet}"))?;
+            let mut command = namespace.command(lb_tests::docker::server());
+            let process = Guard::spawn(command.arg("80").env("NAME", format!("server-{octet}")))?;
+            Ok((process, namespace))
+        };
+        let servers: Vec<_> = (1..=servers).map(server).collect::<Result<_>>()?;
+        let client = self.plug("client", "10.77.3.1")?;
+        client.ip("route add 198.51.100.1/32 via 10.77.1.1")?;
+        client.sysctl("net.ipv4.ip_local_port_range", "10000 65000")?;
+        client.sysctl("net.ipv4.tcp_tw_reuse", "1")?;
+        for octet in 1..=servers.len() {
+            let server = SocketAddr::new(format!("10.77.2.{octet}").parse()?, 80);
+            let until = Instant::now() + READY;
+            // Nobody says when it listens.
+            while let Err(fault) = client.talk(server) {
+                ensure!(Instant::now() < until, "{server} does not answer: {fault:#}");
+            }
+        }
+        Ok(Traffic {
+            client,
+            _servers: servers,
+        })
     }
 }
+
+/// A client and servers.
+struct Traffic {
+    client: Namespace,
+    // A process ends before its namespace.
+    _servers: Vec<(Guard, Namespace)>,
+}
+
+impl Traffic {
+    /// Clients that connect anew all the time, and clients that stay.
+    fn load(&self) -> Load {
+        Load::start(&self.client, ([198, 51, 100, 1], 80).into(), 2, 2)
+    }
+}
+
+/// How long a server may take to listen.
+const READY: Duration = Duration::from_secs(30);
 
 fn config(etcd: &Etcd<'_>) -> String {
     format!("interfaces = [\"eth0\"]\n{OWN}{}", etcd.section())

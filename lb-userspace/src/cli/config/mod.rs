@@ -135,17 +135,14 @@ pub(super) async fn config(args: &ConfigArgs) -> anyhow::Result<Exit> {
             args.config.display()
         );
     };
-    for name in args.command.names() {
-        if name != CONFIG && name.strip_prefix(SERVICES).is_none_or(str::is_empty) {
-            bail!("`{name}` is no key of ours: write `{CONFIG}` or `{SERVICES}<name>`");
-        }
+    let ours =
+        |name: &str| name == CONFIG || name.strip_prefix(SERVICES).is_some_and(|name| !name.is_empty());
+    if let Some(name) = args.command.name().filter(|name| !ours(name)) {
+        bail!("`{name}` is no key of ours: write `{CONFIG}` or `{SERVICES}<name>`");
     }
     let root = format!("{}/", etcd.prefix);
     let (session, snapshot) = Store::new(etcd.clone()).read(&root).await?;
-    let ours = |key: &Key| {
-        let name = key.name.strip_prefix(&root);
-        name.is_some_and(|name| name == CONFIG || name.starts_with(SERVICES))
-    };
+    let ours = |key: &Key| key.name.strip_prefix(&root).is_some_and(ours);
     let mut desk = Desk {
         node,
         etcd,
@@ -207,7 +204,7 @@ impl EtcdArgs {
 // === impl Command ===
 
 impl Command {
-    fn names(&self) -> Option<&str> {
+    fn name(&self) -> Option<&str> {
         match self {
             Self::List { .. } => None,
             Self::Get(key) => Some(&key.name),

@@ -184,7 +184,7 @@ fn a_wiped_store_is_not_believed_before_config_is_back() {
     );
 
     // With `config`: an empty list is believed as long as it is there.
-    mirror.reset(snapshot(6, &[config.clone()]));
+    mirror.reset(snapshot(6, std::slice::from_ref(&config)));
     assert!(show(&mut mirror).is_empty());
     mirror.reset(snapshot(7, &[config.clone(), a.clone(), b.clone()]));
     // Another store: nothing in it, over a watch or by a full read, and again.
