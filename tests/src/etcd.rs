@@ -161,7 +161,10 @@ impl<'n> Etcd<'n> {
     }
 
     fn url(&self, port: u16) -> String {
-        format!("https://{}:{port}", self.address)
+        match self.address.contains(':') {
+            true => format!("https://[{}]:{port}", self.address),
+            false => format!("https://{}:{port}", self.address),
+        }
     }
 
     /// Where clients connect.

@@ -141,7 +141,7 @@ impl Session {
     ///
     /// # Errors
     /// See [`EtcdError`].
-    pub async fn prove(mut kv: KvClient, timeout: Duration, name: String) -> Result<i64, EtcdError> {
+    pub(super) async fn prove(mut kv: KvClient, timeout: Duration, name: String) -> Result<i64, EtcdError> {
         let options = GetOptions::new().with_keys_only();
         let answer = within(timeout, "asking for a sign of life", kv.get(name, Some(options))).await?;
         Ok(answer.header().map_or(0, |header| header.revision()))

@@ -266,7 +266,10 @@ impl fmt::Display for Preview {
             }
             let (moved, all) = service.moved;
             let share = moved as f64 * 100.0 / all.max(1) as f64;
-            writeln!(f, "  ring: {moved} of {all} slots move ({share:.1} %)")?;
+            match service.fate {
+                Fate::Stays => writeln!(f, "  ring: {moved} of {all} slots move ({share:.1} %)")?,
+                Fate::Comes | Fate::Goes => writeln!(f, "  ring: {all} slots")?,
+            }
         }
         for rejection in &self.rejections {
             writeln!(f, "would be refused: {rejection}")?;

@@ -255,7 +255,7 @@ fn a_user_has_a_password() -> Result<()> {
 }
 
 #[test]
-fn a_reader_that_fell_behind_a_compaction_reads_anew() -> Result<()> {
+fn a_reader_that_fell_behind_a_compaction_reads_anew_all_pages() -> Result<()> {
     use weir::{
         config::Config,
         etcd::{Change, Heard, Store, follow},
@@ -282,6 +282,11 @@ fn a_reader_that_fell_behind_a_compaction_reads_anew() -> Result<()> {
                 let written = session.put_if("/weir/services/web", &text, revision).await?;
                 revision = written.expect("nobody else writes");
             }
+            // More than one page.
+            for at in 0..1500 {
+                let name = format!("/weir/services/web-{at:04}");
+                revision = session.put_if(&name, "", 0).await?.expect("it is new");
+            }
             etcd.ctl(&["compact", &revision.to_string()], "")?;
             let (mut lost, mut last) = (String::new(), 0);
             loop {
@@ -290,7 +295,7 @@ fn a_reader_that_fell_behind_a_compaction_reads_anew() -> Result<()> {
                         last = changes.iter().map(Change::revision).max().unwrap_or(last);
                     }
                     Some(Heard::Lost(fault)) => lost = fault,
-                    Some(Heard::Snapshot(anew)) => return Ok((lost, last, anew.keys[0].revision, revision)),
+                    Some(Heard::Snapshot(anew)) => return Ok((lost, last, anew, revision)),
                     Some(Heard::Alive) => {}
                     None => anyhow::bail!("it has ended"),
                 }
@@ -299,6 +304,14 @@ fn a_reader_that_fell_behind_a_compaction_reads_anew() -> Result<()> {
     })?;
     let (lost, last, anew, revision) = told;
     assert!(lost.contains("compacted"), "{lost}");
-    assert!(last < revision && anew == revision, "{last} {anew} {revision}");
+    assert!(
+        last < revision && anew.revision == revision,
+        "{last} {} {revision}",
+        anew.revision
+    );
+    assert_eq!(
+        (anew.keys.len(), anew.keys[1500].name.as_str()),
+        (1501, "/weir/services/web-1499")
+    );
     Ok(())
 }

@@ -17,6 +17,8 @@ use weir::{model::ServiceAddress, plan::address_of};
 
 /// Where etcd listens for the nodes.
 const STORE: &str = "10.77.0.1";
+/// The same by IPv6.
+const STORE6: &str = "fd77::1";
 /// A VIP in every node's own file.
 const OWN: &str = "[vips.own]\naddress = \"198.51.100.1\"\n";
 
@@ -31,11 +33,13 @@ impl Lab {
         let store = Namespace::new("store")?;
         store.bridge("br0")?;
         store.address("br0", &format!("{STORE}/16"))?;
+        store.address("br0", &format!("{STORE6}/64"))?;
         let node = |at: usize| {
             let node = Namespace::new("node")?;
             node.veth("eth0", &store, &format!("to-{at}"))?;
             store.ip(&format!("link set to-{at} master br0"))?;
             node.address("eth0", &format!("10.77.1.{}/16", at + 1))?;
+            node.address("eth0", &format!("fd77::{}/64", at + 10))?;
             Ok(node)
         };
         let nodes = (0..nodes).map(node).collect::<Result<_>>()?;

@@ -53,7 +53,7 @@ fn one_update_gives_the_same_rings_on_every_node() -> Result<()> {
 #[test]
 fn a_nodes_file_wins_over_etcd_and_is_good_without_it() -> Result<()> {
     let lab = Lab::new(1)?;
-    let etcd = Etcd::start(&lab.store, super::STORE, 1)?;
+    let etcd = Etcd::start(&lab.store, super::STORE6, 1)?;
     let files = "[[services]]\nname = \"of-file\"\nlisten = [\"80/tcp\"]\n[[services.backends]]\naddress = \"10.77.2.200:80\"\n";
     let mut weir = lb_tests::weir::Weir::start(&lab.nodes[0], &format!("{}{files}", super::config(&etcd)))?;
     weir.await_status("the service of the file", |status| {

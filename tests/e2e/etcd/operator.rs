@@ -176,7 +176,7 @@ fn changes_are_judged_foretold_and_never_overwrite_unseen() -> Result<()> {
         "{said}"
     );
     let (code, said) = desk.config("validate")?;
-    assert!(code == 0 && said == "2 keys: good\n", "{said}");
+    assert!(code == 0 && said == "2 key(s): good\n", "{said}");
     drop(desk);
     weir.await_status("without it", |status| serving(status, "more") == 0)?;
     Ok(())

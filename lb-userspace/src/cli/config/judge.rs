@@ -21,16 +21,7 @@ use crate::{
 impl Desk {
     /// Everything wrong with these keys on this node.
     pub(super) fn judge(&self, keys: Vec<Key>) -> Vec<Rejection> {
-        let objects = self.objects(keys);
-        let own = objects.values().flat_map(|object| &object.rejections);
-        let (heard, merged) = (own.cloned().collect::<Vec<_>>(), self.heard(objects));
-        let mut faults: Vec<Rejection> = merged.rejections().into_iter().collect();
-        faults.extend(
-            heard
-                .into_iter()
-                .filter(|fault| !merged.rejections().contains(fault)),
-        );
-        faults
+        self.heard(self.objects(keys)).rejections().into_iter().collect()
     }
 
     fn objects(&self, keys: Vec<Key>) -> BTreeMap<String, Object> {

@@ -311,7 +311,7 @@ impl Desk {
             return Ok(Exit::BadConfig);
         }
         let what = text.map_or_else(
-            || format!("{} keys", self.keys.len()),
+            || format!("{} key(s)", self.keys.len()),
             |(name, _)| name.to_owned(),
         );
         print(&format!("{what}: good\n"))?;

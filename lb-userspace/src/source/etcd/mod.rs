@@ -86,6 +86,7 @@ pub fn spawn(
             last_full_read: recalled.mirror.read,
             fault: recalled.fault,
         },
+        lost: false,
         mirror: recalled.mirror,
         cache: recalled.path,
         kept: Instant::now(),
@@ -107,6 +108,8 @@ struct Source {
     /// What the inbox has been told; `None` before the first list.
     sent: Option<BTreeMap<String, Object>>,
     freshness: Freshness,
+    /// The loss of etcd has been logged.
+    lost: bool,
     cache: PathBuf,
     kept: Instant,
 }
@@ -153,7 +156,7 @@ impl Source {
             }
             Heard::Lost(fault) => {
                 // Once for each loss, not once for each try.
-                if self.freshness.connected || self.freshness.fault.is_none() {
+                if !std::mem::replace(&mut self.lost, true) {
                     tracing::warn!(source = SOURCE, "{fault}; what is known stays as it is");
                 }
                 self.freshness.connected = false;
@@ -175,6 +178,7 @@ impl Source {
         if held.is_some() && self.freshness.fault != held {
             tracing::error!(source = SOURCE, "{}", held.as_deref().unwrap_or_default());
         }
+        self.lost = false;
         self.mirror.read = Some(now);
         self.freshness.connected = true;
         self.freshness.last_heard = Some(now);
