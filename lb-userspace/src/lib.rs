@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod desired;
+pub mod etcd;
 pub mod health;
 pub mod metrics;
 pub mod model;

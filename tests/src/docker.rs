@@ -50,7 +50,7 @@ struct Log {
 }
 
 /// The static test server: `WEIR_SERVER_BIN`, or where `cargo xtask` builds it.
-fn server() -> PathBuf {
+pub fn server() -> PathBuf {
     let built = || {
         let arch = std::env::consts::ARCH;
         PathBuf::from(env!("CARGO_MANIFEST_DIR")).join(format!(

@@ -2,7 +2,7 @@
 //!
 //! `packet` builds frames, `world` says what the maps hold, `kernel` and `model` run one frame through the core as the
 //! kernel and as the host compile it, `row` compares what came of it. `netns`, `guard` and `weir` are for tests with
-//! real traffic, `docker` and `load` for those with real containers; the demo is made of the same parts.
+//! real traffic, `docker` and `load` for those with real containers, `etcd` for those with one configuration for many nodes; the demo is made of the same parts.
 
 #![expect(
     clippy::expect_used,
@@ -11,6 +11,7 @@
 )]
 
 pub mod docker;
+pub mod etcd;
 pub mod guard;
 pub mod kernel;
 pub mod load;

@@ -172,6 +172,12 @@ impl<'n> Weir<'n> {
         serde_json::from_str(&body).with_context(|| body)
     }
 
+    /// What is in the pinned maps.
+    pub fn dump(&self) -> Result<weir::datapath::Dump> {
+        use weir::datapath::{Maps as _, bpf::KernelMaps, load::Pins};
+        Ok(KernelMaps::open(&Pins::new(&self.pins).maps())?.dump()?)
+    }
+
     /// The datapath's counters as its socket tells them.
     pub fn counters(&self) -> Result<serde_json::Value> {
         let body = get(&self.socket(), "/v1/counters")?;

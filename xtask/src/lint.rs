@@ -18,7 +18,7 @@ pub fn run() -> Result<()> {
         "-D",
         "warnings",
     ]))?;
-    setup::ensure(&[Group::Lint])?;
+    setup::ensure(&[Group::Build, Group::Lint])?;
     let toolchain = Toolchain::find()?;
     let mut clippy = toolchain.command(&toolchain.clippy());
     // Given by path, it wants its own name as the first argument, as cargo would give it.

@@ -75,8 +75,20 @@ const STATIC_BUSYBOX: &str = "/usr/share/doc/busybox-static/copyright";
 
 /// Everything but the BPF toolchain, whose packages depend on the compiler that is found (`toolchain`).
 pub const NEEDS: &[Need] = {
-    use Group::{Bench, E2e, Test, Vm};
+    use Group::{Bench, Build, E2e, Test, Vm};
     &[
+        program(
+            Build,
+            "protoc",
+            "protobuf-compiler",
+            "compiles the messages of the etcd client",
+        ),
+        file(
+            Build,
+            "/usr/include/google/protobuf/descriptor.proto",
+            "libprotobuf-dev",
+            "types that the messages of the etcd client import",
+        ),
         program(
             Test,
             "ip",

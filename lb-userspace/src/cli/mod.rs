@@ -11,6 +11,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 mod check;
+mod config;
 mod events;
 mod flows;
 mod humane;
@@ -78,6 +79,9 @@ enum Command {
         /// The file
         config: PathBuf,
     },
+    /// Read and change what all nodes share: the keys in etcd
+    #[command(after_help = config::HELP)]
+    Config(config::ConfigArgs),
     /// Take the datapath off the node: programs, maps and addresses; ends every flow. The agent must be stopped
     Detach(DetachArgs),
 }
@@ -194,6 +198,10 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Flows(args) => call(flows::flows(&client, args)),
         Command::Events(args) => call(events::events(&client, args)),
         Command::Resync => call(operate::resync(&client)),
+        Command::Config(args) => tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()?
+            .block_on(config::config(args)),
     }
 }
 

@@ -5,6 +5,7 @@ mod engine;
 mod errors;
 pub mod health;
 mod raw;
+mod shared;
 #[cfg(test)]
 mod tests;
 pub mod value;
@@ -14,6 +15,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
+    sync::Arc,
     time::Duration,
 };
 
@@ -24,6 +26,7 @@ use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, Snat
 pub use engine::{Allowed, DockerConfig, Endpoint};
 pub use errors::{ConfigErrors, ConfigFault};
 pub use health::CheckPolicy;
+pub use shared::{DEFAULT_PREFIX, EtcdConfig, EtcdTls, Shared};
 
 /// Where Docker listens unless it was told otherwise.
 pub const DEFAULT_DOCKER_ENDPOINT: &str = "unix:///var/run/docker.sock";
@@ -57,6 +60,8 @@ pub struct Config {
     pub snat: Snat,
     /// Docker engines, by name.
     pub docker: Vec<DockerConfig>,
+    /// The etcd source; `None`: the file is all there is.
+    pub etcd: Option<EtcdConfig>,
     /// Status and metrics.
     pub admin: Admin,
     /// Longest wait for each source's first list.
@@ -67,6 +72,10 @@ pub struct Config {
     pub bpf: Bpf,
     /// Services of the file.
     pub services: Vec<StaticService>,
+    /// The file's text.
+    text: Arc<str>,
+    /// What the nodes share, as far as it is part of this.
+    pub shared: Arc<Shared>,
 }
 
 /// What a service may claim, and what it gets when it says nothing.
@@ -231,7 +240,15 @@ impl Config {
     /// # Errors
     /// Every fault of the text together, in its order.
     pub fn parse(path: &Path, text: &str) -> Result<Self, ConfigErrors> {
-        check::check(path, text)
+        check::check(path, text, Arc::default())
+    }
+
+    /// The same file beside what the nodes share: the file's word counts where both say something.
+    ///
+    /// # Errors
+    /// None for a configuration that was parsed: its text has no fault, and the shared part was checked by itself.
+    pub fn with_shared(&self, shared: &Arc<Shared>) -> Result<Self, ConfigErrors> {
+        check::check(&self.path, &self.text, Arc::clone(shared))
     }
 
     /// Sections that differ from `old` and are read at start alone.
@@ -240,6 +257,7 @@ impl Config {
             ("limits", self.limits != old.limits),
             ("admin", self.admin != old.admin),
             ("bpf", self.bpf != old.bpf),
+            ("etcd", self.etcd != old.etcd),
         ];
         changed
             .into_iter()
@@ -290,6 +308,16 @@ fn default_route_device(routes: &str) -> Option<String> {
 // === impl Policy ===
 
 impl Policy {
+    /// Before any text has said something.
+    fn built_in() -> Self {
+        Self {
+            vips: Vec::new(),
+            defaults: built_in_settings(),
+            drain: Duration::from_secs(limits::DEFAULT_DRAIN_S.into()),
+            checks: CheckPolicy::default(),
+        }
+    }
+
     /// The addresses that a service claims: those of the VIP it names, else those of the only VIP there is.
     ///
     /// # Errors

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, fmt, ops::Range};
 
 use serde::{
     Deserialize, Deserializer,
-    de::{MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
+    de::{DeserializeOwned, MapAccess, SeqAccess, Visitor, value::MapAccessDeserializer},
 };
 use toml::{
     Spanned,
@@ -30,6 +30,7 @@ pub(super) struct RawConfig {
     pub(super) limits: RawLimits,
     pub(super) snat: RawSnat,
     pub(super) docker: RawEngines,
+    pub(super) etcd: Given<RawEtcd>,
     pub(super) admin: RawAdmin,
     pub(super) startup: RawStartup,
     pub(super) events: RawEvents,
@@ -190,6 +191,31 @@ pub(super) struct RawDocker {
     pub(super) allow_services: Given<Strings>,
 }
 
+/// `[etcd]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawEtcd {
+    pub(super) endpoints: Given<Strings>,
+    pub(super) ca: Given<String>,
+    pub(super) cert: Given<String>,
+    pub(super) key: Given<String>,
+    pub(super) user: Given<String>,
+    pub(super) password_file: Given<String>,
+    pub(super) prefix: Given<String>,
+    pub(super) timeout: Given<String>,
+    pub(super) liveness: Given<String>,
+    pub(super) cache: Given<String>,
+}
+
+/// What the nodes share: the text of one key in etcd.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawShared {
+    pub(super) vips: BTreeMap<String, Spanned<RawVip>>,
+    pub(super) defaults: RawDefaults,
+    pub(super) events: RawEvents,
+}
+
 /// `[admin]`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
@@ -253,7 +279,7 @@ pub(super) struct RawBackend {
 
 /// Reads the text. Every fault of syntax, every unknown key and every value of the wrong type comes back, not the
 /// first alone: what serde complains of is cut out and the rest is read again.
-pub(super) fn read(text: &str) -> (RawConfig, Vec<ConfigFault>) {
+pub(super) fn read<T: DeserializeOwned + Default>(text: &str) -> (T, Vec<ConfigFault>) {
     let (mut document, syntax) = DeTable::parse_recoverable(text);
     let mut faults: Vec<_> = syntax
         .iter()
@@ -265,7 +291,7 @@ pub(super) fn read(text: &str) -> (RawConfig, Vec<ConfigFault>) {
         })
         .collect();
     loop {
-        match RawConfig::deserialize(toml::de::Deserializer::from(document.clone())) {
+        match T::deserialize(toml::de::Deserializer::from(document.clone())) {
             Ok(raw) => return (raw, faults),
             Err(error) => {
                 let span = error.span();
@@ -283,7 +309,7 @@ pub(super) fn read(text: &str) -> (RawConfig, Vec<ConfigFault>) {
                     },
                 });
                 if !found {
-                    return (RawConfig::default(), faults);
+                    return (T::default(), faults);
                 }
             }
         }

@@ -8,6 +8,7 @@
 mod backends;
 mod ids;
 mod network;
+pub mod preview;
 mod programmed;
 mod rings;
 mod service;

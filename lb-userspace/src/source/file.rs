@@ -22,7 +22,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{Freshness, Message, Object, SourceId, Update};
 use crate::{
-    config::{Config, ConfigErrors},
+    config::{Config, ConfigErrors, Shared},
     model::Rejection,
 };
 
@@ -35,17 +35,24 @@ const SETTLE: Duration = Duration::from_millis(100);
 /// The file is looked at this often even if nobody says that it changed: network file systems say nothing.
 const RECHECK: Duration = Duration::from_secs(10);
 
-/// Starts the source with what was loaded at start and is on `publish`; later versions are sent there. It looks at the
-/// file when the file changes, or when `look` is notified. Ends with `stop`, or when the inbox is gone.
+/// Starts the source with what was loaded at start and is on `publish`; later versions are sent there, joined with what
+/// the nodes share. It looks at the file when the file changes, or when `look` is notified. Ends with `stop`, or when the
+/// inbox is gone.
 pub fn spawn(
     publish: watch::Sender<Arc<Config>>,
+    shared: watch::Receiver<Arc<Shared>>,
     inbox: mpsc::Sender<Message>,
     look: Arc<Notify>,
     stop: CancellationToken,
 ) -> JoinHandle<()> {
     let path = publish.borrow().path.clone();
     tokio::spawn(async move {
-        let follower = Follower { path, publish, inbox };
+        let follower = Follower {
+            path,
+            publish,
+            shared,
+            inbox,
+        };
         stop.run_until_cancelled(follower.run(look)).await;
     })
 }
@@ -53,6 +60,7 @@ pub fn spawn(
 struct Follower {
     path: PathBuf,
     publish: watch::Sender<Arc<Config>>,
+    shared: watch::Receiver<Arc<Shared>>,
     inbox: mpsc::Sender<Message>,
 }
 
@@ -60,22 +68,27 @@ struct Follower {
 struct InboxGone;
 
 impl Follower {
-    async fn run(self, changed: Arc<Notify>) {
+    async fn run(mut self, changed: Arc<Notify>) {
         // The watch is set before the file is read again below: no change falls between.
         let mut watcher = self.watch(&changed);
-        let mut last: Option<Result<String, String>> = None;
+        let mut last: Option<(Result<String, String>, Arc<Shared>)> = None;
         loop {
-            let now = fs::read_to_string(&self.path).map_err(|error| error.to_string());
+            let text = fs::read_to_string(&self.path).map_err(|error| error.to_string());
+            let now = (text, self.shared.borrow_and_update().clone());
             if last.as_ref() != Some(&now) {
-                if self.reload(now.as_deref().ok()).await.is_err() {
+                if self.reload(now.0.as_deref().ok(), &now.1).await.is_err() {
                     return;
                 }
                 last = Some(now);
                 // A link may lead elsewhere now.
                 watcher = self.watch(&changed).or(watcher);
             }
-            if timeout(RECHECK, changed.notified()).await.is_ok() {
-                sleep(SETTLE).await;
+            tokio::select! {
+                notice = timeout(RECHECK, changed.notified()) => if notice.is_ok() {
+                    sleep(SETTLE).await;
+                },
+                // Without anybody who shares there is nothing to wait for.
+                Ok(()) = self.shared.changed() => {}
             }
         }
     }
@@ -109,29 +122,24 @@ impl Follower {
     }
 
     /// Takes over a text, or keeps the last good one and says why.
-    async fn reload(&self, text: Option<&str>) -> Result<(), InboxGone> {
+    async fn reload(&self, text: Option<&str>, shared: &Arc<Shared>) -> Result<(), InboxGone> {
         let parsed = match text {
             Some(text) => Config::parse(&self.path, text),
             // Reads again for the reason alone.
             None => Config::load(&self.path),
         };
-        match parsed {
+        match parsed.and_then(|config| config.with_shared(shared)) {
             Ok(config) => {
-                let old = self.publish.borrow().clone();
-                if *old == config {
-                    return self.tell(objects(&config), None).await;
-                }
-                for section in config.needs_restart(&old) {
-                    tracing::warn!(section, "changed: takes effect when the agent is restarted");
-                }
-                tracing::info!(path = %self.path.display(), "configuration reloaded");
                 let objects = objects(&config);
-                self.publish.send_replace(Arc::new(config));
+                self.publish(config);
                 self.tell(objects, None).await
             }
             Err(errors) => {
                 tracing::error!(%errors, "the last good configuration stays in force");
                 let good = self.publish.borrow().clone();
+                if let Ok(joined) = good.with_shared(shared) {
+                    self.publish(joined);
+                }
                 let mut objects = objects(&good);
                 objects.push(faults(&errors));
                 let count = errors.faults.len();
@@ -140,6 +148,19 @@ impl Follower {
                 self.tell(objects, Some(fault)).await
             }
         }
+    }
+
+    /// Makes a configuration that of the agent, if it is another one.
+    fn publish(&self, config: Config) {
+        let old = self.publish.borrow().clone();
+        if *old == config {
+            return;
+        }
+        for section in config.needs_restart(&old) {
+            tracing::warn!(section, "changed: takes effect when the agent is restarted");
+        }
+        tracing::info!(path = %self.path.display(), "configuration reloaded");
+        self.publish.send_replace(Arc::new(config));
     }
 
     async fn tell(&self, objects: Vec<Object>, fault: Option<String>) -> Result<(), InboxGone> {
@@ -175,7 +196,7 @@ fn folders(path: &Path) -> Vec<PathBuf> {
 }
 
 /// The services of the file. They are older than any container: their settings win.
-fn objects(config: &Config) -> Vec<Object> {
+pub fn objects(config: &Config) -> Vec<Object> {
     config
         .services
         .iter()
@@ -228,6 +249,7 @@ mod tests {
         folder: tempfile::TempDir,
         inbox: mpsc::Receiver<Message>,
         config: watch::Receiver<Arc<Config>>,
+        shared: watch::Sender<Arc<Shared>>,
         look: Arc<Notify>,
         stop: CancellationToken,
         task: JoinHandle<()>,
@@ -241,9 +263,11 @@ mod tests {
             let (sender, inbox) = mpsc::channel(64);
             let stop = CancellationToken::new();
             let look = Arc::new(Notify::new());
-            let task = spawn(publish, sender, look.clone(), stop.clone());
+            let (shared, receiver) = watch::channel(Arc::default());
+            let task = spawn(publish, receiver, sender, look.clone(), stop.clone());
             Self {
                 folder,
+                shared,
                 inbox,
                 config,
                 look,
@@ -321,6 +345,35 @@ mod tests {
         let (objects, freshness) = rig.until(|objects| objects.len() == 2).await;
         assert_eq!(objects[0].id, "three");
         assert!(freshness.fault.is_some());
+        rig.end().await;
+    }
+
+    #[tokio::test]
+    async fn what_nodes_share_is_joined_with_the_file_whatever_the_file_does() {
+        let mut rig = Rig::new(|folder| {
+            let path = folder.join("weir.toml");
+            fs::write(&path, with_service("one")).unwrap();
+            path
+        });
+        rig.until(named("one")).await;
+        let share = |rig: &Rig, address: &str| {
+            let text = format!("[vips.shared]\naddress = \"{address}\"\n");
+            let shared = Shared::parse("/weir/config", &text, &rig.config.borrow()).unwrap();
+            rig.shared.send_replace(Arc::new(shared));
+        };
+        let known = |rig: &Rig, address: &str| rig.config.borrow().policy.vip(address).is_some();
+        share(&rig, "192.0.2.2");
+        rig.until(|_| true).await;
+        assert!(known(&rig, "192.0.2.2") && known(&rig, "192.0.2.1"));
+
+        fs::write(rig.folder.path().join("weir.toml"), "wrong").unwrap();
+        rig.until(|objects| objects.len() == 2).await;
+        share(&rig, "192.0.2.3");
+        rig.config
+            .wait_for(|config| config.policy.vip("192.0.2.3").is_some())
+            .await
+            .unwrap();
+        assert!(!known(&rig, "192.0.2.2") && known(&rig, "192.0.2.1"));
         rig.end().await;
     }
 

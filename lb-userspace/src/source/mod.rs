@@ -1,6 +1,7 @@
 //! Producers of wishes. A source knows nothing of maps: it sends [`Update`]s to one inbox.
 
 pub mod docker;
+pub mod etcd;
 pub mod file;
 pub mod labels;
 

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use super::{Files, translate};
 use crate::{
     admin::{Admin, Context, Kernel, Options as AdminOptions, tap},
-    config::Config,
+    config::{Config, DockerConfig},
     datapath::{
         Maps as _, Topology,
         attach::{Attacher, TcChoice},
@@ -73,9 +73,11 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let maps = KernelMaps::open(&pins.maps())?;
     let sweeper = Sweeper::open(&pins)?;
     let hz = sweeper.hz()?;
+    let (config, recalled) = source::etcd::recall(config);
 
     let stop = CancellationToken::new();
     let (status_to, status) = watch::channel(Status::default());
+    let (shared_to, shared) = watch::channel(Arc::clone(&config.shared));
     let (config_to, config) = watch::channel(Arc::new(config));
     let (inbox_to, inbox) = mpsc::channel(INBOX);
     let (topology_to, topology) = watch::channel(Topology::default());
@@ -162,10 +164,15 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         let work = health::passive::run(counters, targets, status, inbox, checks_to, stop.clone());
         lasting(stop, work)
     });
+    if let (Some(etcd), Some(recalled)) = (first.etcd.clone(), recalled) {
+        let (config, inbox) = (config.clone(), inbox_to.clone());
+        let etcd = source::etcd::spawn(etcd, recalled, config, shared_to, inbox, stop.clone());
+        tasks.spawn(async { etcd.await.context("etcd source") });
+    }
     let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
     tasks.spawn(async { docker.await.context("docker source") });
     let look = Arc::new(Notify::new());
-    let file = source::file::spawn(config_to, inbox_to, look.clone(), stop.clone());
+    let file = source::file::spawn(config_to, shared, inbox_to, look.clone(), stop.clone());
     tasks.spawn(async { file.await.context("file source") });
 
     let result = wait(&mut tasks, &commands_to, &look).await;
@@ -252,8 +259,13 @@ where
 
 /// Sources that must have been read before anything is removed.
 fn sources(config: &Config) -> Vec<SourceId> {
-    let engines = config.docker.iter().map(|engine| SourceId(engine.source()));
-    engines.chain([SourceId(source::file::SOURCE.into())]).collect()
+    let engines = config.docker.iter().map(DockerConfig::source);
+    let etcd = config.etcd.as_ref().map(|_| source::etcd::SOURCE.to_owned());
+    engines
+        .chain(etcd)
+        .chain([source::file::SOURCE.to_owned()])
+        .map(SourceId)
+        .collect()
 }
 
 /// What the network and the start have to say in the status.

@@ -194,13 +194,13 @@ fn endpoint(check: &mut Check<'_>, at: &str, raw: &RawDocker) -> Endpoint {
     }
 }
 
-fn has_port(address: &str) -> bool {
+pub(super) fn has_port(address: &str) -> bool {
     address
         .rsplit_once(':')
         .is_some_and(|(host, port)| !host.is_empty() && value::port(port).is_ok())
 }
 
-fn is_loopback(address: &str) -> bool {
+pub(super) fn is_loopback(address: &str) -> bool {
     let host = address.rsplit_once(':').map_or(address, |(host, _)| host);
     host == "localhost"
         || host

@@ -1,34 +1,39 @@
 //! Raw → checked: every value is judged, every fault is kept, and only a file without one becomes a [`Config`].
 
 mod docker;
+mod etcd;
 mod health;
 mod sections;
 mod services;
+pub(super) mod shared;
 
-use std::{fmt, ops::Range, path::Path};
+use std::{fmt, ops::Range, path::Path, sync::Arc};
 
 use toml::Spanned;
 
 use super::{
-    Config, ConfigErrors, ConfigFault,
+    Config, ConfigErrors, ConfigFault, Policy, Shared,
     errors::position,
     raw::{self, Given, Strings},
     value::{self, ValueError},
 };
 
-/// Checks a text; `path` is for messages.
-pub(super) fn check(path: &Path, text: &str) -> Result<Config, ConfigErrors> {
-    let (raw, faults) = raw::read(text);
+/// Checks a text; `path` is for messages. The services of the text are judged by the text alone, so that a node's file
+/// stands by itself; for all others `shared` is what the text is silent about.
+pub(super) fn check(path: &Path, text: &str, shared: Arc<Shared>) -> Result<Config, ConfigErrors> {
+    let (raw, faults) = raw::read::<raw::RawConfig>(text);
     let mut check = Check { text, faults };
     let vips = sections::vips(&mut check, &raw);
     let tls = health::tls(&mut check, &raw.tls);
-    let policy = sections::policy(&mut check, &raw.defaults, vips, tls);
+    let own = sections::policy(&mut check, &raw.defaults, vips, tls, &Policy::built_in());
+    let policy = shared::joined(&raw, &own, &shared);
     let config = Config {
         path: path.to_owned(),
         interfaces: sections::interfaces(&mut check, raw.interfaces.as_ref()),
         limits: sections::limits(&mut check, &raw.limits),
         snat: sections::snat(&mut check, &raw.snat),
         docker: docker::engines(&mut check, &raw.docker, &policy),
+        etcd: raw.etcd.as_ref().map(|given| etcd::etcd(&mut check, given)),
         admin: sections::admin(&mut check, &raw.admin),
         startup_wait: check.text_or(
             "startup.wait",
@@ -36,20 +41,20 @@ pub(super) fn check(path: &Path, text: &str) -> Result<Config, ConfigErrors> {
             super::DEFAULT_STARTUP_WAIT,
             value::duration,
         ),
-        event_sample: raw.events.sample.as_ref().map_or(0, |sample| *sample.get_ref()),
+        event_sample: raw
+            .events
+            .sample
+            .as_ref()
+            .map(|sample| *sample.get_ref())
+            .or(shared.event_sample)
+            .unwrap_or(0),
         bpf: sections::bpf(&mut check, &raw.bpf),
-        services: services::services(&mut check, &raw.services, &policy),
+        services: services::services(&mut check, &raw.services, &own),
         policy,
+        text: text.into(),
+        shared,
     };
-    let mut faults = check.faults;
-    if faults.is_empty() {
-        return Ok(config);
-    }
-    faults.sort_by_key(|fault| fault.position);
-    Err(ConfigErrors {
-        path: path.to_owned(),
-        faults,
-    })
+    check.end(path, config)
 }
 
 /// The text and the faults found in it so far.
@@ -59,6 +64,19 @@ struct Check<'t> {
 }
 
 impl Check<'_> {
+    /// The checked value, or every fault in the order of the text.
+    fn end<T>(self, path: &Path, value: T) -> Result<T, ConfigErrors> {
+        let mut faults = self.faults;
+        if faults.is_empty() {
+            return Ok(value);
+        }
+        faults.sort_by_key(|fault| fault.position);
+        Err(ConfigErrors {
+            path: path.to_owned(),
+            faults,
+        })
+    }
+
     /// Notes a fault.
     fn fault(
         &mut self,

@@ -14,7 +14,7 @@ use toml::Spanned;
 use super::{
     super::{
         Admin, Announce, Bpf, CheckPolicy, DEFAULT_ADMIN_SOCKET, DEFAULT_METRICS, DEFAULT_PIN_PATH,
-        Interface, Limits, Policy, Snat, Vip, XdpMode, built_in_settings, health as value_health,
+        Interface, Limits, Policy, Snat, Vip, XdpMode, health as value_health,
         raw::{Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawLimits, RawSnat, RawTimeouts, Strings},
         value,
     },
@@ -158,13 +158,15 @@ fn interface<T>(
     }
 }
 
+/// `[defaults]`, with what `base` says where they are silent.
 pub(super) fn policy(
     check: &mut Check<'_>,
     raw: &RawDefaults,
     vips: Vec<Vip>,
     tls: BTreeMap<String, TlsFiles>,
+    base: &Policy,
 ) -> Policy {
-    let mut defaults = built_in_settings();
+    let mut defaults = base.defaults.clone();
     defaults.snat = check.text_or("defaults.snat", &raw.snat, defaults.snat, value::snat);
     defaults.when_empty = check.text_or(
         "defaults.when-empty",
@@ -172,7 +174,9 @@ pub(super) fn policy(
         defaults.when_empty,
         value::when_empty,
     );
-    defaults.reset_unknown = raw.reset_unknown.as_ref().is_some_and(|flag| *flag.get_ref());
+    if let Some(flag) = &raw.reset_unknown {
+        defaults.reset_unknown = *flag.get_ref();
+    }
     defaults.timeouts = timeouts(check, "defaults.timeouts", &raw.timeouts, defaults.timeouts);
     defaults.when_unhealthy = check.text_or(
         "defaults.when-unhealthy",
@@ -180,19 +184,18 @@ pub(super) fn policy(
         defaults.when_unhealthy,
         value_health::when_unhealthy,
     );
-    let base = CheckPolicy::default();
     let checks = CheckPolicy {
-        check: health::active(check, "defaults.check", &raw.check, &base.check, &tls),
-        passive: health::passive(check, "defaults.passive", &raw.passive, &base.passive),
+        check: health::active(check, "defaults.check", &raw.check, &base.checks.check, &tls),
+        passive: health::passive(check, "defaults.passive", &raw.passive, &base.checks.passive),
         tls,
     };
-    let ejects = raw.passive.enabled.as_ref().is_some_and(|flag| *flag.get_ref());
+    let enabled = raw.passive.enabled.as_ref().map(|flag| *flag.get_ref());
+    let ejects = enabled.unwrap_or(base.defaults.passive.is_some());
     defaults.passive = ejects.then(|| checks.passive.clone());
-    let drain = Duration::from_secs(common::DEFAULT_DRAIN_S.into());
     Policy {
         vips,
         defaults,
-        drain: check.text_or("defaults.drain", &raw.drain, drain, value::duration),
+        drain: check.text_or("defaults.drain", &raw.drain, base.drain, value::duration),
         checks,
     }
 }
@@ -318,7 +321,7 @@ pub(super) fn bpf(check: &mut Check<'_>, raw: &RawBpf) -> Bpf {
     }
 }
 
-fn absolute(check: &mut Check<'_>, key: &str, given: &Given<String>, default: &str) -> PathBuf {
+pub(super) fn absolute(check: &mut Check<'_>, key: &str, given: &Given<String>, default: &str) -> PathBuf {
     match given {
         Some(path) if Path::new(path.get_ref()).is_absolute() => path.get_ref().into(),
         Some(path) => {

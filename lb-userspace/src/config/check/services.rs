@@ -55,14 +55,14 @@ pub(super) fn services(
     found
 }
 
-fn service(
+pub(super) fn service(
     check: &mut Check<'_>,
     key: &str,
     given: &Spanned<RawService>,
     policy: &Policy,
 ) -> Option<StaticService> {
     let raw = given.get_ref();
-    let at = |name: &str| format!("{key}.{name}");
+    let at = |name: &str| dotted(key, name);
     let name = match &raw.name {
         Some(name) => check.keep(&at("name"), name.span(), value::name(name.get_ref())),
         None => {
@@ -120,6 +120,15 @@ fn service(
     Some(StaticService { name, wishes })
 }
 
+/// The key of `name` within `key`, which is empty for a text that is one service.
+fn dotted(key: &str, name: &str) -> String {
+    if key.is_empty() {
+        name.to_owned()
+    } else {
+        format!("{key}.{name}")
+    }
+}
+
 /// The addresses of the VIP that is named, or of the only one there is.
 fn vip(
     check: &mut Check<'_>,
@@ -136,7 +145,7 @@ fn vip(
 }
 
 fn settings(check: &mut Check<'_>, key: &str, raw: &RawService, policy: &Policy) -> ServiceSettings {
-    let at = |name: &str| format!("{key}.{name}");
+    let at = |name: &str| dotted(key, name);
     let base = policy.defaults.clone();
     // An empty list is the same as none: it is what remains when the last prefix is deleted.
     let given = |list: &Given<super::Strings>| list.as_ref().is_some_and(|list| !list.get_ref().0.is_empty());
@@ -214,7 +223,7 @@ fn backends(
     let mut seen = BTreeSet::new();
     for (index, backend) in given.iter().enumerate() {
         let raw = backend.get_ref();
-        let at = |name: &str| format!("{key}.backends[{index}].{name}");
+        let at = |name: &str| format!("{}[{index}].{name}", dotted(key, "backends"));
         let drain = check.text_or(&at("drain"), &raw.drain, policy.drain, value::duration);
         let weight = match &raw.weight {
             Some(weight) => {

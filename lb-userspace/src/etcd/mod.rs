@@ -1,0 +1,125 @@
+//! etcd (API v3): one endpoint at a time, each question with a deadline of its own.
+//!
+//! The client library goes on sending requests to an endpoint that is dead, and a request in flight waits for as long as
+//! it is let. So every connection here is a [`Session`] with one endpoint, and whoever needs another makes one:
+//! [`Store`] for single questions, [`follow`] for whoever wants to know of every change under a prefix.
+
+mod follow;
+mod session;
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+pub use follow::{Heard, follow};
+pub use session::{Change, Key, Session, Snapshot};
+
+use crate::config::EtcdConfig;
+
+/// Why an endpoint did not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum EtcdError {
+    /// A file of the connection.
+    #[error("{}: {source}; `[etcd]` of the configuration names it", .path.display())]
+    File { path: PathBuf, source: std::io::Error },
+    /// No answer.
+    #[error("{what}: no answer within {limit:?}: it is down, cut off, or without a quorum")]
+    Silent { what: &'static str, limit: Duration },
+    /// It said no, or the connection failed.
+    #[error("{what}: {}", Chain(.source))]
+    Refused {
+        what: &'static str,
+        source: etcd_client::Error,
+    },
+    /// Changes since the last read have been compacted away.
+    #[error("what changed since revision {0} has been compacted")]
+    Compacted(i64),
+    /// The watch has ended.
+    #[error("the watch has ended: {0}")]
+    Ended(String),
+}
+
+/// No endpoint did what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub struct NoEndpoint(Vec<(String, EtcdError)>);
+
+/// The way to etcd.
+#[derive(Clone, Debug)]
+pub struct Store {
+    config: EtcdConfig,
+}
+
+// === impl Store ===
+
+impl Store {
+    /// Of these endpoints. Nothing is connected yet.
+    pub fn new(config: EtcdConfig) -> Self {
+        Self { config }
+    }
+
+    /// A key below the prefix.
+    pub fn key(&self, rest: &str) -> String {
+        format!("{}/{rest}", self.config.prefix)
+    }
+
+    /// A session with the first endpoint that answers, and everything under a prefix as it told it.
+    ///
+    /// # Errors
+    /// None answers: what each of them did.
+    pub async fn read(&self, prefix: &str) -> Result<(Session, Snapshot), NoEndpoint> {
+        let mut faults = Vec::new();
+        for endpoint in &self.config.endpoints {
+            let asked = async {
+                let mut session = Session::open(&self.config, endpoint).await?;
+                let snapshot = session.snapshot(prefix).await?;
+                Ok((session, snapshot))
+            };
+            match asked.await {
+                Ok(done) => return Ok(done),
+                Err(fault) => faults.push((endpoint.clone(), fault)),
+            }
+        }
+        Err(NoEndpoint(faults))
+    }
+}
+
+// === impl NoEndpoint ===
+
+impl fmt::Display for NoEndpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("no endpoint of etcd answers")?;
+        for (at, (endpoint, fault)) in self.0.iter().enumerate() {
+            let mark = if at == 0 { ": " } else { "; " };
+            write!(f, "{mark}{endpoint}: {fault}")?;
+        }
+        Ok(())
+    }
+}
+
+/// An error with its causes: the reason of a failed TLS handshake is the last of them.
+struct Chain<'e>(&'e etcd_client::Error);
+
+impl fmt::Display for Chain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use etcd_client::Error;
+        let mut cause: Option<&dyn std::error::Error> = match self.0 {
+            Error::GRpcStatus(status) => {
+                f.write_str(status.message())?;
+                std::error::Error::source(status)
+            }
+            Error::TransportError(error) => {
+                write!(f, "{error}")?;
+                std::error::Error::source(error)
+            }
+            other => return write!(f, "{other}"),
+        };
+        let mut last = String::new();
+        while let Some(error) = cause {
+            let text = error.to_string();
+            if text != last {
+                write!(f, ": {text}")?;
+            }
+            last = text;
+            cause = error.source();
+        }
+        Ok(())
+    }
+}
