@@ -123,3 +123,34 @@ impl fmt::Display for Chain<'_> {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{net::TcpListener, time::Instant};
+
+    use super::*;
+    use crate::config::Config;
+
+    #[tokio::test]
+    async fn what_every_endpoint_did_is_told_within_the_deadline_of_each() {
+        // One takes connections and says nothing, one takes none.
+        let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+        let closed = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let silent_at = silent.local_addr().unwrap();
+        let text = format!(
+            "interfaces = \"lo\"\n[etcd]\nendpoints = [\"http://{silent_at}\", \"http://{closed}\"]\ntimeout = \"200ms\"\n"
+        );
+        let config = Config::parse(std::path::Path::new("weir.toml"), &text).unwrap();
+        let store = Store::new(config.etcd.unwrap());
+        assert_eq!(store.key("config"), "/weir/config");
+        let start = Instant::now();
+        let fault = store.read("/weir/").await.err().unwrap().to_string();
+        assert!(start.elapsed() < Duration::from_secs(5), "{:?}", start.elapsed());
+        let told = format!("http://{silent_at}: reading: no answer within 200ms");
+        assert!(fault.contains(&told), "{fault}");
+        assert!(
+            fault.contains(&format!("http://{closed}: reading: tcp connect error")),
+            "{fault}"
+        );
+    }
+}

@@ -88,6 +88,24 @@ fn a_server_that_stands_still_is_noticed_in_time() -> Result<()> {
 }
 
 #[test]
+fn a_path_that_swallows_everything_is_noticed_in_time() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let etcd = Etcd::start(&lab.store, super::STORE, 1)?;
+    etcd.put(WEB, &service("own", 80, [1, 2]))?;
+    let mut weir = lab.agent(0, &etcd)?;
+    await_serving(&mut weir, "web", 2)?;
+    // No RST and no FIN: the connection is half open.
+    lab.store.ip("link set to-0 nomaster")?;
+    let cut = Instant::now();
+    weir.await_status("without etcd", |status| !connected(status))?;
+    assert!(cut.elapsed() < Duration::from_secs(5), "{:?}", cut.elapsed());
+    assert_eq!(serving(&weir.status()?, "web"), 2);
+    etcd.put(WEB, &service("own", 80, [1, 2, 3]))?;
+    lab.store.ip("link set to-0 master br0")?;
+    await_serving(&mut weir, "web", 3)
+}
+
+#[test]
 fn without_a_quorum_agents_serve_and_start_and_serve() -> Result<()> {
     let lab = Lab::new(1)?;
     let traffic = lab.traffic(2)?;

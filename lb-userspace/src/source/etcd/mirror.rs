@@ -5,7 +5,7 @@
 //! some service is if there never was a `config`. Until then they are held back, see [`Mirror::held`].
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -24,6 +24,9 @@ pub const CONFIG: &str = "config";
 /// Where the keys of services begin, below the prefix.
 pub const SERVICES: &str = "services/";
 
+/// Where the keys of nodes begin, below the prefix: not this source's.
+const NODES: &str = "nodes/";
+
 /// Our part of the store as of the last read.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Mirror {
@@ -35,6 +38,9 @@ pub struct Mirror {
     keys: BTreeMap<String, Text>,
     /// Deletions are held back.
     holding: bool,
+    /// Keys below the prefix that mean nothing: slips of somebody's pen.
+    #[serde(skip)]
+    strange: BTreeSet<String>,
     /// Nothing of it is in force.
     #[serde(skip)]
     proposed: bool,
@@ -104,6 +110,7 @@ impl Mirror {
         for text in self.keys.values_mut() {
             text.missing = true;
         }
+        self.strange.clear();
         for key in snapshot.keys {
             self.put(key);
         }
@@ -116,6 +123,7 @@ impl Mirror {
             match change {
                 Change::Put(key) => self.put(key),
                 Change::Delete { name, .. } => {
+                    self.strange.remove(&name);
                     let text = self.name(&name).and_then(|name| self.keys.get_mut(&name));
                     if let Some(text) = text {
                         text.missing = true;
@@ -133,7 +141,13 @@ impl Mirror {
     }
 
     fn put(&mut self, key: Key) {
-        let Some(name) = self.name(&key.name) else { return };
+        let Some(name) = self.name(&key.name) else {
+            let name = key.name.strip_prefix(&self.root);
+            if name.is_some_and(|name| !name.starts_with(NODES)) {
+                self.strange.insert(key.name);
+            }
+            return;
+        };
         let mut new = Text {
             text: key.text,
             created: key.created,
@@ -193,7 +207,7 @@ impl Mirror {
         let joined = node.with_shared(&shared);
         let policy = joined.as_ref().map_or(&node.policy, |joined| &joined.policy);
         self.judge(policy);
-        for object in self.services() {
+        for object in self.services().into_iter().chain(self.strangers()) {
             objects.insert(object.id.clone(), object);
         }
         Outcome { objects, shared }
@@ -250,6 +264,22 @@ impl Mirror {
                 },
             });
         }
+    }
+
+    /// Keys that mean nothing, by name.
+    fn strangers(&self) -> Option<Object> {
+        let rejection = |key: &String| Rejection {
+            source: super::SOURCE.into(),
+            object: key.clone(),
+            fault: "is no key of Weir's".into(),
+            remedy: format!(
+                "write {0}{CONFIG} or {0}{SERVICES}<name>, and delete this one",
+                self.root
+            ),
+        };
+        let mut object = object(&self.root, "", 0);
+        object.rejections = self.strange.iter().map(rejection).collect();
+        (!self.strange.is_empty()).then_some(object)
     }
 
     /// The services, the oldest first: of two that claim the same address it has it.

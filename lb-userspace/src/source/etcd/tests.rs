@@ -108,6 +108,22 @@ fn a_faulty_text_is_named_and_leaves_the_last_good_one() {
 }
 
 #[test]
+fn a_slip_in_a_keys_name_is_named() {
+    let mut mirror = Mirror::new("/weir");
+    let slip = key("service/a", 2, 2, &service(80));
+    mirror.reset(snapshot(5, &[slip.clone(), key("nodes/n1/x", 3, 3, "")]));
+    let shown = show(&mut mirror);
+    assert!(
+        shown.len() == 1 && shown[0].contains("/weir/service/a: is no key of Weir's"),
+        "{shown:?}"
+    );
+    mirror.change(vec![delete("service/a")]);
+    assert!(show(&mut mirror).is_empty() && mirror.held().is_none());
+    mirror.change(vec![Change::Put(slip)]);
+    assert_eq!(show(&mut mirror).len(), 1);
+}
+
+#[test]
 fn the_older_key_has_the_address() {
     let mut mirror = Mirror::new("/weir");
     mirror.reset(snapshot(
