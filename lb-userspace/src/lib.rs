@@ -13,5 +13,6 @@ pub mod model;
 pub mod plan;
 pub mod reconcile;
 pub mod ring;
+pub mod route;
 pub mod source;
 pub mod status;

@@ -16,6 +16,7 @@ mod flows;
 mod humane;
 mod operate;
 mod rates;
+mod routes;
 mod run;
 mod status;
 mod table;

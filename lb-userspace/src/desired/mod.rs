@@ -8,6 +8,7 @@
 //! An update touches only the services it speaks of, so that one change among 100,000 backends stays cheap.
 
 mod drains;
+mod routes;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -17,9 +18,11 @@ use std::{
 };
 
 pub use drains::{Drains, DrainsError, names};
+use routes::Routes;
 
 use crate::{
     model::{Backend, BackendState, Rejection, Service, ServiceAddress, ServiceWish},
+    route::Route,
     source::{Freshness, Message, Object, SourceId, Update},
     status::SourceStatus,
 };
@@ -52,6 +55,7 @@ pub struct Wanted {
 pub struct Heard {
     sources: BTreeMap<SourceId, Source>,
     by_service: BTreeMap<ServiceAddress, BTreeSet<(SourceId, String)>>,
+    routes: Routes,
     drains: Drains,
     dirty: BTreeSet<ServiceAddress>,
     desired: Desired,
@@ -103,6 +107,7 @@ impl Heard {
         for (old, new) in changed {
             for (object, present) in [(old, false), (new, true)] {
                 let Some(object) = object else { continue };
+                self.routes.note(&id, &object, present);
                 for wish in &object.services {
                     let holders = self.by_service.entry(wish.address).or_default();
                     let key = (id.clone(), object.id.clone());
@@ -122,6 +127,7 @@ impl Heard {
         if drains != self.drains {
             self.drains = drains;
             self.dirty.extend(self.by_service.keys());
+            self.routes.touch();
         }
     }
 
@@ -132,11 +138,14 @@ impl Heard {
 
     /// Whether anything waits for [`Heard::refresh`].
     pub fn is_dirty(&self) -> bool {
-        !self.dirty.is_empty()
+        !self.dirty.is_empty() || self.routes.is_dirty()
     }
 
     /// Brings the desired state up to date and returns the services that changed.
     pub fn refresh(&mut self) -> BTreeSet<ServiceAddress> {
+        let mut routes = std::mem::take(&mut self.routes);
+        routes.refresh(&self.sources, |host, upstream| self.judged(host, upstream));
+        self.routes = routes;
         let mut changed = BTreeSet::new();
         for address in std::mem::take(&mut self.dirty) {
             let (wanted, contradictions) = self.merge(address);
@@ -182,6 +191,12 @@ impl Heard {
         changed
     }
 
+    /// The routes as of the last [`Heard::refresh`], in the order of host and path. The same allocation as long as nothing
+    /// about them changes.
+    pub fn routes(&self) -> Arc<Vec<Route>> {
+        self.routes.told()
+    }
+
     /// The desired state as of the last [`Heard::refresh`].
     pub fn desired(&self) -> &Desired {
         &self.desired
@@ -215,6 +230,7 @@ impl Heard {
             .flat_map(|s| s.rejected.iter().filter_map(|id| s.objects.get(id)));
         own.flat_map(|o| &o.rejections)
             .chain(self.desired.contradictions.values().flatten())
+            .chain(self.routes.contradictions())
             .cloned()
             .collect()
     }

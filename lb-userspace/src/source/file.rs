@@ -184,6 +184,7 @@ fn objects(config: &Config) -> Vec<Object> {
             name: service.name.clone(),
             created: SystemTime::UNIX_EPOCH,
             services: service.wishes.clone(),
+            routes: Vec::new(),
             rejections: Vec::new(),
         })
         .collect()
@@ -197,6 +198,7 @@ fn faults(errors: &ConfigErrors) -> Object {
         name: path.to_string(),
         created: SystemTime::UNIX_EPOCH,
         services: Vec::new(),
+        routes: Vec::new(),
         rejections: errors
             .faults
             .iter()

@@ -2,11 +2,15 @@
 
 pub mod docker;
 pub mod file;
+pub mod interlock;
 pub mod labels;
 
 use std::time::SystemTime;
 
-use crate::model::{Rejection, ServiceWish};
+use crate::{
+    model::{Rejection, ServiceWish},
+    route::RouteWish,
+};
 
 /// Which source an update is from. Each source owns its objects: a `Reset` replaces them all.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
@@ -21,8 +25,10 @@ pub struct Object {
     pub name: String,
     /// When it was created: of two that contradict each other the older one wins; then the smaller id.
     pub created: SystemTime,
-    /// What it wishes.
+    /// What it wishes of the kernel.
     pub services: Vec<ServiceWish>,
+    /// What it wishes of the L7 shim.
+    pub routes: Vec<RouteWish>,
     /// What of it was refused.
     pub rejections: Vec<Rejection>,
 }
