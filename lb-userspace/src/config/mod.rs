@@ -2,6 +2,7 @@
 
 mod check;
 mod errors;
+pub mod l7;
 mod raw;
 #[cfg(test)]
 mod tests;
@@ -61,6 +62,8 @@ pub struct Config {
     pub event_sample: u32,
     /// Pins and attachment.
     pub bpf: Bpf,
+    /// How the L7 shim serves routes.
+    pub l7: l7::L7,
     /// Services of the file.
     pub services: Vec<StaticService>,
 }

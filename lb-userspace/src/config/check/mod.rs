@@ -1,6 +1,7 @@
 //! Raw → checked: every value is judged, every fault is kept, and only a file without one becomes a [`Config`].
 
 mod docker;
+mod l7;
 mod sections;
 mod services;
 
@@ -36,6 +37,7 @@ pub(super) fn check(path: &Path, text: &str) -> Result<Config, ConfigErrors> {
         ),
         event_sample: raw.events.sample.as_ref().map_or(0, |sample| *sample.get_ref()),
         bpf: sections::bpf(&mut check, &raw.bpf),
+        l7: l7::l7(&mut check, &raw.l7),
         services: services::services(&mut check, &raw.services, &policy),
         policy,
     };

@@ -297,7 +297,7 @@ pub(super) fn bpf(check: &mut Check<'_>, raw: &RawBpf) -> Bpf {
     }
 }
 
-fn absolute(check: &mut Check<'_>, key: &str, given: &Given<String>, default: &str) -> PathBuf {
+pub(super) fn absolute(check: &mut Check<'_>, key: &str, given: &Given<String>, default: &str) -> PathBuf {
     match given {
         Some(path) if Path::new(path.get_ref()).is_absolute() => path.get_ref().into(),
         Some(path) => {
