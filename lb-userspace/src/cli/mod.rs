@@ -14,6 +14,7 @@ mod check;
 mod events;
 mod flows;
 mod humane;
+mod import;
 mod operate;
 mod rates;
 mod routes;
@@ -79,6 +80,9 @@ enum Command {
         /// The file
         config: PathBuf,
     },
+    /// Translate the configuration of another balancer
+    #[command(subcommand)]
+    Import(import::ImportCommand),
     /// Take the datapath off the node: programs, maps and addresses; ends every flow. The agent must be stopped
     Detach(DetachArgs),
 }
@@ -189,6 +193,7 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Run(args) => run::run(args, socket),
         Command::Detach(args) => run::detach(args, socket),
         Command::Check { config } => check::check(config, &mut io::stdout(), &mut io::stderr()),
+        Command::Import(command) => import::run(command, &mut io::stdout(), &mut io::stderr()),
         Command::Status(args) => call(watch::status(&client, args)),
         Command::Drain(args) => call(operate::drain(&client, args)),
         Command::Undrain(args) => call(operate::undrain(&client, args)),
