@@ -4,6 +4,7 @@ mod containers;
 mod faults;
 mod life;
 mod scale;
+mod voting;
 
 use std::collections::BTreeSet;
 
