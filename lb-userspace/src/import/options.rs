@@ -94,7 +94,11 @@ pub const OPTIONS: &[Opt] = {
         ),
         nothing(Proxy, "ConfigPath", NO_PROXY),
         nothing(Proxy, "PidPath", NO_PROXY),
-        nothing(Proxy, "TemplatePath", NO_PROXY),
+        nothing(
+            Proxy,
+            "TemplatePath",
+            "there is no proxy to make files for; what it added to Interlock's own template has to be carried over by hand",
+        ),
         key(Proxy, "BackendOverrideAddress", "docker.node-address"),
         key(Proxy, "MaxConn", "l7.max-connections"),
         key(Proxy, "Port", "l7.http-port"),

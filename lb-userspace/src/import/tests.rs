@@ -374,6 +374,29 @@ fn the_option_names_differ_and_are_those_of_the_table() {
     }
 }
 
+#[test]
+fn the_document_tells_what_becomes_of_every_option() {
+    let docs = include_str!("../../../docs/migrate-from-interlock.md");
+    for option in OPTIONS {
+        let start = format!("| `{}` | ", option.name);
+        let rows: Vec<&str> = docs.lines().filter(|line| line.starts_with(&start)).collect();
+        let [row] = rows.as_slice() else {
+            panic!(
+                "docs/migrate-from-interlock.md has not one row for {}",
+                option.name
+            )
+        };
+        let here = match option.here {
+            Here::Key(key) => format!("| `{key}`"),
+            Here::Nothing(why) => format!("| not needed: {why} |"),
+        };
+        assert!(
+            row.contains(&here),
+            "docs/migrate-from-interlock.md: {row}: not {here}"
+        );
+    }
+}
+
 fn value() -> impl Strategy<Value = toml::Value> {
     prop_oneof![
         any::<String>().prop_map(toml::Value::from),

@@ -448,6 +448,27 @@ fn two_families_that_claim_the_same_are_told() {
     );
 }
 
+#[test]
+fn the_document_tells_what_becomes_of_every_label() {
+    let docs = include_str!("../../../../docs/migrate-from-interlock.md");
+    for (prefix, names) in [(one::PREFIX, one::LABELS), (two::PREFIX, two::LABELS)] {
+        for name in names {
+            let row = format!("\n| `{prefix}{name}` | ");
+            assert_eq!(
+                docs.matches(&row).count(),
+                1,
+                "docs/migrate-from-interlock.md: {prefix}{name}"
+            );
+        }
+    }
+    for algorithm in option::ALGORITHMS {
+        assert!(
+            docs.contains(&format!("`{algorithm}`")),
+            "docs/migrate-from-interlock.md: {algorithm}"
+        );
+    }
+}
+
 /// A label that means something, or nearly, and anything else.
 fn label() -> impl Strategy<Value = (String, String)> {
     let known: Vec<String> = [
