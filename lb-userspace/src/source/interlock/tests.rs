@@ -501,7 +501,7 @@ fn label() -> impl Strategy<Value = (String, String)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(2_000))]
+    #![proptest_config(ProptestConfig::with_cases(500))]
 
     /// Whatever a container says of itself, the agent lives, and what it takes from it holds what the types promise.
     #[test]
