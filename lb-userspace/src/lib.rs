@@ -8,6 +8,7 @@ pub mod cli;
 pub mod config;
 pub mod datapath;
 pub mod desired;
+pub mod health;
 pub mod import;
 pub mod metrics;
 pub mod model;

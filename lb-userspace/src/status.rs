@@ -34,6 +34,9 @@ pub struct Status {
     pub last_commit_us: u64,
     /// Ring commits since start.
     pub commits: u64,
+    /// How the health checks go.
+    #[serde(default)]
+    pub checks: crate::health::Report,
 }
 
 /// One service.
@@ -78,6 +81,25 @@ pub struct BackendStatus {
     pub ring_share: u32,
     /// Live flows at the last sweep.
     pub flows: u64,
+    /// Tenths of its share while it comes back slowly, 1 to 9; absent otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tenths: Option<u8>,
+    /// What everybody who judges it says; empty where its source is the only judge.
+    #[serde(default)]
+    pub conditions: Vec<Condition>,
+}
+
+/// One word in the state of a backend: it takes new flows when all say that it is fit.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Condition {
+    /// Who: the name of its source, `check`, `passive` or `operator`.
+    pub by: String,
+    /// Fit for new flows.
+    pub fit: bool,
+    /// Why.
+    pub reason: String,
+    /// Since when.
+    pub since: SystemTime,
 }
 
 /// One route.

@@ -37,6 +37,8 @@ fn backend(id: u32, name: &str, address: &str, state: BackendState, since: u64) 
         drain_deadline: None,
         ring_share: 0,
         flows: 0,
+        tenths: None,
+        conditions: Vec::new(),
     }
 }
 
@@ -174,6 +176,15 @@ pub fn status() -> Status {
         last_commit: Some(ago(42)),
         last_commit_us: 1_250,
         commits: 17,
+        checks: crate::health::Report {
+            targets: 3,
+            running: 1,
+            passed: 40,
+            failed: 2,
+            impossible: 1,
+            ejected: 1,
+            faults: Vec::new(),
+        },
     }
 }
 

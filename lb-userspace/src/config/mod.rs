@@ -2,6 +2,7 @@
 
 mod check;
 mod errors;
+pub mod health;
 pub mod l7;
 mod raw;
 #[cfg(test)]
@@ -21,6 +22,7 @@ use lb_common::limits;
 use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode, UnhealthyPolicy};
 
 pub use errors::{ConfigErrors, ConfigFault};
+pub use health::CheckPolicy;
 
 /// Where Docker listens unless it was told otherwise.
 pub const DEFAULT_DOCKER_ENDPOINT: &str = "unix:///var/run/docker.sock";
@@ -77,6 +79,8 @@ pub struct Policy {
     pub defaults: ServiceSettings,
     /// Drain deadline of a backend that says nothing.
     pub drain: Duration,
+    /// Checks of a service that says nothing about them, and what it may name.
+    pub checks: CheckPolicy,
 }
 
 /// A service that claims no VIP of the configuration.

@@ -34,6 +34,7 @@ pub(super) struct RawConfig {
     pub(super) startup: RawStartup,
     pub(super) events: RawEvents,
     pub(super) bpf: RawBpf,
+    pub(super) tls: BTreeMap<String, Spanned<RawTls>>,
     pub(super) l7: RawL7,
     pub(super) services: Vec<Spanned<RawService>>,
 }
@@ -56,7 +57,78 @@ pub(super) struct RawDefaults {
     pub(super) snat: Given<String>,
     pub(super) when_empty: Given<String>,
     pub(super) reset_unknown: Given<bool>,
+    pub(super) when_unhealthy: Given<String>,
     pub(super) timeouts: RawTimeouts,
+    pub(super) check: RawCheck,
+    pub(super) passive: RawPassive,
+}
+
+/// `[defaults.check]` and `[services.check]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawCheck {
+    pub(super) kind: Given<Strings>,
+    pub(super) port: Given<u16>,
+    pub(super) interval: Given<String>,
+    pub(super) fast_interval: Given<String>,
+    pub(super) timeout: Given<String>,
+    pub(super) rise: Given<u32>,
+    pub(super) fall: Given<u32>,
+    pub(super) grace: Given<String>,
+    pub(super) slow_start: Given<String>,
+    pub(super) method: Given<String>,
+    pub(super) path: Given<String>,
+    pub(super) host: Given<String>,
+    pub(super) status: Given<Strings>,
+    pub(super) body: Given<String>,
+    pub(super) tls: Given<String>,
+    pub(super) server_name: Given<String>,
+}
+
+impl RawCheck {
+    /// Whether anything but the kind is said.
+    pub(super) fn is_given(&self) -> bool {
+        let texts = [
+            &self.interval,
+            &self.fast_interval,
+            &self.timeout,
+            &self.grace,
+            &self.slow_start,
+            &self.method,
+            &self.path,
+            &self.host,
+            &self.body,
+            &self.tls,
+            &self.server_name,
+        ];
+        let numbers = [&self.rise, &self.fall];
+        texts.iter().any(|given| given.is_some())
+            || numbers.iter().any(|given| given.is_some())
+            || self.port.is_some()
+            || self.status.is_some()
+    }
+}
+
+/// `[defaults.passive]` and `[services.passive]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawPassive {
+    pub(super) enabled: Given<bool>,
+    pub(super) window: Given<String>,
+    pub(super) failures: Given<u32>,
+    pub(super) ratio: Given<u32>,
+    pub(super) eject: Given<String>,
+    pub(super) eject_max: Given<String>,
+    pub(super) keep: Given<u32>,
+}
+
+/// `[tls.<name>]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawTls {
+    pub(super) ca: Given<String>,
+    pub(super) cert: Given<String>,
+    pub(super) key: Given<String>,
 }
 
 /// `[defaults.timeouts]` and `[services.timeouts]`.
@@ -171,7 +243,10 @@ pub(super) struct RawService {
     pub(super) deny: Given<Strings>,
     pub(super) when_empty: Given<String>,
     pub(super) reset_unknown: Given<bool>,
+    pub(super) when_unhealthy: Given<String>,
     pub(super) timeouts: RawTimeouts,
+    pub(super) check: RawCheck,
+    pub(super) passive: RawPassive,
     pub(super) backends: Vec<Spanned<RawBackend>>,
 }
 

@@ -4,7 +4,10 @@ use super::{
     l7::{L7, TlsVersion},
     *,
 };
-use crate::{model::Protocol, source::labels};
+use crate::{
+    model::{Check, CheckKind, Passive, Protocol, UnhealthyPolicy},
+    source::labels,
+};
 
 const MINIMAL: &str = "interfaces = [\"eth0\"]\n";
 
@@ -57,6 +60,31 @@ fn the_document_tells_the_defaults_that_the_code_has() {
         let line = format!("| `{key}` | `{default}` |");
         assert!(docs.contains(&line), "docs/config.md does not say: {line}");
     }
+    let (check, passive) = (Check::of(Vec::new()), Passive::default());
+    let seconds = |time: Duration| format!("{}s", time.as_secs());
+    for (key, default) in [
+        ("interval", seconds(check.timing.interval)),
+        ("fast-interval", seconds(check.timing.fast_interval)),
+        ("timeout", seconds(check.timing.timeout)),
+        ("rise", check.timing.rise.to_string()),
+        ("fall", check.timing.fall.to_string()),
+        ("grace", seconds(check.timing.grace)),
+        ("slow-start", seconds(check.timing.slow_start)),
+        ("path", check.http.path),
+        ("method", check.http.method.name().into()),
+        ("window", seconds(passive.window)),
+        ("failures", passive.failures.to_string()),
+        ("ratio", passive.ratio.to_string()),
+        ("eject", seconds(passive.eject)),
+        ("eject-max", format!("{}m", passive.eject_max.as_secs() / 60)),
+        ("keep", passive.keep.to_string()),
+    ] {
+        let row = docs
+            .lines()
+            .find(|line| line.starts_with(&format!("| `{key}` |")));
+        let told = row.is_some_and(|row| row.contains(&format!("| `{default}` |")));
+        assert!(told, "docs/config.md does not say: {key} is {default}");
+    }
     let (first, last) = (common::DEFAULT_SNAT_PORT_MIN, common::DEFAULT_SNAT_PORT_MAX);
     let line = format!("| `ports` | `first-last` | `{first}-{last}` |");
     assert!(docs.contains(&line), "docs/config.md does not say: {line}");
@@ -101,6 +129,9 @@ fn the_example_shows_the_defaults_and_every_key_is_documented() {
         "[vips.v]",
         "[defaults]",
         "[defaults.timeouts]",
+        "[defaults.check]",
+        "[defaults.passive]",
+        "[tls.t]",
         "[limits]",
         "[snat]",
         "[docker]",
@@ -138,6 +169,121 @@ fn the_example_shows_the_defaults_and_every_key_is_documented() {
             docs.contains(&format!("`weir.service.<name>.{setting}`")),
             "docs/labels.md: {setting}"
         );
+    }
+}
+
+#[test]
+fn checks_are_inherited_and_overridden() {
+    let text = format!(
+        r#"{MINIMAL}
+[vips.web]
+address = "192.0.2.1"
+[tls.ucp]
+ca = "/etc/ca.pem"
+cert = "/etc/cert.pem"
+key = "/etc/key.pem"
+[defaults.check]
+kind = "http"
+interval = "3s"
+status = "200"
+[defaults.passive]
+keep = 70
+[[services]]
+name = "plain"
+listen = ["80"]
+[[services.backends]]
+address = "10.0.0.1:80"
+[[services]]
+name = "ucp"
+listen = ["443"]
+when-unhealthy = "serve-all"
+[services.check]
+kind = ["tcp", "https"]
+path = "/_ping"
+tls = "ucp"
+rise = 5
+[services.passive]
+enabled = true
+failures = 9
+[[services.backends]]
+address = "10.0.0.1:443"
+[[services]]
+name = "none"
+listen = ["81"]
+[services.check]
+kind = "none"
+[[services.backends]]
+address = "10.0.0.1:81"
+"#
+    );
+    let config = parse(&text).unwrap();
+    let wish = |index: usize| &config.services[index].wishes[0];
+    let check = |index: usize| wish(index).backends[0].check.as_deref();
+    let plain = check(0).unwrap();
+    assert_eq!(
+        (&plain.kinds[..], plain.timing.interval),
+        (&[CheckKind::Http][..], Duration::from_secs(3))
+    );
+    let ucp = check(1).unwrap();
+    assert_eq!(ucp.kinds, [CheckKind::Tcp, CheckKind::Https]);
+    assert_eq!(
+        (ucp.http.path.as_str(), &ucp.http.status[..]),
+        ("/_ping", &[(200, 200)][..])
+    );
+    assert_eq!(
+        (ucp.timing.interval, ucp.timing.rise, ucp.timing.fall),
+        (Duration::from_secs(3), 5, 3)
+    );
+    let files = ucp.tls.files.as_ref().unwrap();
+    assert_eq!(
+        files.identity,
+        Some(("/etc/cert.pem".into(), "/etc/key.pem".into()))
+    );
+    assert_eq!(wish(1).settings.when_unhealthy, UnhealthyPolicy::ServeAll);
+    let numbers = Passive {
+        failures: 9,
+        keep: 70,
+        ..Passive::default()
+    };
+    assert_eq!(wish(1).settings.passive, Some(numbers));
+    assert_eq!((wish(0).settings.passive.as_ref(), check(2)), (None, None));
+}
+
+#[test]
+fn faults_of_checks_are_named() {
+    let service = |check: &str| {
+        format!(
+            "{MINIMAL}[vips.web]\naddress = \"192.0.2.1\"\n[[services]]\nname = \"a\"\nlisten = \"80\"\n\
+             [services.check]\n{check}\n[[services.backends]]\naddress = \"10.0.0.1:0\"\n"
+        )
+    };
+    for (text, says) in [
+        (service("kind = \"tcp\""), "there is no port to check"),
+        (service("kind = \"tpc\"\nport = 80"), "did you mean `tcp`?"),
+        (service("kind = [\"docker\", \"tcp\"]\nport = 80"), "HEALTHCHECK"),
+        (service("interval = \"2s\""), "nothing is checked"),
+        (
+            service("kind = \"https\"\nport = 80\ntls = \"ucp\""),
+            "no section `[tls.ucp]`",
+        ),
+        (
+            service("kind = \"http\"\nport = 80\nstatus = \"2xx\""),
+            "status code",
+        ),
+        (service("kind = \"tcp\"\nport = 80\nfall = 0"), "from 1 to 100"),
+        (
+            format!("{MINIMAL}[tls.a]\ncert = \"/c.pem\""),
+            "tls.a.key: is missing",
+        ),
+        (
+            format!("{MINIMAL}[tls.a]\nca = \"ca.pem\""),
+            "not an absolute path",
+        ),
+        (format!("{MINIMAL}[defaults.passive]\nratio = 0"), "from 1 to 100"),
+    ] {
+        let errors = parse(&text).unwrap_err();
+        assert_eq!(errors.faults.len(), 1, "{errors}");
+        assert!(errors.to_string().contains(says), "{says}: {errors}");
     }
 }
 

@@ -74,6 +74,24 @@ pub enum ValueError {
     /// An address that no packet of a service can carry.
     #[error("{0} is not a unicast address")]
     NotUnicast(IpAddr),
+    /// Not a whole number within its limits.
+    #[error("`{text}` is not a number from {least} to {most}")]
+    Number { text: String, least: u32, most: u32 },
+    /// Not the path of a request.
+    #[error("`{0}` is not a path")]
+    Path(String),
+    /// Not a host name.
+    #[error("`{0}` is not the name of a host")]
+    Host(String),
+    /// Not a status code or a range of them.
+    #[error("`{0}` is not a status code of HTTP")]
+    Status(String),
+    /// A text that is empty or too long.
+    #[error("a text of {0} bytes cannot be looked for")]
+    Text(usize),
+    /// `none` in a list with others.
+    #[error("`none` is in a list with others")]
+    NoneAndOthers,
 }
 
 impl ValueError {
@@ -105,6 +123,12 @@ impl ValueError {
                 "write an IPv4 or IPv6 address such as `203.0.113.10` or `2001:db8::10`".into()
             }
             Self::NotUnicast(_) => "use an address that a client can connect to".into(),
+            Self::Number { least, most, .. } => format!("write a whole number from {least} to {most}"),
+            Self::Path(_) => "write a path with its query, such as `/_ping` or `/health?full=1`".into(),
+            Self::Host(_) => "write a name such as `app.example.com`, or an address".into(),
+            Self::Status(_) => "write `200`, or `200-399`; several with commas".into(),
+            Self::Text(_) => "write 1 to 1024 bytes".into(),
+            Self::NoneAndOthers => "write `none` alone, or remove it".into(),
         }
     }
 }

@@ -8,23 +8,27 @@
 //! An update touches only the services it speaks of, so that one change among 100,000 backends stays cheap.
 
 mod drains;
+mod health;
 mod routes;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
     time::SystemTime,
 };
 
 pub use drains::{Drains, DrainsError, names};
+pub use health::TargetChanges;
+use health::{Candidate, Health};
 use routes::Routes;
 
 use crate::{
+    health::{Key, Verdict},
     model::{Backend, BackendState, Rejection, Service, ServiceAddress, ServiceWish},
     route::Route,
     source::{Freshness, Message, Object, SourceId, Update},
-    status::SourceStatus,
+    status::{Condition, SourceStatus},
 };
 
 /// The source whose word is the operator's: it wins over every other, however old those are.
@@ -57,6 +61,7 @@ pub struct Heard {
     by_service: BTreeMap<ServiceAddress, BTreeSet<(SourceId, String)>>,
     routes: Routes,
     drains: Drains,
+    health: Health,
     dirty: BTreeSet<ServiceAddress>,
     desired: Desired,
     /// Services of the desired state by the addresses of their backends.
@@ -74,12 +79,25 @@ struct Source {
     read: bool,
 }
 
+/// A service and its backends before their health is looked at.
+struct Merged {
+    service: Service,
+    candidates: Vec<Candidate>,
+    source: String,
+    created: SystemTime,
+}
+
 // === impl Heard ===
 
 impl Heard {
     /// Takes in one message.
     pub fn absorb(&mut self, message: Message) {
         let Message { source: id, update } = message;
+        let update = match update {
+            // Health is no source: it has no objects, and its silence means nothing.
+            Update::Verdicts(verdicts) => return verdicts.into_iter().for_each(|verdict| self.hear(verdict)),
+            update => update,
+        };
         let mut changed = Vec::new();
         let source = self.sources.entry(id.clone()).or_default();
         match update {
@@ -103,6 +121,7 @@ impl Heard {
             Update::Put(object) => changed.extend(source.put(object)),
             Update::Remove(id) => changed.extend(source.remove(&id).map(|old| (Some(old), None))),
             Update::Freshness(freshness) => source.freshness = Some(freshness),
+            Update::Verdicts(_) => {}
         }
         for (old, new) in changed {
             for (object, present) in [(old, false), (new, true)] {
@@ -120,6 +139,39 @@ impl Heard {
                 }
             }
         }
+    }
+
+    fn hear(&mut self, verdict: Verdict) {
+        let Key { service, backend } = verdict.key;
+        let services = &self.desired.services;
+        let name = || {
+            let backends = &services.get(&service)?.service.backends;
+            let index = backends.binary_search_by_key(&backend, |b| b.address).ok()?;
+            Some(backends[index].name.clone())
+        };
+        if self.health.absorb(verdict, name) {
+            self.dirty.insert(service);
+        }
+    }
+
+    /// Remembers whether a backend that is found in the maps takes new flows: until its check has spoken, it stays so.
+    pub fn adopt(&mut self, service: ServiceAddress, backend: SocketAddr, serves: bool) {
+        self.health.adopt(Key { service, backend }, serves);
+    }
+
+    /// Every source has been read: what was found in the maps means nothing for backends that come later.
+    pub fn forget_adopted(&mut self) {
+        self.health.forget_adopted();
+    }
+
+    /// Whom to check from now on, and whom no more, since the last call.
+    pub fn take_target_changes(&mut self) -> TargetChanges {
+        self.health.take_changes()
+    }
+
+    /// Everybody's word about a backend; empty where its source is the only judge.
+    pub fn conditions(&self, service: ServiceAddress, backend: SocketAddr) -> &[Condition] {
+        self.health.conditions(&Key { service, backend })
     }
 
     /// Sets what the operator has drained; every service is looked at again.
@@ -141,14 +193,17 @@ impl Heard {
         !self.dirty.is_empty() || self.routes.is_dirty()
     }
 
-    /// Brings the desired state up to date and returns the services that changed.
-    pub fn refresh(&mut self) -> BTreeSet<ServiceAddress> {
+    /// Brings the desired state up to date and returns the services that changed. `today` is now.
+    pub fn refresh(&mut self, today: SystemTime) -> BTreeSet<ServiceAddress> {
         let mut routes = std::mem::take(&mut self.routes);
-        routes.refresh(&self.sources, |host, upstream| self.judged(host, upstream));
+        routes.refresh(&self.sources, |source, host, upstream| {
+            self.candidate(host, upstream, &source.0).backend
+        });
         self.routes = routes;
         let mut changed = BTreeSet::new();
         for address in std::mem::take(&mut self.dirty) {
-            let (wanted, contradictions) = self.merge(address);
+            let (merged, contradictions) = self.merge(address);
+            let wanted = self.judged(address, merged, today);
             if contradictions.is_empty() {
                 self.desired.contradictions.remove(&address);
             } else {
@@ -248,8 +303,47 @@ impl Heard {
         self.sources.iter().map(status).collect()
     }
 
+    /// A service with the health of its backends.
+    fn judged(
+        &mut self,
+        address: ServiceAddress,
+        merged: Option<Merged>,
+        today: SystemTime,
+    ) -> Option<Wanted> {
+        let old = self.desired.services.get(&address).map(|w| &w.service);
+        let Some(merged) = merged else {
+            self.health.track(address, &[], None, None);
+            return None;
+        };
+        let Merged {
+            mut service,
+            candidates,
+            source,
+            created,
+        } = merged;
+        let settings = &service.settings;
+        self.health.track(
+            address,
+            &candidates,
+            settings.passive.as_ref(),
+            old.map(|old| &**old),
+        );
+        (service.backends, service.slow) =
+            self.health
+                .judge(address, candidates, settings.when_unhealthy, today);
+        let service = match old {
+            Some(old) if **old == service => Arc::clone(old),
+            _ => Arc::new(service),
+        };
+        Some(Wanted {
+            service,
+            source,
+            created,
+        })
+    }
+
     /// All wishes for one address as one service.
-    fn merge(&self, address: ServiceAddress) -> (Option<Wanted>, Vec<Rejection>) {
+    fn merge(&self, address: ServiceAddress) -> (Option<Merged>, Vec<Rejection>) {
         let holders = self.by_service.get(&address).into_iter().flatten();
         let mut wishes: Vec<(&SourceId, &Object, &ServiceWish)> = holders
             .filter_map(|(source, id)| Some((source, self.sources.get(source)?.objects.get(id)?)))
@@ -265,7 +359,7 @@ impl Heard {
         };
 
         let mut rejections = Vec::new();
-        let mut backends: BTreeMap<_, Backend> = BTreeMap::new();
+        let mut candidates: BTreeMap<_, Candidate> = BTreeMap::new();
         for (source, object, wish) in wishes {
             if wish.settings != owner.settings {
                 rejections.push(Rejection {
@@ -277,11 +371,13 @@ impl Heard {
                 continue;
             }
             for backend in &wish.backends {
-                let backend = self.judged(&owner.name, backend);
-                let known = backends.entry(backend.address).or_insert_with(|| backend.clone());
+                let candidate = self.candidate(&owner.name, backend, &source.0);
+                let known = candidates
+                    .entry(backend.address)
+                    .or_insert_with(|| candidate.clone());
                 // An address that was taken over by a new container serves, although the old one is still leaving.
-                if backend.state < known.state {
-                    *known = backend;
+                if candidate.backend.state < known.backend.state {
+                    *known = candidate;
                 }
             }
         }
@@ -289,37 +385,40 @@ impl Heard {
             name: owner.name.clone(),
             address,
             settings: owner.settings.clone(),
-            backends: backends.into_values().collect(),
+            backends: Vec::new(),
             slow: BTreeMap::new(),
         };
-        let old = self.desired.services.get(&address).map(|w| &w.service);
-        let service = match old {
-            Some(old) if **old == service => Arc::clone(old),
-            _ => Arc::new(service),
-        };
-        let wanted = Wanted {
+        let merged = Merged {
             service,
+            candidates: candidates.into_values().collect(),
             source: first_source.0.clone(),
             created: first.created,
         };
-        (Some(wanted), rejections)
+        (Some(merged), rejections)
     }
 
     /// A backend with the operator's drain and a weight of 0 made part of its state.
-    fn judged(&self, service: &str, backend: &Backend) -> Backend {
-        let mut backend = backend.clone();
+    fn candidate(&self, service: &str, backend: &Backend, source: &str) -> Candidate {
+        let mut candidate = Candidate {
+            backend: backend.clone(),
+            source: source.into(),
+            wished: (backend.state, backend.reason.clone()),
+            drained: false,
+        };
+        let backend = &mut candidate.backend;
         if backend.state != BackendState::Active {
-            return backend;
+            return candidate;
         }
-        if let Some(time) = self.drains.of(service, &backend) {
+        if let Some(time) = self.drains.of(service, backend) {
             backend.state = BackendState::Draining;
             backend.drain = time.unwrap_or(backend.drain);
             backend.reason = "drained by operator".into();
+            candidate.drained = true;
         } else if backend.weight == 0 {
             backend.state = BackendState::Draining;
             backend.reason = "weight 0".into();
         }
-        backend
+        candidate
     }
 }
 

@@ -67,7 +67,7 @@ impl Routes {
     pub(super) fn refresh(
         &mut self,
         sources: &BTreeMap<SourceId, Source>,
-        judged: impl Fn(&str, &Backend) -> Backend,
+        judged: impl Fn(&SourceId, &str, &Backend) -> Backend,
     ) {
         let mut changed = false;
         for address in std::mem::take(&mut self.dirty) {
@@ -105,7 +105,7 @@ impl Routes {
         &self,
         address: &RouteAddress,
         sources: &BTreeMap<SourceId, Source>,
-        judged: &impl Fn(&str, &Backend) -> Backend,
+        judged: &impl Fn(&SourceId, &str, &Backend) -> Backend,
     ) -> (Option<Name>, Vec<Rejection>) {
         let holders = self.by_address.get(address).into_iter().flatten();
         let mut wishes: Vec<(&SourceId, &Object, &RouteWish)> = holders
@@ -138,7 +138,7 @@ impl Routes {
                 continue;
             }
             remarks.extend(wish.remarks.iter().cloned());
-            let upstream = judged(&owner.of, &wish.upstream);
+            let upstream = judged(source, &owner.of, &wish.upstream);
             let known = upstreams
                 .entry(upstream.address)
                 .or_insert_with(|| upstream.clone());
@@ -239,7 +239,7 @@ mod tests {
             source: SourceId("docker".into()),
             update,
         });
-        heard.refresh();
+        heard.refresh(SystemTime::UNIX_EPOCH);
     }
 
     /// `host(alias,alias): upstream upstream` of every route.
@@ -328,7 +328,7 @@ mod tests {
         hear(&mut heard, Update::Put(container(1, RR, &["vote"])));
         heard.set_drains(Drains([("c1".into(), None)].into()));
         assert!(heard.is_dirty());
-        heard.refresh();
+        heard.refresh(SystemTime::UNIX_EPOCH);
         let upstream = heard.routes()[0].upstreams[0].clone();
         assert_eq!(
             (upstream.state, upstream.reason.as_str()),

@@ -40,7 +40,7 @@ fn hear(heard: &mut Heard, source: &str, update: Update) -> BTreeSet<ServiceAddr
         source: SourceId(source.into()),
         update,
     });
-    heard.refresh()
+    heard.refresh(SystemTime::UNIX_EPOCH)
 }
 
 #[test]

@@ -15,6 +15,7 @@ use super::{
 };
 use crate::{
     datapath::{MapOp, Place},
+    health::WHOLE,
     model::{Backend, BackendState, Service},
 };
 
@@ -26,6 +27,8 @@ pub(super) struct Candidate {
     pub deadline: Option<Instant>,
     /// May serve new flows when no active backend is left.
     pub drainer: bool,
+    /// Tenths of its share.
+    pub tenths: u8,
 }
 
 /// How far the question "where is this backend" has got.
@@ -55,7 +58,9 @@ impl Planner<'_> {
                 full += 1;
                 continue;
             };
-            candidates.push(self.candidate(entry.id, id, backend, serves, reach));
+            let mut candidate = self.candidate(entry.id, id, backend, serves, reach);
+            candidate.tenths = service.slow.get(&backend.address).copied().unwrap_or(WHOLE);
+            candidates.push(candidate);
         }
         if full > 0 {
             let fault = format!(
@@ -140,6 +145,7 @@ impl Planner<'_> {
             about,
             deadline,
             drainer: draining && !matches!(reach, Reached::Unroutable),
+            tenths: WHOLE,
         }
     }
 
@@ -171,6 +177,7 @@ impl Planner<'_> {
             about,
             deadline,
             drainer: true,
+            tenths: WHOLE,
         }
     }
 
@@ -213,6 +220,7 @@ impl Planner<'_> {
             about,
             deadline: slot.deadline,
             drainer: !active,
+            tenths: WHOLE,
         }
     }
 

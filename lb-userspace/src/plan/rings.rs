@@ -14,6 +14,7 @@ use super::{
     programmed::{Entry, Note},
 };
 use crate::{
+    health::WHOLE,
     model::{EmptyPolicy, Service, ServiceAddress},
     ring::{self, Member},
 };
@@ -94,9 +95,11 @@ impl Planner<'_> {
 
 /// Who is in the ring: the active ones, or by policy those that drain, never one that is about to be dead.
 pub(super) fn members(candidates: &[Candidate], when_empty: EmptyPolicy) -> Vec<Member> {
+    // Weights in tenths only while somebody has less than a whole share: they make the same ring as whole ones.
+    let slow = candidates.iter().any(|c| c.tenths < WHOLE);
     let member = |c: &Candidate| Member {
         address: std::net::SocketAddr::new(c.record.addr.into(), c.record.port.get()),
-        weight: c.about.weight.max(1),
+        weight: c.about.weight.max(1) * if slow { u32::from(c.tenths) } else { 1 },
         id: c.id,
     };
     let in_state = |state| candidates.iter().filter(move |c| c.record.state == state);

@@ -18,6 +18,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
+use lb_common::maps::backend_state;
 use tracing::{error, info, warn};
 
 use memory::Memory;
@@ -27,7 +28,7 @@ pub use task::{Inputs, Outputs, run};
 
 use crate::{
     datapath::{MapError, Maps, Topology},
-    desired::{Drains, Heard},
+    desired::{Drains, Heard, TargetChanges},
     model::{Rejection, ServiceAddress},
     plan::{Group, Inputs as PlanInputs, Plan, Policy, Programmed, Scope, Sweep, plan},
     source::{Message, SourceId},
@@ -141,6 +142,12 @@ impl Reconciler {
             options,
             policy,
         };
+        for (address, entry) in &this.programmed.services {
+            for (backend, id) in &entry.live {
+                let serves = this.programmed.slots[id].record.state == backend_state::ACTIVE;
+                this.heard.adopt(*address, *backend, serves);
+            }
+        }
         if let Some(path) = &this.options.drains {
             match Drains::load(path) {
                 Ok(drains) => this.heard.set_drains(drains),
@@ -161,6 +168,11 @@ impl Reconciler {
         self.heard.absorb(message);
     }
 
+    /// Whom to check from now on, and whom no more, since the last call.
+    pub fn target_changes(&mut self) -> TargetChanges {
+        self.heard.take_target_changes()
+    }
+
     /// Takes in what a sweep counted.
     pub fn set_sweep(&mut self, sweep: Sweep) {
         self.sweep = sweep;
@@ -175,7 +187,7 @@ impl Reconciler {
     /// Plans and applies once. Returns when the next pass is due without any event.
     pub fn pass(&mut self, clock: &dyn Fn() -> Instant) -> Option<Instant> {
         let now = clock();
-        let changed = self.heard.refresh();
+        let changed = self.heard.refresh(SystemTime::now());
         self.ask_for_places(&changed, now);
         self.dirty.extend(changed);
         self.judge_sources(now);
@@ -261,6 +273,7 @@ impl Reconciler {
             }
             self.may_remove = true;
             self.all_dirty = true;
+            self.heard.forget_adopted();
         }
     }
 

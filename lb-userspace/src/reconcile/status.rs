@@ -10,7 +10,8 @@ use lb_common::maps::backend_state;
 use super::Reconciler;
 use crate::{
     datapath::Place,
-    model::{Backend, BackendState},
+    health::Report,
+    model::{Backend, BackendState, ServiceAddress},
     plan::{About, Entry},
     status::{AttachmentStatus, BackendStatus, RouteStatus, ServiceStatus, Status},
 };
@@ -29,7 +30,7 @@ pub struct Surroundings {
 
 impl Reconciler {
     /// The state as of the last pass. Times that the agent knows as instants are told as times of day.
-    pub fn status(&self, surroundings: &Surroundings, now: Instant) -> Status {
+    pub fn status(&self, surroundings: &Surroundings, checks: &Report, now: Instant) -> Status {
         let today = SystemTime::now();
         let at = |instant: Instant| match instant.checked_duration_since(now) {
             Some(ahead) => today + ahead,
@@ -41,14 +42,22 @@ impl Reconciler {
             let mut backends: Vec<BackendStatus> = entry
                 .live
                 .values()
-                .map(|id| self.backend(*id, entry, entries, &at))
+                .map(|id| {
+                    let backend = self.backend(*id, entry, entries, &at);
+                    let slow = wanted.and_then(|w| w.service.slow.get(&backend.address));
+                    BackendStatus {
+                        tenths: slow.copied(),
+                        conditions: self.heard.conditions(*address, backend.address).to_vec(),
+                        ..backend
+                    }
+                })
                 .collect();
             let known: BTreeSet<_> = entry.live.keys().collect();
             let absent = wanted
                 .iter()
                 .flat_map(|w| &w.service.backends)
                 .filter(|b| !known.contains(&b.address));
-            backends.extend(absent.map(|backend| self.absent(backend, today)));
+            backends.extend(absent.map(|backend| self.absent(*address, backend, today)));
             backends.sort_by_key(|backend| backend.address);
             ServiceStatus {
                 id: entry.id,
@@ -72,11 +81,18 @@ impl Reconciler {
             sources: self.heard.sources(),
             rejections: rejections.into_iter().collect(),
             attachments: surroundings.attachments.clone(),
-            faults: self.faults.iter().chain(&surroundings.faults).cloned().collect(),
+            faults: self
+                .faults
+                .iter()
+                .chain(&surroundings.faults)
+                .chain(&checks.faults)
+                .cloned()
+                .collect(),
             ready: self.settled && self.faults.is_empty(),
             last_commit: self.last_commit,
             last_commit_us: self.last_commit_us,
             commits: self.programmed.commits,
+            checks: checks.clone(),
         }
     }
 
@@ -123,11 +139,13 @@ impl Reconciler {
             drain_deadline: slot.deadline.map(at),
             ring_share: (count * 10_000).checked_div(entries).unwrap_or(0) as u32,
             flows: self.sweep.flows.get(&id).copied().unwrap_or(0),
+            tenths: None,
+            conditions: Vec::new(),
         }
     }
 
     /// A backend that is wished for and has no id: it does not serve, and has no flows.
-    fn absent(&self, backend: &Backend, today: SystemTime) -> BackendStatus {
+    fn absent(&self, service: ServiceAddress, backend: &Backend, today: SystemTime) -> BackendStatus {
         let place = self.place(backend.address.ip());
         let reason = match backend.state {
             BackendState::Active if self.asked.contains_key(&backend.address.ip()) => {
@@ -149,6 +167,8 @@ impl Reconciler {
             drain_deadline: None,
             ring_share: 0,
             flows: 0,
+            tenths: None,
+            conditions: self.heard.conditions(service, backend.address).to_vec(),
         }
     }
 

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Command, Options, RETRY_MAX, Reconciler, Surroundings};
 use crate::{
     datapath::{MapError, Maps, Topology},
+    health::{Report, Targets},
     plan::{Policy, Sweep},
     source::Message,
     status::Status,
@@ -35,6 +36,8 @@ pub struct Inputs {
     pub policy: watch::Receiver<Policy>,
     /// What other parts of the agent have to say in the status.
     pub surroundings: watch::Receiver<Surroundings>,
+    /// How the health checks go.
+    pub checks: watch::Receiver<Report>,
     /// The operator.
     pub commands: mpsc::Receiver<Command>,
 }
@@ -46,6 +49,8 @@ pub struct Outputs {
     pub status: watch::Sender<Status>,
     /// Addresses whose [`Place`] the topology shall find.
     pub places: watch::Sender<BTreeSet<IpAddr>>,
+    /// Whom to check.
+    pub targets: watch::Sender<Targets>,
 }
 
 /// Runs until `stop`. The maps stay as they are then: traffic goes on.
@@ -89,6 +94,8 @@ pub async fn run(
             Ok(()) = inputs.sweeps.changed() => reconciler.set_sweep(inputs.sweeps.borrow_and_update().clone()),
             Ok(()) = inputs.policy.changed() => reconciler.set_policy(inputs.policy.borrow_and_update().clone()),
             Ok(()) = inputs.surroundings.changed() => {}
+            // A number of the status, and nothing to program.
+            Ok(()) = inputs.checks.changed() => event = false,
             Some(command) = inputs.commands.recv() => reconciler.command(command, clock()),
             () = tokio::time::sleep_until(wake.into()) => event = false,
         }
@@ -109,11 +116,14 @@ pub async fn run(
                 };
                 changes.into_iter().map(change).fold(false, |any, one| any | one)
             });
+            let changes = reconciler.target_changes();
+            outputs.targets.send_if_modified(|targets| changes.apply(targets));
         }
         // Every wake-up may have changed something to tell.
         if status_at.get_or_insert(status_free.max(now)) <= &mut clock() {
             let surroundings = inputs.surroundings.borrow().clone();
-            let status = reconciler.status(&surroundings, clock());
+            let checks = inputs.checks.borrow().clone();
+            let status = reconciler.status(&surroundings, &checks, clock());
             let backends = status.services.iter().map(|s| s.backends.len());
             let upstreams = status.routes.iter().map(|r| r.route.upstreams.len());
             let backends = backends.chain(upstreams).sum::<usize>() as u32;

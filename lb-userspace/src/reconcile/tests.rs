@@ -8,7 +8,8 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     datapath::{Capacities, MapOp, Place, fake::FakeMaps},
-    model::{Backend, BackendState, Protocol, ServiceSettings, ServiceWish},
+    health::{Before, By, Verdict},
+    model::{Backend, BackendState, Check, CheckKind, Protocol, ServiceSettings, ServiceWish},
     source::{Object, Update},
     status::Status,
 };
@@ -23,6 +24,7 @@ struct Agent {
     commands: mpsc::Sender<Command>,
     status: watch::Receiver<Status>,
     places: watch::Receiver<BTreeSet<IpAddr>>,
+    targets: watch::Receiver<crate::health::Targets>,
     /// Senders that only have to stay open.
     _others: (
         watch::Sender<Sweep>,
@@ -57,7 +59,10 @@ fn policy() -> Policy {
 }
 
 fn start(options: Options) -> Agent {
-    let maps = FakeMaps::new(capacities(8, 64, 256));
+    start_on(FakeMaps::new(capacities(8, 64, 256)), options)
+}
+
+fn start_on(maps: FakeMaps, options: Options) -> Agent {
     let (inbox_to, inbox) = mpsc::channel(8);
     let (topology_to, topology) = watch::channel(Topology {
         loopback_ifindex: 1,
@@ -69,6 +74,7 @@ fn start(options: Options) -> Agent {
     let (commands_to, commands) = mpsc::channel(8);
     let (status_to, status) = watch::channel(Status::default());
     let (places_to, places) = watch::channel(BTreeSet::new());
+    let (targets_to, targets) = watch::channel(crate::health::Targets::default());
     let stop = CancellationToken::new();
     let inputs = Inputs {
         inbox,
@@ -76,11 +82,13 @@ fn start(options: Options) -> Agent {
         sweeps,
         policy,
         surroundings,
+        checks: watch::channel(crate::health::Report::default()).1,
         commands,
     };
     let outputs = Outputs {
         status: status_to,
         places: places_to,
+        targets: targets_to,
     };
     let task = tokio::spawn(run(
         Box::new(maps.clone()),
@@ -96,6 +104,7 @@ fn start(options: Options) -> Agent {
         commands: commands_to,
         status,
         places,
+        targets,
         _others: (sweeps_to, policy_to, surroundings_to),
         stop,
         task,
@@ -206,6 +215,108 @@ async fn places_are_asked_for_while_they_matter() {
     assert!(agent.places.borrow().contains(&ip));
     agent.stop.cancel();
     agent.task.await.unwrap().unwrap();
+}
+
+/// A failing check takes a backend out of the ring, a slow start gives its share back in tenths, and an agent that starts
+/// anew lets it serve on until its check has spoken.
+#[tokio::test(start_paused = true)]
+async fn verdicts_make_the_ring() {
+    let mut agent = start(Options::default());
+    let checked = |i| Backend {
+        check: Some(std::sync::Arc::new(Check::of(vec![CheckKind::Tcp]))),
+        ..backend(i)
+    };
+    let ips = [5u32, 6].map(|i| IpAddr::from(i.to_be_bytes()));
+    agent
+        .topology
+        .send_modify(|t| t.places.extend(ips.map(|ip| (ip, REMOTE))));
+    let all = || Update::Reset(vec![container(1, checked(5)), container(1, checked(6))]);
+    agent.inbox.send(message(all())).await.unwrap();
+    let targets = agent
+        .targets
+        .wait_for(|t| t.active.len() == 2)
+        .await
+        .unwrap()
+        .clone();
+    let verdict = |index: usize, fit: bool, tenths: u8| {
+        let (key, target) = targets.active.iter().nth(index).unwrap();
+        message(Update::Verdicts(vec![Verdict {
+            key: *key,
+            generation: target.generation,
+            by: By::Check,
+            fit,
+            tenths,
+            reason: "as told".into(),
+            since: SystemTime::now(),
+        }]))
+    };
+    let share = |status: &Status, index: usize| -> u32 {
+        status
+            .services
+            .first()
+            .map_or(0, |s| s.backends[index].ring_share)
+    };
+    for index in [0, 1] {
+        agent.inbox.send(verdict(index, true, 10)).await.unwrap();
+    }
+    agent
+        .status
+        .wait_for(|s| share(s, 0) > 4900 && share(s, 1) > 4900)
+        .await
+        .unwrap();
+    agent.inbox.send(verdict(0, false, 10)).await.unwrap();
+    let status = agent.status.wait_for(|s| share(s, 0) == 0).await.unwrap().clone();
+    let out = &status.services[0].backends[0];
+    assert_eq!(
+        (out.state, out.reason.as_str()),
+        (BackendState::Unready, "check: as told")
+    );
+    assert_eq!((out.drain_deadline, out.conditions.len()), (None, 2));
+    assert_eq!(share(&status, 1), 10_000);
+    // One tenth beside a whole one, then three, then all.
+    for (tenths, least, most) in [(1u8, 850, 960), (3, 2250, 2370), (10, 4950, 5050)] {
+        agent.inbox.send(verdict(0, true, tenths)).await.unwrap();
+        let as_told = |s: &Status| (least..=most).contains(&share(s, 0));
+        let status = agent.status.wait_for(as_told).await.unwrap().clone();
+        assert_eq!(
+            status.services[0].backends[0].tenths,
+            Some(tenths).filter(|t| *t < 10)
+        );
+        assert_eq!(status.services[0].backends[0].weight, 1);
+    }
+    agent.inbox.send(verdict(1, false, 10)).await.unwrap();
+    agent.status.wait_for(|s| share(s, 1) == 0).await.unwrap();
+    agent.stop.cancel();
+    agent.task.await.unwrap().unwrap();
+
+    let waits = Options {
+        sources: vec![SourceId(SOURCE.into())],
+        ..Options::default()
+    };
+    let mut next = start_on(agent.maps.clone(), waits);
+    next.topology
+        .send_modify(|t| t.places.extend(ips.map(|ip| (ip, REMOTE))));
+    agent.maps.take_log();
+    next.inbox.send(message(all())).await.unwrap();
+    let targets = next
+        .targets
+        .wait_for(|t| t.active.len() == 2)
+        .await
+        .unwrap()
+        .clone();
+    let before: Vec<Before> = targets.active.values().map(|t| t.before).collect();
+    assert_eq!(before, [Before::Served, Before::Waited]);
+    let status = next
+        .status
+        .wait_for(|s| s.ready && share(s, 0) == 10_000)
+        .await
+        .unwrap()
+        .clone();
+    assert_eq!(status.services[0].backends[1].reason, "check: no result yet");
+    let rings = |op: &MapOp| matches!(op, MapOp::PutRing { .. } | MapOp::PutService { .. });
+    assert!(!agent.maps.take_log().iter().any(rings), "the ring is as it was");
+    next.stop.cancel();
+    next.task.await.unwrap().unwrap();
 }
 
 /// The first change is programmed at once, what follows within the debounce time together, and a stream that never ends
@@ -321,7 +432,11 @@ fn a_change_among_many_is_small() {
     assert_eq!(maps.take_log().len(), 3);
 
     let started = clock();
-    let status = reconciler.status(&Surroundings::default(), clock());
+    let status = reconciler.status(
+        &Surroundings::default(),
+        &crate::health::Report::default(),
+        clock(),
+    );
     timed("status", started);
     assert_eq!(status.services.len(), usize::from(services));
     let started = clock();

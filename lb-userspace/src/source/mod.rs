@@ -8,6 +8,7 @@ pub mod labels;
 use std::time::SystemTime;
 
 use crate::{
+    health::Verdict,
     model::{Rejection, ServiceWish},
     route::RouteWish,
 };
@@ -44,6 +45,8 @@ pub enum Update {
     Remove(String),
     /// The connection's state changed, or a sign of life came.
     Freshness(Freshness),
+    /// Which backends are fit: from the health checks, which own no objects.
+    Verdicts(Vec<Verdict>),
 }
 
 /// How current a source is.

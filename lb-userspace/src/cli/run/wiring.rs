@@ -19,11 +19,13 @@ use crate::{
         Maps as _, Topology,
         attach::{Attacher, TcChoice},
         bpf::KernelMaps,
+        counters::Counters,
         load, net, object, preflight,
         state::StateFile,
         sweep::{self, Sweeper},
         sysctl,
     },
+    health,
     plan::Sweep,
     reconcile::{self, Command, Surroundings},
     source::{self, SourceId},
@@ -114,6 +116,8 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         sweep::run(sweeper, SWEEP_EVERY, swept_to).await;
         Ok(())
     });
+    let (targets_to, targets) = watch::channel(health::Targets::default());
+    let (checks_to, checks) = watch::channel(health::Report::default());
     let inputs = reconcile::Inputs {
         inbox,
         topology,
@@ -124,11 +128,14 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
             translate::policy(c, hz)
         }),
         surroundings: derived(&mut tasks, &stop, report, move |r| surroundings(r, &warnings)),
+        checks,
         commands,
     };
+    let status = status_to.subscribe();
     let outputs = reconcile::Outputs {
         status: status_to,
         places: places_to,
+        targets: targets_to,
     };
     let options = reconcile::Options {
         sources: sources(&first),
@@ -142,6 +149,18 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         reconcile::run(Box::new(maps), options, inputs, outputs, token)
             .await
             .context("reconciler")
+    });
+    let prober = health::probe::Network::default();
+    until(&mut tasks, &stop, {
+        let (inbox, stop) = (inbox_to.clone(), stop.clone());
+        let work = health::task::run(prober, targets.clone(), inbox, checks_to.clone(), stop.clone());
+        lasting(stop, work)
+    });
+    let counters = Counters::open(&pins.maps())?;
+    until(&mut tasks, &stop, {
+        let (inbox, stop) = (inbox_to.clone(), stop.clone());
+        let work = health::passive::run(counters, targets, status, inbox, checks_to, stop.clone());
+        lasting(stop, work)
     });
     if first.docker.is_some() {
         let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
@@ -195,6 +214,13 @@ fn until(
 ) {
     let stop = stop.clone();
     tasks.spawn(async move { stop.run_until_cancelled(work).await.unwrap_or(Ok(())) });
+}
+
+/// A part that ends by itself only when the parts it talks to have ended: their fault is told, not its end.
+async fn lasting(stop: CancellationToken, work: impl Future<Output = ()> + Send) -> anyhow::Result<()> {
+    work.await;
+    stop.cancelled().await;
+    Ok(())
 }
 
 /// A published value made of another one, anew whenever that changes.

@@ -1,6 +1,7 @@
 //! Raw → checked: every value is judged, every fault is kept, and only a file without one becomes a [`Config`].
 
 mod docker;
+mod health;
 mod l7;
 mod sections;
 mod services;
@@ -21,7 +22,8 @@ pub(super) fn check(path: &Path, text: &str) -> Result<Config, ConfigErrors> {
     let (raw, faults) = raw::read(text);
     let mut check = Check { text, faults };
     let vips = sections::vips(&mut check, &raw);
-    let policy = sections::policy(&mut check, &raw.defaults, vips);
+    let tls = health::tls(&mut check, &raw.tls);
+    let policy = sections::policy(&mut check, &raw.defaults, vips, tls);
     let config = Config {
         path: path.to_owned(),
         interfaces: sections::interfaces(&mut check, raw.interfaces.as_ref()),

@@ -1,6 +1,7 @@
 //! Every section but the services.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
@@ -12,14 +13,14 @@ use toml::Spanned;
 
 use super::{
     super::{
-        Admin, Announce, Bpf, DEFAULT_ADMIN_SOCKET, DEFAULT_METRICS, DEFAULT_PIN_PATH, Interface, Limits,
-        Policy, Snat, Vip, XdpMode, built_in_settings,
+        Admin, Announce, Bpf, CheckPolicy, DEFAULT_ADMIN_SOCKET, DEFAULT_METRICS, DEFAULT_PIN_PATH,
+        Interface, Limits, Policy, Snat, Vip, XdpMode, built_in_settings, health as value_health,
         raw::{Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawLimits, RawSnat, RawTimeouts, Strings},
         value,
     },
-    Check,
+    Check, health,
 };
-use crate::model::FlowTimeouts;
+use crate::model::{FlowTimeouts, TlsFiles};
 
 /// The flow clock ticks in jiffies and is compared coarsely: a shorter timeout could end a flow that is alive.
 const SHORTEST_TIMEOUT: Duration = Duration::from_secs(1);
@@ -157,7 +158,12 @@ fn interface<T>(
     }
 }
 
-pub(super) fn policy(check: &mut Check<'_>, raw: &RawDefaults, vips: Vec<Vip>) -> Policy {
+pub(super) fn policy(
+    check: &mut Check<'_>,
+    raw: &RawDefaults,
+    vips: Vec<Vip>,
+    tls: BTreeMap<String, TlsFiles>,
+) -> Policy {
     let mut defaults = built_in_settings();
     defaults.snat = check.text_or("defaults.snat", &raw.snat, defaults.snat, value::snat);
     defaults.when_empty = check.text_or(
@@ -168,11 +174,26 @@ pub(super) fn policy(check: &mut Check<'_>, raw: &RawDefaults, vips: Vec<Vip>) -
     );
     defaults.reset_unknown = raw.reset_unknown.as_ref().is_some_and(|flag| *flag.get_ref());
     defaults.timeouts = timeouts(check, "defaults.timeouts", &raw.timeouts, defaults.timeouts);
+    defaults.when_unhealthy = check.text_or(
+        "defaults.when-unhealthy",
+        &raw.when_unhealthy,
+        defaults.when_unhealthy,
+        value_health::when_unhealthy,
+    );
+    let base = CheckPolicy::default();
+    let checks = CheckPolicy {
+        check: health::active(check, "defaults.check", &raw.check, &base.check, &tls),
+        passive: health::passive(check, "defaults.passive", &raw.passive, &base.passive),
+        tls,
+    };
+    let ejects = raw.passive.enabled.as_ref().is_some_and(|flag| *flag.get_ref());
+    defaults.passive = ejects.then(|| checks.passive.clone());
     let drain = Duration::from_secs(common::DEFAULT_DRAIN_S.into());
     Policy {
         vips,
         defaults,
         drain: check.text_or("defaults.drain", &raw.drain, drain, value::duration),
+        checks,
     }
 }
 

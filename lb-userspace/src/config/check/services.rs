@@ -3,17 +3,18 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
+    sync::Arc,
 };
 
 use toml::Spanned;
 
 use super::{
     super::{
-        Policy, StaticService,
+        Policy, StaticService, health as value_health,
         raw::{Given, RawBackend, RawService},
         value,
     },
-    Check, sections,
+    Check, health, sections,
 };
 use crate::model::{Backend, BackendState, ServiceAddress, ServiceSettings, ServiceWish};
 
@@ -76,6 +77,7 @@ fn service(
     let vips = vip(check, &at("vip"), given, policy);
     let settings = settings(check, key, raw, policy);
     let backends = backends(check, key, &raw.backends, policy);
+    let backends = checked(check, &at("check"), given, backends, policy);
 
     let vips = vips?;
     let served: Vec<_> = vips
@@ -159,9 +161,39 @@ fn settings(check: &mut Check<'_>, key: &str, raw: &RawService, policy: &Policy)
             .reset_unknown
             .as_ref()
             .map_or(base.reset_unknown, |flag| *flag.get_ref()),
-        when_unhealthy: base.when_unhealthy,
-        passive: base.passive,
+        when_unhealthy: check.text_or(
+            &at("when-unhealthy"),
+            &raw.when_unhealthy,
+            base.when_unhealthy,
+            value_health::when_unhealthy,
+        ),
+        passive: {
+            let passive = health::passive(check, &at("passive"), &raw.passive, &policy.checks.passive);
+            let on = raw.passive.enabled.as_ref();
+            on.map_or(base.passive.is_some(), |flag| *flag.get_ref())
+                .then_some(passive)
+        },
     }
+}
+
+/// The backends with the check of their service.
+fn checked(
+    check: &mut Check<'_>,
+    key: &str,
+    given: &Spanned<RawService>,
+    backends: Vec<Backend>,
+    policy: &Policy,
+) -> Vec<Backend> {
+    let raw = &given.get_ref().check;
+    let made = health::active(check, key, raw, &policy.checks.check, &policy.checks.tls);
+    let ports = backends.iter().map(|backend| backend.address.port());
+    health::fits(check, key, raw, &made, ports, given.span());
+    let made = (!made.kinds.is_empty()).then(|| Arc::new(made));
+    let with = |backend| Backend {
+        check: made.clone(),
+        ..backend
+    };
+    backends.into_iter().map(with).collect()
 }
 
 fn backends(

@@ -110,7 +110,7 @@ pub fn parse(labels: &BTreeMap<String, String>) -> Option<Parsed> {
             Err(fault) => read.faults.push((label.to_owned(), fault)),
         }
     }
-    let check = lines.check(upstream_tls.map(|tls| tls.verify));
+    let check = lines.check(upstream_tls.map(|tls| tls.verify), host.as_deref());
     let spec = host.filter(|_| whole).map(|host| Spec {
         host,
         aliases,

@@ -5,7 +5,8 @@ use std::{sync::Arc, time::Duration};
 
 use super::{fault::Fault, value};
 use crate::{
-    model::{Check, CheckKind, CheckTiming, HttpCheck, HttpMethod},
+    config::health::{self, SHORTEST_INTERVAL},
+    model::{Check, CheckKind, CheckTiming, HttpCheck, HttpMethod, TlsCheck},
     route::Balance,
 };
 
@@ -41,8 +42,6 @@ const OTHER_CHECKS: &[&str] = &[
     "ldap-check",
     "lb-agent-chk",
 ];
-/// The shortest interval: what is asked for more often is a load of its own.
-const SHORTEST_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What lines of HAProxy and nginx come to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -130,9 +129,7 @@ impl Lines {
             "OPTIONS" => HttpMethod::Options,
             _ => return Err(fault()),
         };
-        if !path.starts_with('/') || path.chars().any(char::is_control) {
-            return Err(fault());
-        }
+        let path = health::path(path).map_err(|_| fault())?;
         // After the version there may be headers: `HTTP/1.1\r\nHost:\ vote.example.com`, escaped for HAProxy's file.
         let version = rest.join(" ").replace("\\ ", " ");
         let mut headers = version.split("\\r\\n").skip(1).map(str::trim);
@@ -146,7 +143,7 @@ impl Lines {
         };
         self.request = Some(HttpCheck {
             method,
-            path: path.to_owned(),
+            path,
             host,
             ..HttpCheck::default()
         });
@@ -219,8 +216,8 @@ impl Lines {
     }
 
     /// The check that the lines come to; every upstream of HAProxy is checked by TCP at least. `upstream_tls` is whether
-    /// upstreams speak TLS, and whether they are verified.
-    pub fn check(&mut self, upstream_tls: Option<bool>) -> Arc<Check> {
+    /// upstreams speak TLS, and whether they are verified; they are asked for the `host` of the route then.
+    pub fn check(&mut self, upstream_tls: Option<bool>, host: Option<&str>) -> Arc<Check> {
         let plain = CheckTiming::default();
         let mut interval = self.interval.unwrap_or(value::DEFAULT_INTERVAL);
         if interval < SHORTEST_INTERVAL {
@@ -244,6 +241,10 @@ impl Lines {
         Arc::new(Check {
             port: self.check_port,
             http: self.request.clone().unwrap_or_default(),
+            tls: TlsCheck {
+                server_name: host.filter(|_| kind == CheckKind::Https).map(Into::into),
+                files: None,
+            },
             timing: CheckTiming {
                 interval,
                 fast_interval: plain.fast_interval.min(interval),
@@ -268,9 +269,9 @@ fn haproxy_time(text: &str) -> Option<Duration> {
     }
 }
 
-/// At least 1.
+/// Results in a row that decide.
 fn count(text: &str) -> Option<u32> {
-    text.parse().ok().filter(|count| *count > 0)
+    health::threshold(text).ok()
 }
 
 #[cfg(test)]
@@ -384,21 +385,23 @@ mod tests {
             interval: Some(Duration::from_millis(300)),
             ..Lines::default()
         };
-        let check = lines.check(None);
+        let check = lines.check(None, None);
         assert_eq!(check.kinds, [CheckKind::Tcp]);
         assert_eq!(check.timing.timeout, Duration::from_millis(300));
         assert_eq!(check.timing.fast_interval, Duration::from_millis(300));
         lines.interval = Some(Duration::from_millis(1));
-        assert_eq!(lines.check(None).timing.interval, SHORTEST_INTERVAL);
+        assert_eq!(lines.check(None, None).timing.interval, SHORTEST_INTERVAL);
         assert_eq!(lines.remarks.len(), 1);
     }
 
     #[test]
     fn https_is_checked_where_it_is_verified() {
         let mut lines = option("httpchk GET /");
-        assert_eq!(lines.check(Some(true)).kinds, [CheckKind::Https]);
+        let check = lines.check(Some(true), Some("vote.example.com"));
+        assert_eq!(check.kinds, [CheckKind::Https]);
+        assert_eq!(check.tls.server_name.as_deref(), Some("vote.example.com"));
         assert!(lines.remarks.is_empty());
-        assert_eq!(lines.check(Some(false)).kinds, [CheckKind::Tcp]);
+        assert_eq!(lines.check(Some(false), None).kinds, [CheckKind::Tcp]);
         assert_eq!(lines.remarks.len(), 1);
     }
 }

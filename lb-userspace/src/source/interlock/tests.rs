@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    config::{Announce, Vip},
+    config::{Announce, CheckPolicy, Vip},
     model::{BackendState, CheckKind, FlowTimeouts, HttpMethod, ServiceSettings},
     route::{ANY_HOST, Balance, UpstreamTls},
     source::{
@@ -54,6 +54,7 @@ fn policy() -> Policy {
             ..ServiceSettings::default()
         },
         drain: Duration::from_secs(30),
+        checks: CheckPolicy::default(),
     }
 }
 

@@ -100,7 +100,7 @@ pub fn parse(labels: &BTreeMap<String, String>) -> Option<Parsed> {
             None => format!("{label} is no label of Interlock and has no effect"),
         });
     }
-    let check = lines.check(upstream.then_some(verify));
+    let check = lines.check(upstream.then_some(verify), None);
     let mut hosts = hosts.into_iter();
     let spec = hosts.next().filter(|_| read.faults.is_empty()).map(|host| Spec {
         host,

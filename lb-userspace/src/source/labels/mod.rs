@@ -2,6 +2,7 @@
 //!
 //! A bad label refuses the one service that it belongs to, of this one container, and nothing else.
 
+mod check;
 mod reach;
 mod refusal;
 #[cfg(test)]
@@ -23,7 +24,7 @@ use super::{
 };
 use crate::{
     config::{
-        Policy,
+        Policy, health,
         value::{self, Listen, ValueError},
     },
     model::{Backend, BackendState, Protocol, Rejection, ServiceAddress, ServiceSettings, ServiceWish},
@@ -52,6 +53,24 @@ pub const SETTINGS: &[&str] = &[
     "network",
     "when-empty",
     "reset-unknown",
+    "check",
+    "check-port",
+    "check-interval",
+    "check-fast-interval",
+    "check-timeout",
+    "check-rise",
+    "check-fall",
+    "check-grace",
+    "check-slow-start",
+    "check-method",
+    "check-path",
+    "check-host",
+    "check-status",
+    "check-body",
+    "check-tls",
+    "check-server-name",
+    "when-unhealthy",
+    "passive",
 ];
 
 /// Where the engine's containers are, seen from this node.
@@ -184,8 +203,12 @@ fn service(
         timeouts: policy.defaults.timeouts,
         when_empty: labels.get("when-empty", policy.defaults.when_empty, value::when_empty)?,
         reset_unknown: labels.get("reset-unknown", policy.defaults.reset_unknown, value::boolean)?,
-        when_unhealthy: policy.defaults.when_unhealthy,
-        passive: policy.defaults.passive.clone(),
+        when_unhealthy: labels.get(
+            "when-unhealthy",
+            policy.defaults.when_unhealthy,
+            health::when_unhealthy,
+        )?,
+        passive: check::passive(&labels, policy.defaults.passive.as_ref(), &policy.checks)?,
     };
     let weight = labels.get("weight", value::DEFAULT_WEIGHT, value::weight)?;
     let drain = labels.get("drain", policy.drain, value::duration)?;
@@ -198,6 +221,8 @@ fn service(
         .choose_vip(labels.0.get("vip").copied())
         .map_err(|error| ("vip", error.into()))?;
 
+    let check = check::check(&labels, container, &policy.checks)?;
+
     let (state, reason) = state(container);
     let network = labels.0.get("network").copied();
     let mut wishes = Vec::new();
@@ -206,6 +231,9 @@ fn service(
         let inside = container_port(*listen, port, container).map_err(|refusal| ("port", refusal))?;
         let places = places(*listen, inside, network, container, site)?;
         reachable.extend(places.iter().map(SocketAddr::ip));
+        if let Some(check) = &check {
+            health::fits(check, inside).map_err(|error| ("check", error.into()))?;
+        }
         for vip in &vips {
             let Some(address) = places.iter().find(|place| place.is_ipv4() == vip.is_ipv4()) else {
                 continue;
@@ -225,7 +253,7 @@ fn service(
                     reason: reason.into(),
                     drain,
                     name: container.name.clone(),
-                    check: None,
+                    check: check.clone(),
                 }],
             });
         }

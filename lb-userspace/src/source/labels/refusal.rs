@@ -5,6 +5,7 @@ use std::net::IpAddr;
 use crate::{
     config::{
         VipError,
+        health::CheckError,
         value::{self, Listen, ValueError},
     },
     model::ServiceAddress,
@@ -17,6 +18,8 @@ pub enum Refusal {
     Value(#[from] ValueError),
     #[error("{0}")]
     Vip(#[from] VipError),
+    #[error("{0}")]
+    Check(#[from] CheckError),
     #[error("there is no label `{prefix}{text}`")]
     Unknown {
         prefix: String,
@@ -53,6 +56,7 @@ impl Refusal {
         match self {
             Self::Value(error) => error.remedy(),
             Self::Vip(error) => error.remedy(&format!("{prefix}vip")),
+            Self::Check(error) => error.remedy(&format!("{prefix}check"), &format!("{prefix}check-port")),
             Self::Unknown {
                 prefix: family,
                 text,

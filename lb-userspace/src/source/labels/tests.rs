@@ -9,7 +9,7 @@ use crate::{
     source::docker::signal,
 };
 
-fn policy() -> Policy {
+pub(super) fn policy() -> Policy {
     let vip = |name: &str, addresses: &[&str]| Vip {
         name: name.into(),
         addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
@@ -23,6 +23,7 @@ fn policy() -> Policy {
         ],
         defaults: ServiceSettings::default(),
         drain: Duration::from_secs(30),
+        checks: crate::config::CheckPolicy::default(),
     }
 }
 
@@ -47,7 +48,7 @@ pub(crate) fn container(labels: &[(&str, &str)]) -> Container {
     }
 }
 
-fn local() -> Site {
+pub(super) fn local() -> Site {
     Site {
         remote: false,
         node: vec!["192.0.2.5".parse().unwrap()],
