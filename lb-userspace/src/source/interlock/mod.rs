@@ -1,16 +1,16 @@
 //! Labels of Interlock → routes: a migration without editing Compose files. Pure.
 //!
-//! [`one`] reads `interlock.*` of containers, [`two`] `com.docker.lb.*` of Swarm services; both take any map of labels.
+//! [`v1`] reads `interlock.*` of containers, [`v2`] `com.docker.lb.*` of Swarm services; both take any map of labels.
 //! [`routes`] adds where a container is reached. A bad label refuses the route that it belongs to, of this one container,
 //! and nothing else.
 
 mod fault;
-pub mod one;
 pub mod option;
 mod reader;
 #[cfg(test)]
 mod tests;
-pub mod two;
+pub mod v1;
+pub mod v2;
 pub mod value;
 
 use std::{
@@ -65,7 +65,7 @@ pub struct Parsed {
 
 /// Both families; any map of labels, of containers or of Swarm services.
 pub fn parse(labels: &BTreeMap<String, String>) -> Vec<Parsed> {
-    [one::parse(labels), two::parse(labels)]
+    [v1::parse(labels), v2::parse(labels)]
         .into_iter()
         .flatten()
         .collect()

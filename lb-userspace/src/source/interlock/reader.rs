@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use super::fault::Fault;
+use crate::{config::value, route::UpstreamTls};
 
 /// The labels of one family, and what is wrong with them so far.
 pub(super) struct Reader<'l> {
@@ -78,6 +79,56 @@ impl<'l> Reader<'l> {
                 !known.contains(name) && !known.iter().any(|k| k.strip_suffix("[.N]") == Some(base))
             })
             .collect()
+    }
+
+    /// What is to be said of labels that are none of `known`: Interlock does not read them either.
+    pub(super) fn unknown_remarks(&self, known: &'static [&'static str]) -> Vec<String> {
+        let remark = |(label, name): (&str, &str)| match value::nearest(name, known) {
+            Some(near) => format!(
+                "{label} is no label of Interlock and has no effect; did you mean {}{near}?",
+                self.prefix
+            ),
+            None => format!("{label} is no label of Interlock and has no effect"),
+        };
+        self.unknown(known).into_iter().map(remark).collect()
+    }
+
+    /// Notes that no label names the host, which `label` would; a label that is nearly so is named.
+    pub(super) fn no_host(&mut self, label: &'static str, known: &'static [&'static str]) {
+        let slip = |(_, name): &(&str, &str)| value::nearest(name, known) == Some(label);
+        let instead_of = self.unknown(known).into_iter().find(slip);
+        let fault = Fault::NoHost {
+            label: format!("{}{label}", self.prefix),
+            instead_of: instead_of.map(|(label, _)| label.to_owned()),
+        };
+        self.fault(label, fault);
+    }
+
+    /// `port`; an empty one is none.
+    pub(super) fn port(&mut self) -> Option<u16> {
+        self.value("port", None, |text| match text {
+            "" => Ok(None),
+            text => value::port(text).map(Some),
+        })
+    }
+
+    /// A text that says something.
+    pub(super) fn text(&self, name: &str) -> Option<String> {
+        self.get(name).filter(|text| !text.is_empty()).map(Into::into)
+    }
+
+    /// `ssl_backend` and `ssl_backend_tls_verify`.
+    pub(super) fn upstream_tls(&mut self, remarks: &mut Vec<String>) -> Option<UpstreamTls> {
+        let on = self.value("ssl_backend", false, super::value::flag);
+        let verify = self.value("ssl_backend_tls_verify", false, super::value::verify);
+        if on && !verify {
+            remarks.push(format!(
+                "the certificate of the upstream is not verified, which is Interlock's default; \
+                 {}ssl_backend_tls_verify=required verifies it",
+                self.prefix
+            ));
+        }
+        on.then_some(UpstreamTls { verify })
     }
 
     /// Notes a fault of a label of the family.

@@ -452,7 +452,7 @@ fn two_families_that_claim_the_same_are_told() {
 #[test]
 fn the_document_tells_what_becomes_of_every_label() {
     let docs = include_str!("../../../../docs/migrate-from-interlock.md");
-    for (prefix, names) in [(one::PREFIX, one::LABELS), (two::PREFIX, two::LABELS)] {
+    for (prefix, names) in [(v1::PREFIX, v1::LABELS), (v2::PREFIX, v2::LABELS)] {
         for name in names {
             let row = format!("\n| `{prefix}{name}` | ");
             assert_eq!(
@@ -473,8 +473,8 @@ fn the_document_tells_what_becomes_of_every_label() {
 /// A label that means something, or nearly, and anything else.
 fn label() -> impl Strategy<Value = (String, String)> {
     let known: Vec<String> = [
-        (one::PREFIX, one::LABELS),
-        (two::PREFIX, two::LABELS),
+        (v1::PREFIX, v1::LABELS),
+        (v2::PREFIX, v2::LABELS),
         ("weir.service.web.", labels::SETTINGS),
     ]
     .into_iter()

@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// What the labels begin with that mean something to Weir: its own, and those of Interlock.
-const FAMILIES: &[&str] = &[PREFIX, interlock::one::PREFIX, interlock::two::PREFIX];
+const FAMILIES: &[&str] = &[PREFIX, interlock::v1::PREFIX, interlock::v2::PREFIX];
 /// Every label of Weir begins with this.
 pub const PREFIX: &str = "weir.";
 /// Labels of a service: `weir.service.<name>.<setting>`.
