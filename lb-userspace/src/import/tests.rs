@@ -312,6 +312,9 @@ fn what_weir_would_refuse_is_commented_out_and_said() {
     }
     for (text, option) in [
         (format!("{proxy}MaxConn = -1\n"), "MaxConn"),
+        (format!("{proxy}MaxConn = \"many\"\n"), "MaxConn"),
+        (format!("PollInterval = 3\n{proxy}"), "PollInterval"),
+        (format!("EnableMetrics = \"yes\"\n{proxy}"), "EnableMetrics"),
         (format!("{proxy}Port = 99999\n"), "Port"),
         (format!("{proxy}SSLCertPath = \"certs\"\n"), "SSLCertPath"),
         (
