@@ -11,7 +11,7 @@ use super::api::Reading;
 use crate::{
     model::{Backend, BackendState, Protocol, Rejection, ServiceAddress},
     route::{Route, RouteSettings, RouteTls},
-    status::{AttachmentStatus, BackendStatus, RouteStatus, ServiceStatus, SourceStatus, Status},
+    status::{AttachmentStatus, BackendStatus, Condition, RouteStatus, ServiceStatus, SourceStatus, Status},
 };
 
 /// The time at which the tests look: 2026-01-01 00:00:00 UTC.
@@ -106,6 +106,7 @@ pub fn status() -> Status {
             BackendStatus {
                 ring_share: 3_333,
                 flows: 9,
+                tenths: Some(3),
                 ..backend(12, "web-2", "172.17.0.3:8080", BackendState::Active, 42)
             },
             BackendStatus {
@@ -113,6 +114,12 @@ pub fn status() -> Status {
                 reason: "container stopping".into(),
                 drain_deadline: Some(*NOW + Duration::from_secs(25)),
                 flows: 3,
+                conditions: vec![Condition {
+                    by: "check".into(),
+                    fit: false,
+                    reason: "http: 503 Service Unavailable".into(),
+                    since: ago(5),
+                }],
                 ..backend(13, "web-3", "172.17.0.4:8080", BackendState::Draining, 5)
             },
         ],

@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     admin::api::Counters,
+    health::Report,
     model::BackendState,
     status::{BackendStatus, ServiceStatus, SourceStatus, Status},
 };
@@ -55,6 +56,7 @@ pub fn render(
         routes::routes(status).render(look),
         sources(status, now).render(look),
         devices(status).render(look),
+        checks(&status.checks).render(look),
         datapath(counters.map(|(_, after)| after), rates).render(look),
         refused(status).render(look),
         faults(status).render(look),
@@ -144,7 +146,7 @@ fn backend_row(backend: &BackendStatus, rate: Option<Option<Rate>>, now: SystemT
         backend.address.to_string().into(),
         state(backend, now),
         age(now, backend.since).into(),
-        backend.weight.to_string().into(),
+        weight(backend).into(),
         format!("{}.{:02}%", backend.ring_share / 100, backend.ring_share % 100).into(),
         grouped(backend.flows).into(),
         number(|r| short(r.flows)),
@@ -154,6 +156,14 @@ fn backend_row(backend: &BackendStatus, rate: Option<Option<Rate>>, now: SystemT
         backend.place.clone().into(),
         backend.reason.clone().into(),
     ]
+}
+
+/// The weight, and how much of it counts while a backend comes back slowly.
+fn weight(backend: &BackendStatus) -> String {
+    match backend.tenths {
+        Some(tenths) => format!("{} × 0.{tenths}", backend.weight),
+        None => backend.weight.to_string(),
+    }
 }
 
 fn state(backend: &BackendStatus, now: SystemTime) -> Cell {
@@ -208,6 +218,27 @@ fn devices(status: &Status) -> Table {
             device.tc.clone().into(),
         ]);
     }
+    table
+}
+
+/// How the health checks go; nothing without any.
+fn checks(checks: &Report) -> Table {
+    let mut table = Table::new(&[], 0);
+    if checks.targets == 0 && checks.ejected == 0 {
+        return table;
+    }
+    let mut parts = vec![
+        Cell::new("health checks", Tone::Head),
+        format!("{} backends", grouped(checks.targets as u64)).into(),
+        format!("{} passed", grouped(checks.passed)).into(),
+        format!("{} failed", grouped(checks.failed)).into(),
+    ];
+    if checks.impossible > 0 {
+        let text = format!("{} impossible", grouped(checks.impossible));
+        parts.push(Cell::new(text, Tone::Warn));
+    }
+    parts.push(format!("{} ejected", grouped(checks.ejected as u64)).into());
+    table.line(parts);
     table
 }
 

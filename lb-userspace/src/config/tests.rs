@@ -190,7 +190,7 @@ status = "200"
 keep = 70
 [[services]]
 name = "plain"
-listen = ["80"]
+listen = ["80", "80/udp"]
 [[services.backends]]
 address = "10.0.0.1:80"
 [[services]]
@@ -224,6 +224,8 @@ address = "10.0.0.1:81"
         (&plain.kinds[..], plain.timing.interval),
         (&[CheckKind::Http][..], Duration::from_secs(3))
     );
+    // Nobody said that its UDP can be checked by TCP.
+    assert_eq!(config.services[0].wishes[1].backends[0].check, None);
     let ucp = check(1).unwrap();
     assert_eq!(ucp.kinds, [CheckKind::Tcp, CheckKind::Https]);
     assert_eq!(

@@ -82,7 +82,10 @@ struct Source {
 /// A service and its backends before their health is looked at.
 struct Merged {
     service: Service,
+    /// In the order of their addresses.
     candidates: Vec<Candidate>,
+    /// The names of their sources.
+    sources: Vec<String>,
     source: String,
     created: SystemTime,
 }
@@ -121,6 +124,7 @@ impl Heard {
             Update::Put(object) => changed.extend(source.put(object)),
             Update::Remove(id) => changed.extend(source.remove(&id).map(|old| (Some(old), None))),
             Update::Freshness(freshness) => source.freshness = Some(freshness),
+            // Taken in above.
             Update::Verdicts(_) => {}
         }
         for (old, new) in changed {
@@ -196,8 +200,8 @@ impl Heard {
     /// Brings the desired state up to date and returns the services that changed. `today` is now.
     pub fn refresh(&mut self, today: SystemTime) -> BTreeSet<ServiceAddress> {
         let mut routes = std::mem::take(&mut self.routes);
-        routes.refresh(&self.sources, |source, host, upstream| {
-            self.candidate(host, upstream, &source.0).backend
+        routes.refresh(&self.sources, |host, upstream| {
+            self.candidate(host, upstream, 0).backend
         });
         self.routes = routes;
         let mut changed = BTreeSet::new();
@@ -318,6 +322,7 @@ impl Heard {
         let Merged {
             mut service,
             candidates,
+            sources,
             source,
             created,
         } = merged;
@@ -328,9 +333,8 @@ impl Heard {
             settings.passive.as_ref(),
             old.map(|old| &**old),
         );
-        (service.backends, service.slow) =
-            self.health
-                .judge(address, candidates, settings.when_unhealthy, today);
+        let policy = settings.when_unhealthy;
+        (service.backends, service.slow) = self.health.judge(address, candidates, &sources, policy, today);
         let service = match old {
             Some(old) if **old == service => Arc::clone(old),
             _ => Arc::new(service),
@@ -360,6 +364,7 @@ impl Heard {
 
         let mut rejections = Vec::new();
         let mut candidates: BTreeMap<_, Candidate> = BTreeMap::new();
+        let mut sources: Vec<String> = Vec::new();
         for (source, object, wish) in wishes {
             if wish.settings != owner.settings {
                 rejections.push(Rejection {
@@ -370,8 +375,15 @@ impl Heard {
                 });
                 continue;
             }
+            let index = sources
+                .iter()
+                .position(|name| *name == source.0)
+                .unwrap_or_else(|| {
+                    sources.push(source.0.clone());
+                    sources.len() - 1
+                });
             for backend in &wish.backends {
-                let candidate = self.candidate(&owner.name, backend, &source.0);
+                let candidate = self.candidate(&owner.name, backend, index);
                 let known = candidates
                     .entry(backend.address)
                     .or_insert_with(|| candidate.clone());
@@ -391,6 +403,7 @@ impl Heard {
         let merged = Merged {
             service,
             candidates: candidates.into_values().collect(),
+            sources,
             source: first_source.0.clone(),
             created: first.created,
         };
@@ -398,12 +411,11 @@ impl Heard {
     }
 
     /// A backend with the operator's drain and a weight of 0 made part of its state.
-    fn candidate(&self, service: &str, backend: &Backend, source: &str) -> Candidate {
+    fn candidate(&self, service: &str, backend: &Backend, source: usize) -> Candidate {
         let mut candidate = Candidate {
             backend: backend.clone(),
-            source: source.into(),
-            wished: (backend.state, backend.reason.clone()),
-            drained: false,
+            source,
+            wished: None,
         };
         let backend = &mut candidate.backend;
         if backend.state != BackendState::Active {
@@ -412,8 +424,8 @@ impl Heard {
         if let Some(time) = self.drains.of(service, backend) {
             backend.state = BackendState::Draining;
             backend.drain = time.unwrap_or(backend.drain);
-            backend.reason = "drained by operator".into();
-            candidate.drained = true;
+            let reason = std::mem::replace(&mut backend.reason, "drained by operator".into());
+            candidate.wished = Some((BackendState::Active, reason));
         } else if backend.weight == 0 {
             backend.state = BackendState::Draining;
             backend.reason = "weight 0".into();

@@ -67,7 +67,7 @@ impl Routes {
     pub(super) fn refresh(
         &mut self,
         sources: &BTreeMap<SourceId, Source>,
-        judged: impl Fn(&SourceId, &str, &Backend) -> Backend,
+        judged: impl Fn(&str, &Backend) -> Backend,
     ) {
         let mut changed = false;
         for address in std::mem::take(&mut self.dirty) {
@@ -105,7 +105,7 @@ impl Routes {
         &self,
         address: &RouteAddress,
         sources: &BTreeMap<SourceId, Source>,
-        judged: &impl Fn(&SourceId, &str, &Backend) -> Backend,
+        judged: &impl Fn(&str, &Backend) -> Backend,
     ) -> (Option<Name>, Vec<Rejection>) {
         let holders = self.by_address.get(address).into_iter().flatten();
         let mut wishes: Vec<(&SourceId, &Object, &RouteWish)> = holders
@@ -138,7 +138,7 @@ impl Routes {
                 continue;
             }
             remarks.extend(wish.remarks.iter().cloned());
-            let upstream = judged(source, &owner.of, &wish.upstream);
+            let upstream = judged(&owner.of, &wish.upstream);
             let known = upstreams
                 .entry(upstream.address)
                 .or_insert_with(|| upstream.clone());

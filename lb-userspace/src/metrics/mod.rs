@@ -137,11 +137,28 @@ const METRICS: &[Definition] = &[
         BACKEND_STATE,
         "1 for the state the backend is in, 0 for the others.",
     ),
+    gauge(
+        "weir_backend_condition",
+        &["service", "service_address", "backend", "address", "by"],
+        "1 while this judge holds the backend fit, 0 while it does not; backends with a check, an ejection or a drain.",
+    ),
     gauge("weir_backend_weight", BACKEND, "Weight."),
     gauge(
         "weir_backend_ring_share_ratio",
         BACKEND,
         "Share of the ring, 0 to 1.",
+    ),
+    gauge("weir_check_targets", &[], "Backends with an active health check."),
+    gauge("weir_checks_running", &[], "Health checks under way."),
+    counter(
+        "weir_checks_total",
+        &["result"],
+        "Health checks by result; impossible: this node could not make them.",
+    ),
+    gauge(
+        "weir_ejected_backends",
+        &[],
+        "Backends ejected at the moment by what the datapath counts.",
     ),
     gauge(
         "weir_route_upstreams",
@@ -399,6 +416,14 @@ fn backend(samples: &mut Samples, labels: [&str; 4], records: &[&BackendStatus],
         let labels = [service, service_address, name, address, state];
         samples.add("weir_backend_state", &labels, f64::from(u8::from(is)));
     }
+    for condition in current.iter().flat_map(|b| &b.conditions) {
+        let labels = [service, service_address, name, address, &condition.by];
+        samples.add(
+            "weir_backend_condition",
+            &labels,
+            f64::from(u8::from(condition.fit)),
+        );
+    }
     samples.add("weir_backend_live_flows", &labels, sum(|b| b.flows));
     samples.add(
         "weir_backend_weight",
@@ -461,6 +486,17 @@ fn backend(samples: &mut Samples, labels: [&str; 4], records: &[&BackendStatus],
 }
 
 fn agent(samples: &mut Samples, status: &Status) {
+    let checks = &status.checks;
+    samples.add("weir_check_targets", &[], checks.targets as f64);
+    samples.add("weir_checks_running", &[], checks.running as f64);
+    for (result, count) in [
+        ("passed", checks.passed),
+        ("failed", checks.failed),
+        ("impossible", checks.impossible),
+    ] {
+        samples.add("weir_checks_total", &[result], count as f64);
+    }
+    samples.add("weir_ejected_backends", &[], checks.ejected as f64);
     for source in &status.sources {
         let labels = [source.name.as_str()];
         samples.add(

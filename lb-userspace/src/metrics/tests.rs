@@ -46,6 +46,8 @@ fn values_are_those_of_status_and_counters() {
         r#"weir_rejections{source="docker"} 1"#,
         r#"weir_source_last_heard_seconds{source="docker"} 1767225599"#,
         "weir_commit_duration_seconds 0.00125",
+        r#"weir_backend_condition{service="web",service_address="10.0.0.1:80/tcp",backend="web-3",address="172.17.0.4:8080",by="check"} 0"#,
+        r#"weir_checks_total{result="impossible"} 1"#,
     ] {
         assert!(text.lines().any(|l| l == line), "{line} is missing of\n{text}");
     }

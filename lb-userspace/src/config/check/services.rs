@@ -16,7 +16,7 @@ use super::{
     },
     Check, health, sections,
 };
-use crate::model::{Backend, BackendState, ServiceAddress, ServiceSettings, ServiceWish};
+use crate::model::{Backend, BackendState, Protocol, ServiceAddress, ServiceSettings, ServiceWish};
 
 pub(super) fn services(
     check: &mut Check<'_>,
@@ -96,6 +96,8 @@ fn service(
         }
     }
     let name = name?;
+    // What all services get are checks by TCP: a service of UDP is checked so only where it says so itself.
+    let named = raw.check.kind.is_some();
     let wishes = value::service_addresses(&served, &listens)
         .into_iter()
         .map(|address| ServiceWish {
@@ -105,7 +107,13 @@ fn service(
             backends: backends
                 .iter()
                 .filter(|backend| backend.address.is_ipv4() == address.vip.is_ipv4())
-                .cloned()
+                .map(|backend| Backend {
+                    check: backend
+                        .check
+                        .clone()
+                        .filter(|_| named || address.protocol == Protocol::Tcp),
+                    ..backend.clone()
+                })
                 .collect(),
         })
         .collect();

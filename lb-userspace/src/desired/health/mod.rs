@@ -57,12 +57,10 @@ struct Known {
 pub(super) struct Candidate {
     /// As its source and the operator wish it.
     pub backend: Backend,
-    /// The source.
-    pub source: String,
-    /// As the source alone wishes it.
-    pub wished: (BackendState, String),
-    /// The operator drains it.
-    pub drained: bool,
+    /// Its source, as an index.
+    pub source: usize,
+    /// As the source alone wishes it, where the operator drains it.
+    pub wished: Option<(BackendState, String)>,
 }
 
 // === impl Health ===
@@ -100,7 +98,7 @@ impl Health {
         true
     }
 
-    /// Takes in who is in a service now; `old` is the service as it was.
+    /// Takes in who is in a service now, in the order of their addresses; `old` is the service as it was.
     pub fn track(
         &mut self,
         address: ServiceAddress,
@@ -115,13 +113,17 @@ impl Health {
             }
             self.changes.passive.insert(address, passive.cloned());
         }
-        let mut gone: Vec<Key> = self.of(address).collect();
+        let absent = |key: &Key| {
+            candidates
+                .binary_search_by_key(&key.backend, |c| c.backend.address)
+                .is_err()
+        };
+        let gone: Vec<Key> = self.of(address).filter(absent).collect();
         for Candidate { backend, .. } in candidates {
             let key = Key {
                 service: address,
                 backend: backend.address,
             };
-            gone.retain(|other| *other != key);
             self.track_one(key, backend, passive.is_some(), old);
         }
         for key in gone {
@@ -164,7 +166,10 @@ impl Health {
             }),
             (Some(check), None) => {
                 let served = old
-                    .and_then(|old| old.backends.iter().find(|b| b.address == key.backend))
+                    .and_then(|old| {
+                        let index = old.backends.binary_search_by_key(&key.backend, |b| b.address);
+                        old.backends.get(index.ok()?)
+                    })
                     .filter(|was| was.name == backend.name)
                     .map(|was| was.state == BackendState::Active);
                 self.generation += 1;
@@ -187,11 +192,12 @@ impl Health {
     }
 
     /// The state of a service's backends with everybody's word, and the shares of those that have come back, tenths by
-    /// address. `today` is now.
+    /// address. `sources` are the names that the candidates mean; `today` is now.
     pub fn judge(
         &mut self,
         address: ServiceAddress,
         candidates: Vec<Candidate>,
+        sources: &[String],
         policy: UnhealthyPolicy,
         today: SystemTime,
     ) -> (Vec<Backend>, BTreeMap<SocketAddr, u8>) {
@@ -204,10 +210,16 @@ impl Health {
                 service: address,
                 backend: candidate.backend.address,
             };
-            let mut backend = candidate.backend.clone();
+            let Candidate {
+                mut backend,
+                source,
+                wished,
+            } = candidate;
+            let source = sources.get(source).map_or("", String::as_str);
+            let drained = wished.is_some();
             match self.known.get_mut(&key) {
                 Some(known) => {
-                    let fit = known.judge(&mut backend, &candidate, today);
+                    let fit = known.judge(&mut backend, source, wished, today);
                     if fit == Some(false) {
                         unfit.push(backends.len());
                         open |= known.is_open();
@@ -215,11 +227,11 @@ impl Health {
                         slow.insert(key.backend, tenths);
                     }
                 }
-                None if candidate.drained => {
+                None if drained => {
                     // Only to tell since when; it goes when the drain does.
                     let known = self.known.entry(key).or_default();
                     known.name.clone_from(&backend.name);
-                    known.judge(&mut backend, &candidate, today);
+                    known.judge(&mut backend, source, wished, today);
                 }
                 None => {}
             }
@@ -260,15 +272,17 @@ impl Health {
 
 impl Known {
     /// Makes health a part of the state. `None`: something else keeps the backend from serving.
-    fn judge(&mut self, backend: &mut Backend, candidate: &Candidate, today: SystemTime) -> Option<bool> {
-        let (state, reason) = &candidate.wished;
-        let mut conditions = vec![(
-            candidate.source.as_str(),
-            *state == BackendState::Active,
-            reason.clone(),
-            None,
-        )];
-        if candidate.drained {
+    fn judge(
+        &mut self,
+        backend: &mut Backend,
+        source: &str,
+        wished: Option<(BackendState, String)>,
+        today: SystemTime,
+    ) -> Option<bool> {
+        let drained = wished.is_some();
+        let (state, reason) = wished.unwrap_or_else(|| (backend.state, backend.reason.clone()));
+        let mut conditions = vec![(source, state == BackendState::Active, reason, None)];
+        if drained {
             conditions.push((OPERATOR, false, backend.reason.clone(), None));
         }
         if let Some(target) = &self.target {

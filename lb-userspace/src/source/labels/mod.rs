@@ -221,6 +221,8 @@ fn service(
         .choose_vip(labels.0.get("vip").copied())
         .map_err(|error| ("vip", error.into()))?;
 
+    // What all services get are checks by TCP: a service of UDP is checked so only where it says so itself.
+    let named = labels.0.contains_key("check");
     let check = check::check(&labels, container, &policy.checks)?;
 
     let (state, reason) = state(container);
@@ -253,7 +255,9 @@ fn service(
                     reason: reason.into(),
                     drain,
                     name: container.name.clone(),
-                    check: check.clone(),
+                    check: check
+                        .clone()
+                        .filter(|_| named || listen.protocol == Protocol::Tcp),
                 }],
             });
         }
