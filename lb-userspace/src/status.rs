@@ -4,7 +4,10 @@ use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
-use crate::model::{BackendState, Rejection, ServiceAddress};
+use crate::{
+    model::{BackendState, Rejection, ServiceAddress},
+    route::Route,
+};
 
 /// The agent's state. Published on a `tokio::sync::watch` channel.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -13,6 +16,8 @@ pub struct Status {
     pub version: String,
     /// Services in address order.
     pub services: Vec<ServiceStatus>,
+    /// Routes in the order of host and path.
+    pub routes: Vec<RouteStatus>,
     /// Sources in name order.
     pub sources: Vec<SourceStatus>,
     /// Everything refused.
@@ -95,6 +100,16 @@ pub struct Condition {
     pub reason: String,
     /// Since when.
     pub since: SystemTime,
+}
+
+/// One route.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RouteStatus {
+    /// What shall be served.
+    #[serde(flatten)]
+    pub route: Route,
+    /// What has to be there before it is served; `None`: it is served.
+    pub waiting_for: Option<String>,
 }
 
 /// One source.

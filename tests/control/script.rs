@@ -298,7 +298,10 @@ impl World {
             assert!(pass < 10, "{}: does not come to rest", self.name);
             let before = self.maps.writes();
             self.reconciler.pass(&|| now);
-            let faults = self.reconciler.status(&Surroundings::default(), now).faults;
+            let faults = self
+                .reconciler
+                .status(&Surroundings::default(), &Default::default(), now)
+                .faults;
             if faults.is_empty() && self.maps.writes() == before {
                 break;
             }
@@ -317,7 +320,7 @@ impl World {
         let mut out = show(&self.maps.contents());
         for rejection in self
             .reconciler
-            .status(&Surroundings::default(), self.now)
+            .status(&Surroundings::default(), &Default::default(), self.now)
             .rejections
         {
             writeln!(out, "  refused {}: {}", rejection.object, rejection.fault).unwrap();
@@ -484,6 +487,7 @@ fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Obje
             settings,
             backends,
         }],
+        routes: Vec::new(),
         rejections: Vec::new(),
     }
 }

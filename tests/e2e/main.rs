@@ -5,6 +5,7 @@ mod etcd;
 mod faults;
 mod life;
 mod scale;
+mod voting;
 
 use std::collections::BTreeSet;
 

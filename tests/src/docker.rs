@@ -201,11 +201,16 @@ impl Engine {
             .arg("server")
             .status()?;
         ensure!(packed.success(), "tar: {packed}");
-        let tar = tar.to_string_lossy().into_owned();
-        let port = format!("EXPOSE {PORT}");
-        let start = format!("CMD [\"{PORT}\"]");
+        self.image(IMAGE, PORT)
+    }
+
+    /// Makes an image of this name whose server listens on this port.
+    pub fn image(&self, name: &str, port: u16) -> Result<()> {
+        let tar = self.path("image.tar").to_string_lossy().into_owned();
+        let expose = format!("EXPOSE {port}");
+        let start = format!("CMD [\"{port}\"]");
         let entry = "ENTRYPOINT [\"/server\"]";
-        self.docker(&["import", "-c", entry, "-c", &start, "-c", &port, &tar, IMAGE])
+        self.docker(&["import", "-c", entry, "-c", &start, "-c", &expose, &tar, name])
             .map(drop)
     }
 
@@ -229,6 +234,25 @@ impl Engine {
         ensure!(
             output.status.success(),
             "docker {}: {}",
+            words.join(" "),
+            String::from_utf8_lossy(&output.stderr).trim()
+        );
+        Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+    }
+
+    /// `docker-compose WORDS` of a file and a project: what it printed, or its complaint.
+    pub fn compose(&self, file: &str, project: &str, words: &[&str]) -> Result<String> {
+        let output = Command::new("docker-compose")
+            .env_remove("DOCKER_CONTEXT")
+            .env("DOCKER_HOST", self.endpoint())
+            .args(["-f", file, "-p", project])
+            .args(words)
+            .stdin(Stdio::null())
+            .output()
+            .context("docker-compose: `cargo xtask setup e2e` installs it")?;
+        ensure!(
+            output.status.success(),
+            "docker-compose {}: {}",
             words.join(" "),
             String::from_utf8_lossy(&output.stderr).trim()
         );

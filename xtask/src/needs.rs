@@ -131,6 +131,12 @@ pub const NEEDS: &[Need] = {
             "the Docker engines of the tests and of the demo",
         ),
         program(E2e, "docker", "docker.io", "builds the images of the tests"),
+        program(
+            E2e,
+            "docker-compose",
+            "docker-compose",
+            "deploys the reference architecture's application as its users do",
+        ),
         program(E2e, "containerd", "containerd", "dockerd runs containers by it"),
         program(E2e, "curl", "curl", "a client that is not ours"),
         program(E2e, "sysctl", "procps", "reads and sets kernel settings"),

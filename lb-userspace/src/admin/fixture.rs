@@ -9,8 +9,9 @@ use lb_common::{counter::Counter, counter::DropReason, maps};
 
 use super::api::Reading;
 use crate::{
-    model::{BackendState, Protocol, Rejection, ServiceAddress},
-    status::{AttachmentStatus, BackendStatus, Condition, ServiceStatus, SourceStatus, Status},
+    model::{Backend, BackendState, Protocol, Rejection, ServiceAddress},
+    route::{Route, RouteSettings, RouteTls},
+    status::{AttachmentStatus, BackendStatus, Condition, RouteStatus, ServiceStatus, SourceStatus, Status},
 };
 
 /// The time at which the tests look: 2026-01-01 00:00:00 UTC.
@@ -41,7 +42,50 @@ fn backend(id: u32, name: &str, address: &str, state: BackendState, since: u64) 
     }
 }
 
-/// Two services; the container `web-1` serves both.
+fn upstream(name: &str, address: &str, state: BackendState, reason: &str) -> Backend {
+    Backend {
+        address: address.parse().unwrap(),
+        weight: 1,
+        state,
+        reason: reason.into(),
+        drain: Duration::from_secs(30),
+        name: name.into(),
+        check: None,
+    }
+}
+
+/// A route with an alias, of which one upstream is leaving.
+fn route() -> RouteStatus {
+    RouteStatus {
+        route: Route {
+            host: "vote.example.com".into(),
+            aliases: ["poll.example.com".into()].into(),
+            path: "/shop".into(),
+            settings: RouteSettings {
+                rewrite: true,
+                tls: RouteTls {
+                    serve: true,
+                    only: true,
+                    ..RouteTls::default()
+                },
+                ..RouteSettings::default()
+            },
+            upstreams: vec![
+                upstream("vote-1", "172.17.0.7:80", BackendState::Active, "running"),
+                upstream(
+                    "vote-2",
+                    "172.17.0.8:80",
+                    BackendState::Draining,
+                    "container stopping",
+                ),
+            ],
+            remarks: ["balance `uri` is approximated by `round-robin`".into()].into(),
+        },
+        waiting_for: Some("the L7 shim".into()),
+    }
+}
+
+/// Two services and a route; the container `web-1` serves both.
 pub fn status() -> Status {
     let web = ServiceStatus {
         id: 1,
@@ -104,6 +148,7 @@ pub fn status() -> Status {
     Status {
         version: "0.1.0".into(),
         services: vec![web, dns],
+        routes: vec![route()],
         sources: vec![
             SourceStatus {
                 name: "docker".into(),

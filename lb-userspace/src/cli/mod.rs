@@ -15,8 +15,10 @@ mod config;
 mod events;
 mod flows;
 mod humane;
+mod import;
 mod operate;
 mod rates;
+mod routes;
 mod run;
 mod status;
 mod table;
@@ -82,6 +84,9 @@ enum Command {
     /// Read and change what all nodes share: the keys in etcd
     #[command(after_help = config::HELP)]
     Config(config::ConfigArgs),
+    /// Translate the configuration of another balancer
+    #[command(subcommand)]
+    Import(import::ImportCommand),
     /// Take the datapath off the node: programs, maps and addresses; ends every flow. The agent must be stopped
     Detach(DetachArgs),
 }
@@ -192,6 +197,7 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Run(args) => run::run(args, socket),
         Command::Detach(args) => run::detach(args, socket),
         Command::Check { config } => check::check(config, &mut io::stdout(), &mut io::stderr()),
+        Command::Import(command) => import::run(command, &mut io::stdout(), &mut io::stderr()),
         Command::Status(args) => call(watch::status(&client, args)),
         Command::Drain(args) => call(operate::drain(&client, args)),
         Command::Undrain(args) => call(operate::undrain(&client, args)),

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 use super::{
     humane::{age, byte_rate, grouped, micros, short, span},
     rates::{Rate, Rates},
+    routes,
     table::{Cell, Column, Look, Table, Tone},
 };
 use crate::{
@@ -52,6 +53,7 @@ pub fn render(
     let parts = [
         headline(status, now).render(look),
         services(status, rates, now).render(look),
+        routes::routes(status).render(look),
         sources(status, now).render(look),
         devices(status).render(look),
         checks(&status.checks).render(look),
@@ -85,6 +87,9 @@ fn headline(status: &Status, now: SystemTime) -> Table {
 fn services(status: &Status, rates: Option<Rates<'_>>, now: SystemTime) -> Table {
     let mut table = Table::new(BACKENDS, 2);
     if status.services.is_empty() {
+        if !status.routes.is_empty() {
+            return table;
+        }
         table.line(vec![
             "no services: label a container with weir.service.<name>.listen".into(),
         ]);

@@ -4,6 +4,7 @@ mod check;
 mod engine;
 mod errors;
 pub mod health;
+pub mod l7;
 mod raw;
 mod shared;
 #[cfg(test)]
@@ -70,6 +71,8 @@ pub struct Config {
     pub event_sample: u32,
     /// Pins and attachment.
     pub bpf: Bpf,
+    /// How the L7 shim serves routes.
+    pub l7: l7::L7,
     /// Services of the file.
     pub services: Vec<StaticService>,
     /// The file's text.

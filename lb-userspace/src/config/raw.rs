@@ -36,6 +36,7 @@ pub(super) struct RawConfig {
     pub(super) events: RawEvents,
     pub(super) bpf: RawBpf,
     pub(super) tls: BTreeMap<String, Spanned<RawTls>>,
+    pub(super) l7: RawL7,
     pub(super) services: Vec<Spanned<RawService>>,
 }
 
@@ -245,6 +246,28 @@ pub(super) struct RawEvents {
 pub(super) struct RawBpf {
     pub(super) pin_path: Given<String>,
     pub(super) xdp: Given<String>,
+}
+
+/// `[l7]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawL7 {
+    pub(super) http_port: Given<u16>,
+    pub(super) https_port: Given<u16>,
+    pub(super) max_connections: Given<u32>,
+    pub(super) certificates: Given<String>,
+    pub(super) default_certificate: Given<String>,
+    pub(super) min_tls: Given<String>,
+    pub(super) timeouts: RawL7Timeouts,
+}
+
+/// `[l7.timeouts]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawL7Timeouts {
+    pub(super) connect: Given<String>,
+    pub(super) client: Given<String>,
+    pub(super) server: Given<String>,
 }
 
 /// `[[services]]`.

@@ -1,6 +1,9 @@
 use std::collections::BTreeSet;
 
-use super::*;
+use super::{
+    l7::{L7, TlsVersion},
+    *,
+};
 use crate::{
     model::{Check, CheckKind, Passive, Protocol, UnhealthyPolicy},
     source::labels,
@@ -107,6 +110,13 @@ fn the_example_shows_the_defaults_and_every_key_is_documented() {
         ),
         (plain.limits, &plain.snat, &plain.docker, &plain.admin, &plain.bpf)
     );
+    // The example names certificates, which have no default.
+    let l7 = L7 {
+        certificates: None,
+        default_certificate: None,
+        ..config.l7.clone()
+    };
+    assert_eq!(l7, plain.l7);
     assert_eq!(
         config.services[0].wishes.len(),
         1,
@@ -132,6 +142,8 @@ fn the_example_shows_the_defaults_and_every_key_is_documented() {
         "[startup]",
         "[events]",
         "[bpf]",
+        "[l7]",
+        "[l7.timeouts]",
         "[[services]]",
         "[[services]]\n[[services.backends]]",
     ] {
@@ -657,4 +669,43 @@ fn a_service_of_its_own_text_is_judged_as_one_of_the_file() {
         assert!(keys.contains(&key), "{key} is missing in {keys:?}");
     }
     assert_eq!(keys.len(), 6, "{errors}");
+}
+#[test]
+fn the_l7_section_is_read_and_checked() {
+    let text = format!(
+        "{MINIMAL}[l7]\nhttp-port = 8080\nhttps-port = 0\nmax-connections = 256\nmin-tls = \"1.3\"\n\
+         certificates = \"/certs\"\n[l7.timeouts]\nserver = \"50s\"\n"
+    );
+    let l7 = parse(&text).unwrap().l7;
+    assert_eq!(
+        (l7.http_port, l7.https_port, l7.max_connections),
+        (Some(8080), None, 256)
+    );
+    assert_eq!(
+        (l7.min_tls, l7.certificates),
+        (TlsVersion::Tls13, Some("/certs".into()))
+    );
+    assert_eq!(
+        (l7.timeouts.server, l7.timeouts.connect),
+        (Duration::from_secs(50), Duration::from_secs(5))
+    );
+    let text = "interfaces = [\"lo\"]
+[l7]
+http-port = 443
+max-connections = 0
+certificates = \"certs\"
+min-tls = \"1.1\"
+[l7.timeouts]
+client = \"1ms\"
+";
+    assert_eq!(
+        places(text),
+        [
+            "3:13 l7.https-port",
+            "4:19 l7.max-connections",
+            "5:16 l7.certificates",
+            "6:11 l7.min-tls",
+            "8:10 l7.timeouts.client",
+        ]
+    );
 }

@@ -9,6 +9,7 @@
 
 mod drains;
 mod health;
+mod routes;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,10 +21,12 @@ use std::{
 pub use drains::{Drains, DrainsError, names};
 pub use health::TargetChanges;
 use health::{Candidate, Health};
+use routes::Routes;
 
 use crate::{
     health::{Key, Verdict},
     model::{Backend, BackendState, Rejection, Service, ServiceAddress, ServiceWish},
+    route::Route,
     source::{Freshness, Message, Object, SourceId, Update},
     status::{Condition, SourceStatus},
 };
@@ -56,6 +59,7 @@ pub struct Wanted {
 pub struct Heard {
     sources: BTreeMap<SourceId, Source>,
     by_service: BTreeMap<ServiceAddress, BTreeSet<(SourceId, String)>>,
+    routes: Routes,
     drains: Drains,
     health: Health,
     dirty: BTreeSet<ServiceAddress>,
@@ -126,6 +130,7 @@ impl Heard {
         for (old, new) in changed {
             for (object, present) in [(old, false), (new, true)] {
                 let Some(object) = object else { continue };
+                self.routes.note(&id, &object, present);
                 for wish in &object.services {
                     let holders = self.by_service.entry(wish.address).or_default();
                     let key = (id.clone(), object.id.clone());
@@ -178,6 +183,7 @@ impl Heard {
         if drains != self.drains {
             self.drains = drains;
             self.dirty.extend(self.by_service.keys());
+            self.routes.touch();
         }
     }
 
@@ -188,11 +194,16 @@ impl Heard {
 
     /// Whether anything waits for [`Heard::refresh`].
     pub fn is_dirty(&self) -> bool {
-        !self.dirty.is_empty()
+        !self.dirty.is_empty() || self.routes.is_dirty()
     }
 
     /// Brings the desired state up to date and returns the services that changed. `today` is now.
     pub fn refresh(&mut self, today: SystemTime) -> BTreeSet<ServiceAddress> {
+        let mut routes = std::mem::take(&mut self.routes);
+        routes.refresh(&self.sources, |host, upstream| {
+            self.candidate(host, upstream, 0).backend
+        });
+        self.routes = routes;
         let mut changed = BTreeSet::new();
         for address in std::mem::take(&mut self.dirty) {
             let (merged, contradictions) = self.merge(address);
@@ -239,6 +250,12 @@ impl Heard {
         changed
     }
 
+    /// The routes as of the last [`Heard::refresh`], in the order of host and path. The same allocation as long as nothing
+    /// about them changes.
+    pub fn routes(&self) -> Arc<Vec<Route>> {
+        self.routes.told()
+    }
+
     /// The desired state as of the last [`Heard::refresh`].
     pub fn desired(&self) -> &Desired {
         &self.desired
@@ -272,6 +289,7 @@ impl Heard {
             .flat_map(|s| s.rejected.iter().filter_map(|id| s.objects.get(id)));
         own.flat_map(|o| &o.rejections)
             .chain(self.desired.contradictions.values().flatten())
+            .chain(self.routes.contradictions())
             .cloned()
             .collect()
     }

@@ -30,6 +30,7 @@ fn object(id: &str, age: u64, affinity: bool) -> Object {
         name: id.into(),
         created: SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(age),
         services: vec![wish],
+        routes: Vec::new(),
         rejections: Vec::new(),
     }
 }

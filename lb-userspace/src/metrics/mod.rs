@@ -161,6 +161,11 @@ const METRICS: &[Definition] = &[
         "Backends ejected at the moment by what the datapath counts.",
     ),
     gauge(
+        "weir_route_upstreams",
+        &["host", "path", "state"],
+        "Upstreams of the route by state; an alias is not counted again.",
+    ),
+    gauge(
         "weir_source_connected",
         &["source"],
         "1 while the source is connected.",
@@ -298,6 +303,17 @@ impl Samples {
 fn families(status: &Status, counters: &Counters) -> Result<Vec<MetricFamily>, MetricsError> {
     let mut samples = Samples::default();
     node(&mut samples, counters);
+    for route in status.routes.iter().map(|status| &status.route) {
+        for state in STATES {
+            let upstreams = route.upstreams.iter();
+            let count = upstreams.filter(|u| state_name(u.state) == state).count();
+            samples.add(
+                "weir_route_upstreams",
+                &[&route.host, &route.path, state],
+                count as f64,
+            );
+        }
+    }
     for service in &status.services {
         self::service(&mut samples, service, counters);
     }

@@ -42,6 +42,7 @@ fn values_are_those_of_status_and_counters() {
         r#"weir_backend_ring_share_ratio{service="web",service_address="10.0.0.1:80/tcp",backend="web-1",address="172.17.0.2:8080"} 0.6667"#,
         r#"weir_backend_state{service="web",service_address="10.0.0.1:80/tcp",backend="web-3",address="172.17.0.4:8080",state="draining"} 1"#,
         r#"weir_service_live_flows{service="web",address="10.0.0.1:80/tcp"} 132"#,
+        r#"weir_route_upstreams{host="vote.example.com",path="/shop",state="draining"} 1"#,
         r#"weir_rejections{source="docker"} 1"#,
         r#"weir_source_last_heard_seconds{source="docker"} 1767225599"#,
         "weir_commit_duration_seconds 0.00125",

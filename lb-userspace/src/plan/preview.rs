@@ -321,6 +321,7 @@ mod tests {
             address: wish.address,
             settings: wish.settings,
             backends: wish.backends,
+            slow: BTreeMap::new(),
         };
         let wanted = Wanted {
             service: Arc::new(service),

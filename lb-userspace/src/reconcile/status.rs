@@ -13,8 +13,11 @@ use crate::{
     health::Report,
     model::{Backend, BackendState, ServiceAddress},
     plan::{About, Entry},
-    status::{AttachmentStatus, BackendStatus, ServiceStatus, Status},
+    status::{AttachmentStatus, BackendStatus, RouteStatus, ServiceStatus, Status},
 };
+
+/// Routes are kept, and told to whoever serves HTTP by them; the agent itself has no L7 part.
+const ROUTES_WAIT_FOR: &str = "the L7 shim";
 
 /// What other parts of the agent add to the status.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -64,11 +67,17 @@ impl Reconciler {
                 backends,
             }
         });
+        let routes = self.heard.routes();
+        let routes = routes.iter().map(|route| RouteStatus {
+            route: route.clone(),
+            waiting_for: Some(ROUTES_WAIT_FOR.into()),
+        });
         let mut rejections = self.heard.rejections();
         rejections.extend(self.rejections.values().flatten().cloned());
         Status {
             version: env!("CARGO_PKG_VERSION").into(),
             services: services.collect(),
+            routes: routes.collect(),
             sources: self.heard.sources(),
             rejections: rejections.into_iter().collect(),
             attachments: surroundings.attachments.clone(),

@@ -124,11 +124,9 @@ pub async fn run(
             let surroundings = inputs.surroundings.borrow().clone();
             let checks = inputs.checks.borrow().clone();
             let status = reconciler.status(&surroundings, &checks, clock());
-            let backends = status
-                .services
-                .iter()
-                .map(|s| s.backends.len() as u32)
-                .sum::<u32>();
+            let backends = status.services.iter().map(|s| s.backends.len());
+            let upstreams = status.routes.iter().map(|r| r.route.upstreams.len());
+            let backends = backends.chain(upstreams).sum::<usize>() as u32;
             outputs.status.send_replace(status);
             (status_at, status_free) = (None, clock() + STATUS_PER_BACKEND * backends);
         }

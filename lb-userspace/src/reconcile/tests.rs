@@ -147,6 +147,7 @@ fn container(service: u16, backend: Backend) -> Object {
         name: wish.backends[0].name.clone(),
         created: SystemTime::UNIX_EPOCH,
         services: vec![wish],
+        routes: Vec::new(),
         rejections: Vec::new(),
     }
 }

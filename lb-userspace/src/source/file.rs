@@ -205,6 +205,7 @@ pub fn objects(config: &Config) -> Vec<Object> {
             name: service.name.clone(),
             created: SystemTime::UNIX_EPOCH,
             services: service.wishes.clone(),
+            routes: Vec::new(),
             rejections: Vec::new(),
         })
         .collect()
@@ -218,6 +219,7 @@ fn faults(errors: &ConfigErrors) -> Object {
         name: path.to_string(),
         created: SystemTime::UNIX_EPOCH,
         services: Vec::new(),
+        routes: Vec::new(),
         rejections: errors
             .faults
             .iter()

@@ -3,6 +3,7 @@
 pub mod docker;
 pub mod etcd;
 pub mod file;
+pub mod interlock;
 pub mod labels;
 
 use std::time::SystemTime;
@@ -10,6 +11,7 @@ use std::time::SystemTime;
 use crate::{
     health::Verdict,
     model::{Rejection, ServiceWish},
+    route::RouteWish,
 };
 
 /// Which source an update is from. Each source owns its objects: a `Reset` replaces them all.
@@ -25,8 +27,10 @@ pub struct Object {
     pub name: String,
     /// When it was created: of two that contradict each other the older one wins; then the smaller id.
     pub created: SystemTime,
-    /// What it wishes.
+    /// What it wishes of the kernel.
     pub services: Vec<ServiceWish>,
+    /// What it wishes of the L7 shim.
+    pub routes: Vec<RouteWish>,
     /// What of it was refused.
     pub rejections: Vec<Rejection>,
 }

@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead as _, BufReader, Write as _},
-    net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{Ipv6Addr, SocketAddr, TcpListener, TcpStream, ToSocketAddrs as _, UdpSocket},
     os::fd::{AsFd as _, OwnedFd},
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
@@ -215,7 +215,11 @@ fn converse(mut stream: TcpStream, client: SocketAddr, name: &str) -> Result<()>
 
 /// Asks a server like this one, as a client.
 pub fn ask(address: &str) -> Result<String> {
-    let to: SocketAddr = address.parse().context("the address")?;
+    let to: SocketAddr = address
+        .to_socket_addrs()
+        .context("the address")?
+        .next()
+        .context("no address of this name")?;
     let mut stream = TcpStream::connect_timeout(&to, LONGEST).context(to)?;
     stream.set_read_timeout(Some(LONGEST))?;
     writeln!(stream, "hello")?;

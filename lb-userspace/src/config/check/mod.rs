@@ -3,6 +3,7 @@
 mod docker;
 mod etcd;
 mod health;
+mod l7;
 mod sections;
 mod services;
 pub(super) mod shared;
@@ -49,6 +50,7 @@ pub(super) fn check(path: &Path, text: &str, shared: Arc<Shared>) -> Result<Conf
             .or(shared.event_sample)
             .unwrap_or(0),
         bpf: sections::bpf(&mut check, &raw.bpf),
+        l7: l7::l7(&mut check, &raw.l7),
         services: services::services(&mut check, &raw.services, &own),
         policy,
         text: text.into(),

@@ -72,6 +72,7 @@ impl Rig {
             name: backend.name,
             created: SystemTime::UNIX_EPOCH,
             services: vec![wish],
+            routes: Vec::new(),
             rejections: Vec::new(),
         }));
     }

@@ -15,9 +15,9 @@ use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
 
 use super::{
     container::{Container, NoId},
-    events::{ACTIONS, is_ours},
+    events::ACTIONS,
 };
-use crate::config::Endpoint;
+use crate::{config::Endpoint, source::labels::is_ours};
 
 /// Longest wait for the answer to one question, seconds. A busy engine takes one; one that takes ten is as good as gone.
 const REQUEST_TIMEOUT_S: u64 = 10;

@@ -329,6 +329,7 @@ fn object(key: &str, name: &str, created: i64) -> Object {
         name: key.to_owned(),
         created: SystemTime::UNIX_EPOCH + age,
         services: Vec::new(),
+        routes: Vec::new(),
         rejections: Vec::new(),
     }
 }

@@ -10,15 +10,17 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::{IpAddr, SocketAddr},
 };
 
-use reach::places;
-use refusal::Refusal;
+pub(super) use reach::places;
+pub use refusal::Refusal;
 
 use super::{
     Object,
     docker::container::{Container, Health, NetworkMode, RunState},
+    interlock,
 };
 use crate::{
     config::{
@@ -26,8 +28,11 @@ use crate::{
         value::{self, Listen, ValueError},
     },
     model::{Backend, BackendState, Protocol, Rejection, ServiceAddress, ServiceSettings, ServiceWish},
+    route::RouteWish,
 };
 
+/// What the labels begin with that mean something to Weir: its own, and those of Interlock.
+const FAMILIES: &[&str] = &[PREFIX, interlock::v1::PREFIX, interlock::v2::PREFIX];
 /// Every label of Weir begins with this.
 pub const PREFIX: &str = "weir.";
 /// Labels of a service: `weir.service.<name>.<setting>`.
@@ -81,9 +86,14 @@ pub struct Site {
     pub allow: Allowed,
 }
 
+/// Whether one of the labels is ours.
+pub fn is_ours<'l>(mut labels: impl Iterator<Item = &'l str>) -> bool {
+    labels.any(|label| FAMILIES.iter().any(|family| label.starts_with(family)))
+}
+
 /// What a container wishes; `None` when it says nothing to Weir, is switched off, or does not run.
 pub fn object(container: &Container, site: &Site, policy: &Policy) -> Option<Object> {
-    if container.state == RunState::Stopped || !container.labels.keys().any(|key| key.starts_with(PREFIX)) {
+    if container.state == RunState::Stopped || !is_ours(container.labels.keys().map(String::as_str)) {
         return None;
     }
     let mut refused = Refused {
@@ -95,49 +105,57 @@ pub fn object(container: &Container, site: &Site, policy: &Policy) -> Option<Obj
         Some(Ok(false)) => return None,
         // Whether it shall serve is unknown: not serving is what can be seen and mended.
         Some(Err(error)) => {
-            refused.note(ENABLE, "", error.into());
-            return Some(refused.into_object(Vec::new()));
+            refused.note(ENABLE, &error, error.remedy());
+            return Some(refused.into_object(Vec::new(), Vec::new()));
         }
         Some(Ok(true)) | None => {}
     }
 
     let mut wishes: Vec<ServiceWish> = Vec::new();
     for (name, labels) in group(container, &mut refused) {
-        match service(name, &labels, container, site, policy) {
+        let spoilt = match service(name, &labels, container, site, policy) {
             Ok(found) => match clash(&found, &wishes) {
-                None => wishes.extend(found),
-                Some(refusal) => refused.note(&format!("{SERVICE}{name}.listen"), name, refusal),
+                None => {
+                    wishes.extend(found);
+                    continue;
+                }
+                Some(refusal) => ("listen", refusal),
             },
-            Err((label, refusal)) => refused.note(&format!("{SERVICE}{name}.{label}"), name, refusal),
-        }
+            Err(spoilt) => spoilt,
+        };
+        let (label, refusal) = spoilt;
+        let prefix = format!("{SERVICE}{name}.");
+        refused.note(&format!("{prefix}{label}"), &refusal, refusal.remedy(&prefix));
     }
-    Some(refused.into_object(wishes))
+    let routes = interlock::routes(container, site, policy, &mut refused);
+    Some(refused.into_object(wishes, routes))
 }
 
 /// The refusals of one container.
-struct Refused<'c> {
+pub(super) struct Refused<'c> {
     source: &'c str,
     container: &'c Container,
     rejections: Vec<Rejection>,
 }
 
 impl Refused<'_> {
-    fn note(&mut self, label: &str, service: &str, refusal: Refusal) {
+    pub(super) fn note(&mut self, label: &str, fault: &impl fmt::Display, remedy: String) {
         let short: String = self.container.id.chars().take(12).collect();
         self.rejections.push(Rejection {
             source: self.source.into(),
             object: format!("container {} ({short}): label {label}", self.container.name),
-            fault: refusal.to_string(),
-            remedy: refusal.remedy(service),
+            fault: fault.to_string(),
+            remedy,
         });
     }
 
-    fn into_object(self, services: Vec<ServiceWish>) -> Object {
+    fn into_object(self, services: Vec<ServiceWish>, routes: Vec<RouteWish>) -> Object {
         Object {
             id: self.container.id.clone(),
             name: self.container.name.clone(),
             created: self.container.created,
             services,
+            routes,
             rejections: self.rejections,
         }
     }
@@ -165,7 +183,7 @@ fn group<'c>(
                     text: label.trim_start_matches(PREFIX).into(),
                     known: &["enable", "service.<name>.<setting>"],
                 };
-                refused.note(label, "", unknown);
+                refused.note(label, &unknown, unknown.remedy(PREFIX));
             }
         }
     }
@@ -203,7 +221,7 @@ fn service(
     let port = labels.get("port", None, |text| value::port(text).map(Some))?;
     let listens = labels.get("listen", Vec::new(), value::listens)?;
     if listens.is_empty() {
-        return Err(("listen", Refusal::NoListen { name: name.into() }));
+        return Err(("listen", Refusal::NoListen));
     }
     let vips = policy
         .choose_vip(labels.0.get("vip").copied())
@@ -329,7 +347,7 @@ fn clash(found: &[ServiceWish], others: &[ServiceWish]) -> Option<Refusal> {
 }
 
 /// Whether a container serves, and why not.
-fn state(container: &Container) -> (BackendState, &'static str) {
+pub(super) fn state(container: &Container) -> (BackendState, &'static str) {
     match (container.stopping, container.state, container.health) {
         (true, ..) => (BackendState::Draining, "container stopping"),
         (_, RunState::Paused, _) => (BackendState::Unready, "container paused"),

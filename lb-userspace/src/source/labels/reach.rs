@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Where a container port is reached from this node: at most one place for each family.
-pub(super) fn places(
+pub fn places(
     listen: Listen,
     port: u16,
     network: Option<&str>,

@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 
-use super::SERVICE;
 use crate::{
     config::{
         VipError,
@@ -14,7 +13,7 @@ use crate::{
 
 /// Why a service is refused. `Display` is the fault, [`Refusal::remedy`] what to do.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Refusal {
+pub enum Refusal {
     #[error("{0}")]
     Value(#[from] ValueError),
     #[error("{0}")]
@@ -28,7 +27,7 @@ pub(super) enum Refusal {
         known: &'static [&'static str],
     },
     #[error("the service does not say where it listens")]
-    NoListen { name: String },
+    NoListen,
     #[error("the container port is not clear: {}", if .exposed.is_empty() { "the container exposes none" } else { "it exposes several" })]
     Port { exposed: Vec<Listen> },
     #[error("`{0}` listens on every port, but only single ports are published by a remote engine")]
@@ -54,29 +53,31 @@ pub(super) enum Refusal {
 }
 
 impl Refusal {
-    pub(super) fn remedy(&self, service: &str) -> String {
+    /// What to do; `prefix` is what the labels of this service or route begin with.
+    pub fn remedy(&self, prefix: &str) -> String {
         match self {
             Self::Value(error) => error.remedy(),
-            Self::Vip(error) => error.remedy(&format!("{SERVICE}{service}.vip")),
-            Self::Check(error) => error.remedy(
-                &format!("{SERVICE}{service}.check"),
-                &format!("{SERVICE}{service}.check-port"),
-            ),
-            Self::Unknown { prefix, text, known } => match value::nearest(text, known) {
-                Some(word) => format!("did you mean `{prefix}{word}`?"),
-                None => format!("known after `{prefix}`: {}", known.join(", ")),
+            Self::Vip(error) => error.remedy(&format!("{prefix}vip")),
+            Self::Check(error) => error.remedy(&format!("{prefix}check"), &format!("{prefix}check-port")),
+            Self::Unknown {
+                prefix: family,
+                text,
+                known,
+            } => match value::nearest(text, known) {
+                Some(word) => format!("did you mean `{family}{word}`?"),
+                None => format!("known after `{family}`: {}", known.join(", ")),
             },
-            Self::NoListen { name } => format!("add the label {SERVICE}{name}.listen=80/tcp"),
+            Self::NoListen => format!("add the label {prefix}listen=80/tcp"),
             Self::Port { exposed } if exposed.is_empty() => {
-                format!("set {SERVICE}{service}.port to the port that the container listens on")
+                format!("set {prefix}port to the port that the container listens on")
             }
             Self::Port { exposed } => {
-                format!("set {SERVICE}{service}.port to one of: {}", list(exposed))
+                format!("set {prefix}port to one of: {}", list(exposed))
             }
             Self::EveryPortRemote(_) => "name the ports, or run an agent on the container's node".into(),
             Self::Unpublished(_) => "publish it, or run an agent on the container's node".into(),
             Self::NetworkChoice(known) => {
-                format!("set {SERVICE}{service}.network to one of: {}", known.join(", "))
+                format!("set {prefix}network to one of: {}", known.join(", "))
             }
             Self::NoNetwork { known, .. } if known.is_empty() => "connect the container to it".into(),
             Self::NoNetwork { known, .. } => format!("name one of: {}", known.join(", ")),

@@ -18,7 +18,7 @@ use crate::{
     config::Policy,
     source::{
         Object,
-        labels::{self, PREFIX, Site},
+        labels::{self, Site, is_ours},
     },
 };
 
@@ -139,11 +139,6 @@ impl Event {
             kind,
         })
     }
-}
-
-/// Whether one of the labels is ours.
-pub fn is_ours<'l>(mut labels: impl Iterator<Item = &'l str>) -> bool {
-    labels.any(|label| label.starts_with(PREFIX))
 }
 
 // === impl Cache ===
