@@ -107,7 +107,15 @@ const fn finish(mut h: u32) -> u32 {
     h ^ (h >> 16)
 }
 
-/// The bit of `OURS` that stands for an address: word index and mask.
+/// The bit of the port filter in `OURS` that stands for a port of TCP (6) or UDP (17): word index and mask.
+#[inline(always)]
+pub const fn port_bit(proto: u32, port: Be16) -> (u32, u64) {
+    // The bit order follows the port's memory word: no swap per packet. UDP's number alone has bit 4.
+    let bit = (proto >> 4 & 1) << 16 | port.0 as u32;
+    (bit >> 6, 1 << (bit & 63))
+}
+
+/// The bit of the address filter in `OURS` that stands for an address: word index and mask.
 #[inline(always)]
 pub fn ours_bit<A: Address>(addr: A) -> (u32, u64) {
     // One multiplication is enough for a filter, and every packet pays for it.

@@ -8,13 +8,13 @@ use crate::{
     addr::{Addr4, Addr16, Be16, Hop},
     counter::{Counter, DropReason},
     flow::Address,
-    limits::{OURS_WORDS, RING_ROW},
+    limits::{OURS_WORDS, PORT_WORDS, RING_ROW},
 };
 
 /// Version of the set of maps; part of the pin path. Raised when maps cannot be adopted any more.
 pub const SCHEMA: u32 = 1;
 /// Version of the layouts below, compared before pinned maps are adopted. Raise it with every change here.
-pub const ABI_VERSION: u32 = 1;
+pub const ABI_VERSION: u32 = 2;
 
 /// The only value of `META`: what the pinned maps are.
 #[repr(C)]
@@ -76,8 +76,9 @@ pub struct Service {
     pub previous_row: u32,
     /// Rows of the ring before, minus one.
     pub previous_mask: u32,
-    /// Explicit padding.
-    pub _pad: u32,
+    /// Backends with the most entries in the ring, 0 for none: where a re-steer goes when the ring offers it only the
+    /// backend that failed.
+    pub alternates: [u32; 2],
 }
 
 /// `ring_row` of a service without a ring: no backend takes new flows.
@@ -412,14 +413,17 @@ impl Default for Drops {
     }
 }
 
-/// The only value of `OURS`: a filter over the addresses that packets of ours carry.
+/// The only value of `OURS`: filters over the addresses that packets of ours carry, and over the ports of services.
 ///
-/// A clear bit of both a packet's addresses proves that it is not ours; a set one proves nothing.
+/// A clear bit of both a packet's addresses proves that it is not ours; a clear bit of its destination port proves that
+/// no service could open a flow for it. A set bit proves nothing.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct Ours {
-    /// Bits by `flow::ours_bit`.
+    /// Bits of addresses by `flow::ours_bit`.
     pub words: [u64; OURS_WORDS],
+    /// Bits of ports by `flow::port_bit`; all of them while a service has every port.
+    pub ports: [u64; PORT_WORDS],
 }
 
 /// One record of `EVENTS`.
@@ -460,7 +464,7 @@ const _: () = {
     assert!(size_of::<Meta>() == 16);
     assert!(size_of::<Settings>() == 16);
     assert!(size_of::<ServiceKey>() == 20);
-    assert!(size_of::<Service>() == 32);
+    assert!(size_of::<Service>() == 36);
     assert!(size_of::<Backend>() == 48);
     assert!(size_of::<Device>() == 16);
     assert!(size_of::<Flow4>() == 64);

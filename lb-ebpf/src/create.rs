@@ -23,12 +23,9 @@ use crate::{
     verdict::Verdict,
 };
 
-/// Ring entries looked at for a backend that takes new flows. More than one only while the ring lags behind.
-const RING_TRIES: u32 = 8;
-
-/// Answer of [`open`] when the flow is there: the packet is now one of a known flow. (A service's packet is never
-/// passed once it got this far, so the value is free.)
-pub const CREATED: Verdict = Verdict::TO_NODE;
+/// Ring entries looked at for a backend that takes new flows and has not failed. More than one only for a re-steer, or
+/// while the ring lags behind; after them the service's alternates.
+const RING_TRIES: u32 = 4;
 
 /// The service of a forward key: its port's own, or the one of every port.
 #[inline(always)]
@@ -47,14 +44,13 @@ pub fn find_service<'a, T: Tables + 'a, A: Ip>(tables: T, key: &FlowKey<A>) -> O
     }
 }
 
-/// Begins a flow, in place of any that the tuple had. `attempt` counts re-steers, `avoid` is the backend that failed.
+/// Begins the flow that `wish` asks for ([`Verdict::OPEN`] or [`Verdict::replace`]).
 #[inline(never)]
 pub fn open<P: Packet, T: Tables, A: Ip>(
     packet: &mut P,
     tables: T,
     datagram: &Datagram<A>,
-    attempt: u32,
-    avoid: u32,
+    wish: Verdict,
 ) -> Verdict {
     let key = &datagram.key;
     let Some(service) = find_service(tables, key) else {
@@ -81,8 +77,8 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     let Some(work) = tables.work::<A>() else {
         return Verdict::drop(DropReason::RewriteFailed, service.id);
     };
-    work.choice.attempt = attempt;
-    if !choose(tables, service, key, avoid, &mut work.choice) {
+    work.choice.attempt = wish.attempt();
+    if !choose(tables, service, key, wish.avoid(), &mut work.choice) {
         return no_backend(packet, tables, datagram, service);
     }
     let id = work.choice.backend;
@@ -100,9 +96,12 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     work.forward.hop = hop;
     work.forward.state = work.choice.attempt.min(flow_state::TRIES_MASK) << flow_state::TRIES_SHIFT;
     prepare(tables, work, key, service, backend);
+    if wish.replaces() {
+        forget(tables, key);
+    }
     let verdict = install(tables, work, service, backend);
-    if verdict == CREATED {
-        record(tables, datagram, service, id, avoid);
+    if verdict == Verdict::CREATED {
+        record(tables, datagram, service, id, wish.avoid());
     }
     verdict
 }
@@ -117,7 +116,7 @@ pub fn ring_hash<A: Ip>(service: &Service, key: &FlowKey<A>) -> u32 {
     }
 }
 
-/// Whether the service has a backend other than `avoid` for a flow, from `attempt` on.
+/// Whether the service has a backend other than `avoid` for a flow.
 #[inline(never)]
 pub fn has_other<T: Tables, A: Ip>(tables: T, key: &FlowKey<A>, attempt: u32, avoid: u32) -> bool {
     let (Some(service), Some(work)) = (find_service(tables, key), tables.work::<A>()) else {
@@ -127,7 +126,7 @@ pub fn has_other<T: Tables, A: Ip>(tables: T, key: &FlowKey<A>, attempt: u32, av
     select(tables, service, ring_hash(service, key), avoid, &mut work.choice)
 }
 
-/// Looks in the ring for a backend that takes new flows and is not `avoid`, from `choice.attempt` on.
+/// Looks in the ring, then among the alternates, for a backend that takes new flows and is not `avoid`.
 ///
 /// The answer is in `choice`, in map memory, where the verifier does not tell one attempt from the next.
 #[inline(never)]
@@ -135,22 +134,27 @@ fn select<T: Tables>(tables: T, service: &Service, hash: u32, avoid: u32, choice
     if service.ring_row == NO_RING {
         return false;
     }
-    let first = choice.attempt;
+    let first = choice.attempt * RING_TRIES;
     for step in 0..RING_TRIES {
         let hash = hash_attempt(hash, first + step);
         let row = service.ring_row + (hash >> RING_ROW_BITS & service.ring_mask);
-        let id = tables.ring(row, hash);
-        if id != 0
-            && id != avoid
-            && let Some(backend) = tables.backend(id)
-            && backend.state != backend_state::DEAD
-        {
-            choice.backend = id;
-            choice.attempt = first + step;
+        if takes(tables, tables.ring(row, hash), avoid, choice) {
             return true;
         }
     }
-    false
+    // Two backends, one of which fails: every sixteenth flow meets that one alone in the ring.
+    takes(tables, service.alternates[0], avoid, choice) || takes(tables, service.alternates[1], avoid, choice)
+}
+
+/// Chooses a backend if it takes new flows.
+#[inline(always)]
+fn takes<T: Tables>(tables: T, id: u32, avoid: u32, choice: &mut Choice) -> bool {
+    let alive = |backend: &Backend| backend.state != backend_state::DEAD;
+    let takes = id != 0 && id != avoid && tables.backend(id).is_some_and(alive);
+    if takes {
+        choice.backend = id;
+    }
+    takes
 }
 
 /// Affinity first, then the ring.
@@ -277,7 +281,6 @@ fn prepare<T: Tables, A: Ip>(
 /// Claims a source for the flow (the reverse entry arbitrates) and inserts the forward entry.
 #[inline(never)]
 fn install<T: Tables, A: Ip>(tables: T, work: &mut Work<A>, service: &Service, backend: &Backend) -> Verdict {
-    forget(tables, &work.forward_key);
     let Some(settings) = tables.settings() else {
         return Verdict::drop(DropReason::RewriteFailed, service.id);
     };
@@ -397,7 +400,7 @@ fn reclaim<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> u32 {
 #[inline(never)]
 fn commit<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> Verdict {
     match tables.insert_flow(&work.forward_key, &work.forward) {
-        Ok(()) => CREATED,
+        Ok(()) => Verdict::CREATED,
         Err(error) => {
             tables.remove_flow(&work.reverse_key);
             let reason = match error {

@@ -19,9 +19,6 @@ use crate::{
     verdict::Verdict,
 };
 
-/// Ticks (a power of two) between two stamps of an entry: a write to a shared cache line is dear.
-pub const STAMP_SHIFT: u32 = 7;
-
 /// A packet whose forward entry was found.
 #[inline(always)]
 pub fn known<P: Packet, T: Tables, A: Ip>(
@@ -48,10 +45,7 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
             return verdict;
         }
     }
-    let now = tables.now();
-    if (now ^ flow.last_seen) >> STAMP_SHIFT != 0 {
-        entry.set_last_seen(now);
-    }
+    entry.stamp(tables.now());
     if P::HOOK != Hook::Egress && has_moved(packet, flow.hop) {
         relearn(packet, tables, datagram, entry);
     }
@@ -78,7 +72,7 @@ fn transition<T: Tables, A: Ip>(
         let waited = tables.now().wrapping_sub(flow.created) >= tables.ticks_per_second() / 5;
         // The client begins anew on an old tuple, or its backend is on its way out.
         if is_closed(state) || (backend.state != backend_state::ACTIVE && (answered || waited)) {
-            return Verdict::open(0, 0);
+            return Verdict::replace(0, 0);
         }
         if !answered {
             let attempt = (state >> flow_state::TRIES_SHIFT & flow_state::TRIES_MASK) + 1;
@@ -86,7 +80,7 @@ fn transition<T: Tables, A: Ip>(
                 && attempt <= lb_common::limits::MAX_RESTEERS
                 && create::has_other(tables, &datagram.key, attempt, flow.backend)
             {
-                return Verdict::open(attempt, flow.backend);
+                return Verdict::replace(attempt, flow.backend);
             }
         }
     } else if state & flow_state::REFUSED != 0 && datagram.flags & TCP_RST != 0 {
@@ -132,10 +126,10 @@ fn orphan<P: Packet, T: Tables, A: Ip>(
     }
     if datagram.proto() != TCP {
         tables.count(Counter::FlowsMoved);
-        return Verdict::open(0, 0);
+        return Verdict::replace(0, 0);
     }
     if tcp::is_syn(datagram.flags) {
-        return Verdict::open(0, 0);
+        return Verdict::replace(0, 0);
     }
     remove_pair(tables, &datagram.key, entry.flow());
     if datagram.flags & TCP_RST != 0 {

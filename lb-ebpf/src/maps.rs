@@ -69,11 +69,13 @@ pub static ACL: LpmTrie<AclData, u32, { limits::MAX_ACL_ENTRIES as usize }> = Lp
 /// Programs write, agent reads and has expired flows removed. Full: new flows are dropped as `flow_table_full`;
 /// never an LRU, because a connection does not survive the loss of one of its two entries.
 #[btf_map]
-pub static FLOWS4: HashMap<FlowKey4, Flow4, { limits::DEFAULT_FLOW_ENTRIES as usize }> = HashMap::new();
+pub static FLOWS4: HashMap<FlowKey4, Flow4, { limits::flow_entries(limits::DEFAULT_FLOWS4) as usize }> =
+    HashMap::new();
 
 /// See [`FLOWS4`].
 #[btf_map]
-pub static FLOWS6: HashMap<FlowKey6, Flow6, { limits::DEFAULT_FLOW6_ENTRIES as usize }> = HashMap::new();
+pub static FLOWS6: HashMap<FlowKey6, Flow6, { limits::flow_entries(limits::DEFAULT_FLOWS6) as usize }> =
+    HashMap::new();
 
 /// Programs write and read. Full: the least recently used client is forgotten and the ring decides.
 #[btf_map]

@@ -2,7 +2,7 @@
 
 use lb_common::{
     addr::{Addr4, Addr16},
-    flow::{Address, ours_bit},
+    flow::{Address, FlowKey, ours_bit, port_bit},
     maps::{FragmentPorts, flow_state},
 };
 
@@ -114,9 +114,9 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
         return Verdict::PASS;
     }
     let mut verdict = known(packet, tables, datagram);
-    if let Some((attempt, avoid)) = verdict.opens() {
-        verdict = create::open(packet, tables, datagram, attempt, avoid);
-        if verdict == create::CREATED {
+    if verdict.opens() {
+        verdict = create::open(packet, tables, datagram, verdict);
+        if verdict == Verdict::CREATED {
             verdict = known(packet, tables, datagram);
         }
     }
@@ -126,7 +126,7 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
     verdict
 }
 
-/// Flow → rewrite, or the wish to open a flow.
+/// Flow → rewrite, or the wish to open a flow. Foreign packets to an address of ours end here, by the filter.
 #[inline(never)]
 fn known<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Datagram<A>) -> Verdict {
     match tables.flow(&datagram.key) {
@@ -134,8 +134,16 @@ fn known<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Data
             forward::known(packet, tables, datagram, &entry)
         }
         Some(entry) => reverse::known(packet, tables, datagram, &entry),
-        None => Verdict::open(0, 0),
+        None if serves(tables, &datagram.key) => Verdict::OPEN,
+        None => Verdict::PASS,
     }
+}
+
+/// Whether any service has the port that a packet without a flow is for.
+#[inline(always)]
+fn serves<T: Tables, A: Address>(tables: T, key: &FlowKey<A>) -> bool {
+    let (word, mask) = port_bit(key.proto, key.dport);
+    tables.port_word(word) & mask != 0
 }
 
 /// Gives a later fragment the ports of the first one. Without them it cannot be told whose it is.

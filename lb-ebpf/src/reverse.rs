@@ -8,7 +8,7 @@ use lb_common::{
 
 use crate::{
     create, csum,
-    forward::{STAMP_SHIFT, apply},
+    forward::apply,
     headers::{TCP, TCP_ACK, TCP_RST, Tcp},
     packet::Packet,
     parse::Datagram,
@@ -32,10 +32,7 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
     if let Some(verdict) = send::refuse(packet, tables, datagram, way, flow.service) {
         return verdict;
     }
-    let now = tables.now();
-    if (now ^ flow.last_seen) >> STAMP_SHIFT != 0 {
-        entry.set_last_seen(now);
-    }
+    entry.stamp(tables.now());
     stats::from_backend(tables, flow.backend, datagram.length);
     if datagram.proto() == TCP {
         if tcp::is_transition(datagram.flags, flow.state) {

@@ -21,6 +21,9 @@ pub enum InsertError {
     Full,
 }
 
+/// log2 of the ticks between two stamps of an entry.
+const STAMP_SHIFT: u32 = 7;
+
 /// A flow entry in its map. The entry may change or be reused by another CPU at any time, as any map value may.
 pub struct Entry<A: Address>(*mut Flow<A>);
 
@@ -30,7 +33,7 @@ pub struct Entry<A: Address>(*mut Flow<A>);
 pub struct Choice {
     /// Its id.
     pub backend: u32,
-    /// The attempt that found it: 0, or the number of re-steers.
+    /// The number of re-steers before this choice.
     pub attempt: u32,
 }
 
@@ -69,8 +72,10 @@ pub trait Tables: Copy {
     fn now(self) -> u32;
     /// Ticks of the flow clock per second.
     fn ticks_per_second(self) -> u32;
-    /// Word of the `OURS` filter.
+    /// Word of the address filter in `OURS`.
     fn ours_word(self, word: u32) -> u64;
+    /// Word of the port filter in `OURS`.
+    fn port_word(self, word: u32) -> u64;
     /// `SETTINGS`.
     fn settings<'a>(self) -> Option<&'a Settings>
     where
@@ -185,11 +190,14 @@ impl<A: Address> Entry<A> {
         unsafe { (&raw mut (*self.0).state).cast::<u8>().add(index).write(byte) }
     }
 
-    /// Stamps the entry.
+    /// Notes that a packet of this direction was seen; the old stamp stays where it is as good, since a write to a shared
+    /// cache line is dear.
     #[inline(always)]
-    pub fn set_last_seen(&self, now: u32) {
-        // SAFETY: as in `flow`; one aligned word.
-        unsafe { (*self.0).last_seen = now }
+    pub fn stamp(&self, now: u32) {
+        if (now ^ self.flow().last_seen) >> STAMP_SHIFT != 0 {
+            // SAFETY: as in `flow`; one aligned word.
+            unsafe { (*self.0).last_seen = now }
+        }
     }
 
     /// Changes the next hop.

@@ -35,8 +35,12 @@ pub enum Action {
     Drop(u32, u32),
 }
 
-/// Kind of [`Verdict::open`].
+/// Kind of [`Verdict::open`] and [`Verdict::replace`].
 const OPEN: u64 = 8;
+/// Kind of [`Verdict::CREATED`].
+const CREATED: u64 = 9;
+/// Bit of [`Verdict::replace`].
+const REPLACES: u64 = 1 << 16;
 
 impl Verdict {
     /// See [`Action::Pass`].
@@ -49,6 +53,10 @@ impl Verdict {
     pub const TO_NODE: Self = Self(5);
     /// See [`Action::ToNodeByLoopback`].
     pub const TO_NODE_BY_LOOPBACK: Self = Self(6);
+    /// Inside the pipeline: a flow must be made, the tuple has none.
+    pub const OPEN: Self = Self(OPEN);
+    /// Inside the pipeline: the flow is there, the packet is now one of a known flow.
+    pub const CREATED: Self = Self(CREATED);
 
     /// See [`Action::Redirect`].
     #[inline(always)]
@@ -68,20 +76,35 @@ impl Verdict {
         Self(7 | (reason as u64) << 8 | (service as u64) << 32)
     }
 
-    /// Inside the pipeline: a flow must be made first. `attempt` counts re-steers, `avoid` is the backend that failed.
+    /// Inside the pipeline: a flow must be made in place of the tuple's old one. `attempt` counts re-steers, `avoid` is
+    /// the backend that failed, or 0.
     #[inline(always)]
-    pub const fn open(attempt: u32, avoid: u32) -> Self {
-        Self(OPEN | (attempt as u64) << 8 | (avoid as u64) << 32)
+    pub const fn replace(attempt: u32, avoid: u32) -> Self {
+        Self(OPEN | REPLACES | (attempt as u64) << 8 | (avoid as u64) << 32)
     }
 
-    /// Attempt and backend to avoid of [`Verdict::open`].
+    /// Whether this is [`Verdict::OPEN`] or [`Verdict::replace`].
     #[inline(always)]
-    pub const fn opens(self) -> Option<(u32, u32)> {
-        if self.0 & 0xff == OPEN {
-            Some(((self.0 >> 8) as u32 & 0xff, (self.0 >> 32) as u32))
-        } else {
-            None
-        }
+    pub const fn opens(self) -> bool {
+        self.0 & 0xff == OPEN
+    }
+
+    /// Of one that [`opens`](Self::opens): whether the tuple has an old flow.
+    #[inline(always)]
+    pub const fn replaces(self) -> bool {
+        self.0 & REPLACES != 0
+    }
+
+    /// Of one that [`opens`](Self::opens): the number of re-steers.
+    #[inline(always)]
+    pub const fn attempt(self) -> u32 {
+        (self.0 >> 8) as u32 & 0xff
+    }
+
+    /// Of one that [`opens`](Self::opens): the backend that failed, or 0.
+    #[inline(always)]
+    pub const fn avoid(self) -> u32 {
+        (self.0 >> 32) as u32
     }
 
     /// The readable form.
@@ -97,7 +120,7 @@ impl Verdict {
             5 => Action::ToNode,
             6 => Action::ToNodeByLoopback,
             7 => Action::Drop((self.0 >> 8) as u32 & 0xff, high),
-            // `open` does not leave the pipeline.
+            // What is for the inside of the pipeline does not leave it.
             _ => Action::Pass,
         }
     }

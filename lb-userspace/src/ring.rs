@@ -96,6 +96,19 @@ pub fn counts(ring: &[u32]) -> BTreeMap<u32, u32> {
     used.chain(strange).collect()
 }
 
+/// The two ids with the most entries, those with more first; 0 where there are fewer.
+pub fn leaders(ring: &[u32]) -> [u32; 2] {
+    let mut leaders = [(0, 0); 2];
+    for (id, count) in counts(ring) {
+        if count > leaders[0].1 {
+            leaders = [(id, count), leaders[0]];
+        } else if count > leaders[1].1 {
+            leaders[1] = (id, count);
+        }
+    }
+    leaders.map(|(id, _)| id)
+}
+
 /// Where one member stands in its permutation of the table.
 struct Turn {
     /// Next entry to try, modulo the table.
@@ -188,6 +201,16 @@ mod tests {
             assert_eq!(ring.len(), RING_ROW * rows as usize);
             assert_eq!(counts(&ring).len(), 40);
         }
+    }
+
+    #[test]
+    fn leaders_have_the_most_entries() {
+        let mut all = members(5, 1);
+        all[3].weight = 9;
+        all[1].weight = 4;
+        assert_eq!(leaders(&build(&all, 1).unwrap()), [4, 2]);
+        assert_eq!(leaders(&build(&members(1, 1), 1).unwrap()), [1, 0]);
+        assert_eq!(leaders(&[]), [0, 0]);
     }
 
     #[test]

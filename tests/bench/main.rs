@@ -8,8 +8,9 @@ mod update;
 use anyhow::{Result, bail};
 
 fn main() -> Result<()> {
+    let only = std::env::args().nth(2);
     match std::env::args().nth(1).as_deref() {
-        Some("prog") => prog::run(),
+        Some("prog") => prog::run(only.as_deref().unwrap_or_default()),
         Some("update") => update::run(),
         Some("scale") => scale::run(),
         Some("net") => net::run(),

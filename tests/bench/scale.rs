@@ -10,7 +10,7 @@ use aya::maps::MapData;
 use lb_common::{
     addr::{Addr4, Addr16, Be16, Hop},
     flow::FlowKey4,
-    limits::{DEFAULT_FLOW6_ENTRIES, EVENTS_BYTES, MAX_ACL_ENTRIES, RING_ROW},
+    limits::{DEFAULT_FLOWS6, EVENTS_BYTES, MAX_ACL_ENTRIES, RING_ROW, flow_entries},
     maps::{Backend, Flow4, NO_RING, Service, ServiceKey, Timeouts, backend_state, flow_state},
 };
 use lb_tests::{kernel::flow_of, world::Conn};
@@ -49,8 +49,8 @@ fn measure(pin: &Path) -> Result<()> {
             backends: BACKENDS + 1,
             ring_rows: RING_ROWS,
             acl: MAX_ACL_ENTRIES,
-            flows4: 2 * CONNECTIONS,
-            flows6: DEFAULT_FLOW6_ENTRIES,
+            flows4: flow_entries(CONNECTIONS),
+            flows6: flow_entries(DEFAULT_FLOWS6),
         },
         events_bytes: EVENTS_BYTES,
     };

@@ -8,15 +8,18 @@ use lb_common::{
     limits::RING_ROW,
     maps::{self as m, ABI_VERSION, Meta, SCHEMA, flow_state},
 };
-use weir::datapath::{
-    Dump, MapError, MapOp, Maps as _,
-    batch::Table,
-    bpf::KernelMaps,
-    counters::Counters,
-    flows::{self, FlowFilter},
-    load::{LoadError, Sizes, load},
-    preflight::preflight,
-    sweep::Sweeper,
+use weir::{
+    datapath::{
+        Dump, Filter, MapError, MapOp, Maps as _,
+        batch::Table,
+        bpf::KernelMaps,
+        counters::Counters,
+        flows::{self, FlowFilter},
+        load::{LoadError, Sizes, load},
+        preflight::preflight,
+        sweep::Sweeper,
+    },
+    model::Protocol,
 };
 
 use crate::{netns::Netns, object, sizes};
@@ -113,6 +116,7 @@ fn every_operation_is_read_back() {
         ring_mask: 3,
         previous_row: 0,
         previous_mask: 0,
+        alternates: [3, 9],
         ..Default::default()
     };
     let timeouts = m::Timeouts {
@@ -165,7 +169,12 @@ fn every_operation_is_read_back() {
             row: 0,
             ring: vec![1; RING_ROW],
         },
-        MapOp::PutOurs { addresses: vec![vip] },
+        MapOp::PutOurs {
+            filter: Filter {
+                addresses: [vip].into(),
+                ports: [(Protocol::Tcp, 80)].into(),
+            },
+        },
         MapOp::PutVip {
             vip,
             value: m::Vip { flags: 1 },

@@ -23,8 +23,21 @@ pub enum Wiring {
 pub enum Body {
     /// XDP in the driver, and TC for what it leaves. Senders complete their checksums.
     Native,
+    /// XDP after the driver, otherwise the same.
+    Generic,
     /// TC alone. Every offload is as the kernel sets it: packets come with partial checksums and 64 KiB long.
     Tc,
+}
+
+impl Body {
+    /// What the agent's status calls it.
+    pub const fn xdp_in_status(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Generic => "generic",
+            Self::Tc => "-",
+        }
+    }
 }
 
 /// The namespaces. Backends are `203.0.113.11` and on, `2001:db8:b::11` and on.
@@ -51,7 +64,7 @@ impl Lab {
         let mut plug = |namespace: &Namespace, device: &str, port: &str| -> Result<()> {
             namespace.veth(device, &switch, port)?;
             switch.ip(&format!("link set {port} master br0"))?;
-            if body == Body::Native {
+            if body != Body::Tc {
                 namespace.complete_checksums(device)?;
                 programs.push(switch.pass_all(port)?);
             }
@@ -77,7 +90,7 @@ impl Lab {
             }
             Wiring::TwoArm => {
                 client.veth("e0", &node, "c0")?;
-                if body == Body::Native {
+                if body != Body::Tc {
                     client.complete_checksums("e0")?;
                     programs.push(client.pass_all("e0")?);
                 }
@@ -127,6 +140,7 @@ impl Lab {
     pub fn start(&self, config: &str) -> Result<Weir<'_>> {
         let xdp = match self.body {
             Body::Native => "native",
+            Body::Generic => "generic",
             Body::Tc => "off",
         };
         Weir::start_with(&self.node, xdp, config)
@@ -144,7 +158,7 @@ impl Lab {
     pub fn plug_backend(&self, namespace: &Namespace, port: &str) -> Result<()> {
         namespace.veth("e0", &self.switch, port)?;
         self.switch.ip(&format!("link set {port} master br0"))?;
-        if self.body == Body::Native {
+        if self.body != Body::Tc {
             namespace.complete_checksums("e0")?;
         }
         Ok(())

@@ -3,6 +3,7 @@
 #![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
 mod changes;
+mod events;
 mod lab;
 mod load;
 mod local;
@@ -64,6 +65,12 @@ fn tcp(wiring: Wiring, body: Body, v6: bool) -> Result<()> {
         [0, 1].into(),
         "both backends answer"
     );
+    let status = weir.status()?;
+    let attachments = status["attachments"].as_array().context("attachments")?;
+    assert!(!attachments.is_empty());
+    for attachment in attachments.iter().filter(|a| a["device"] != "lo") {
+        assert_eq!(attachment["xdp"], body.xdp_in_status(), "{attachment:#}");
+    }
     Ok(())
 }
 
@@ -95,6 +102,11 @@ fn tcp6_two_arm_by_tc_alone() -> Result<()> {
 #[test]
 fn tcp4_one_arm_by_tc_alone() -> Result<()> {
     tcp(Wiring::OneArm, Body::Tc, false)
+}
+
+#[test]
+fn tcp4_two_arm_by_generic_xdp() -> Result<()> {
+    tcp(Wiring::TwoArm, Body::Generic, false)
 }
 
 #[test]

@@ -5,7 +5,7 @@ use lb_common::maps::{backend_state, service_flags};
 use lb_tests::{
     packet::{Packet, ToIp as _, flag},
     row::{Expect, Row, row},
-    world::{BRIDGE, Conn, NIC, NIC2, SYN_S, World, mac_of},
+    world::{BRIDGE, Conn, NIC, NIC2, SYN_S, TCP, World, mac_of},
 };
 
 use crate::net::{ALL, B1_MAC, B2_MAC, BPORT, CLIENT_MAC, CONTAINER_MAC, CPORT, Net, SPORT};
@@ -353,6 +353,11 @@ fn ports(n: Net) -> Vec<Row> {
             &open.clone().ports(CPORT, 81),
             Expect::pass(),
         ),
+        row(
+            format!("{n}: a port that another VIP serves is not ours on this one"),
+            n.one().service("203.0.113.99", 81, TCP),
+        )
+        .comes(NIC, &open.clone().ports(CPORT, 81), Expect::pass()),
     ]
 }
 

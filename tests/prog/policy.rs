@@ -10,7 +10,7 @@ use lb_common::{
 use lb_tests::{
     packet::{ToIp as _, eth, flag},
     row::{Expect, Row, row},
-    world::{BRIDGE, Conn, NIC, World, mac_of},
+    world::{BRIDGE, Conn, NIC, NODE, World, mac_of},
 };
 
 use crate::{
@@ -237,6 +237,15 @@ fn refuse(n: Net) -> Vec<Row> {
             NIC,
             &n.open(),
             Expect::send(NIC, &reset).count(Counter::ResetsSent),
+        ),
+        row(
+            format!("{n}: a SYN met at lo is refused up the stack"),
+            given.clone(),
+        )
+        .comes_to_tc(
+            NODE,
+            &n.open().eth([0; 6], [0; 6]),
+            Expect::node(&reset.clone().eth([0; 6], [0; 6])).count(Counter::ResetsSent),
         ),
         row(format!("{n}: the refusal keeps the VLAN tag"), given).comes(
             NIC,

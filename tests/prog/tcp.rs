@@ -322,6 +322,19 @@ fn resteer(n: Net) -> Vec<Row> {
         )
         .comes(NIC, &open, to_b2()),
         row(
+            format!("{n}: where the ring offers the same backend only, an alternate takes the SYN"),
+            given().ring(&[1]).alternates([1, 2]).conn(refused.clone(), 0),
+        )
+        .comes(NIC, &open, to_b2()),
+        row(
+            format!(
+                "{n}: where the ring offers the same backend only, the refusal is hidden for an alternate"
+            ),
+            given().ring(&[1]).alternates([2, 1]).conn(n.conn(), 0),
+        )
+        .comes(NIC, &refusal, hidden())
+        .comes(NIC, &open, to_b2()),
+        row(
             format!("{n}: with no other backend the refusal reaches the client"),
             n.one().conn(n.conn(), 0),
         )

@@ -18,11 +18,11 @@ use aya::{
 use lb_common::{
     addr::{Addr4, Addr16, Be16},
     counter::{Counter, DropReason},
-    flow::{Address, FlowKey, ours_bit},
+    flow::{Address, FlowKey},
     maps::{
         ABI_VERSION, AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Flow, FragmentKey,
-        FragmentPorts, Meta, Ours, RingRow, SCHEMA, Service, ServiceKey, ServiceStats, Settings, Stats,
-        Timeouts, Vip,
+        FragmentPorts, Meta, RingRow, SCHEMA, Service, ServiceKey, ServiceStats, Settings, Stats, Timeouts,
+        Vip,
     },
 };
 
@@ -276,15 +276,7 @@ impl Datapath for Kernel {
         self.clear::<Addr16, Vip>("VIPS")?;
         self.clear_acl()?;
 
-        let mut ours = Ours { words: [0; _] };
-        for addr in world.our_addresses() {
-            let (word, bit) = match addr {
-                IpAddr::V4(v4) => ours_bit(Addr4::from_octets(v4.octets())),
-                IpAddr::V6(v6) => ours_bit(Addr16::from_octets(v6.octets())),
-            };
-            ours.words[word as usize] |= bit;
-        }
-        self.array("OURS")?.set(0, ours, 0)?;
+        self.array("OURS")?.set(0, *world.filter(), 0)?;
         self.array::<Settings>("SETTINGS")?.set(0, world.settings, 0)?;
         for (slot, device) in world.devices() {
             self.array::<Device>("DEVICES")?.set(slot.into(), device, 0)?;
@@ -323,7 +315,8 @@ impl Datapath for Kernel {
             let timeouts = World::timeouts(service, self.hz);
             self.array::<Timeouts>("TIMEOUTS")?
                 .set(service.value.id, timeouts, 0)?;
-            self.hash("SERVICES")?.insert(service.key, service.value, 0)?;
+            self.hash("SERVICES")?
+                .insert(service.key, world.value_of(service), 0)?;
         }
         let now = jiffies()?;
         for (conn, age) in &world.conns {

@@ -10,11 +10,11 @@ use anyhow::{Result, ensure};
 use lb_common::{
     addr::{Addr4, Addr16},
     counter::{Counter, DropReason},
-    flow::{Address, FlowKey, FlowKey6, ours_bit},
-    limits::{OURS_WORDS, RING_ROW},
+    flow::{Address, FlowKey, FlowKey6},
+    limits::RING_ROW,
     maps::{
         Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6, FragmentKey,
-        FragmentPorts, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
+        FragmentPorts, Ours, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
     },
 };
 use lb_ebpf::{
@@ -45,7 +45,7 @@ pub struct Model(UnsafeCell<Maps>);
     reason = "the core may hold pointers into what was removed: it must not move"
 )]
 struct Maps {
-    ours: Vec<u64>,
+    ours: Box<Ours>,
     settings: Settings,
     vips: HashMap<Addr16, Vip>,
     services: HashMap<ServiceKey, Service>,
@@ -78,7 +78,7 @@ struct View<'m>(&'m Model);
 impl Default for Model {
     fn default() -> Self {
         Self(UnsafeCell::new(Maps {
-            ours: vec![0; OURS_WORDS],
+            ours: World::new().filter(),
             settings: Settings::default(),
             vips: HashMap::new(),
             services: HashMap::new(),
@@ -129,13 +129,7 @@ impl Datapath for Model {
         maps.backend_stats = before.backend_stats;
         maps.service_stats = before.service_stats;
 
-        for addr in world.our_addresses() {
-            let (word, bit) = match addr {
-                IpAddr::V4(v4) => ours_bit(Addr4::from_octets(v4.octets())),
-                IpAddr::V6(v6) => ours_bit(Addr16::from_octets(v6.octets())),
-            };
-            maps.ours[word as usize] |= bit;
-        }
+        maps.ours = world.filter();
         maps.settings = world.settings;
         maps.vips = world
             .vips
@@ -153,7 +147,7 @@ impl Datapath for Model {
         maps.acl.clone_from(&world.acl);
         maps.affinity = world.affinity.iter().copied().collect();
         for service in &world.services {
-            maps.services.insert(service.key, service.value);
+            maps.services.insert(service.key, world.value_of(service));
             maps.rings.insert(service.value.id, world.ring_of(service));
             maps.timeouts
                 .insert(service.value.id, World::timeouts(service, HZ));
@@ -301,7 +295,10 @@ impl Tables for View<'_> {
         HZ
     }
     fn ours_word(self, word: u32) -> u64 {
-        self.0.maps().ours[word as usize]
+        self.0.maps().ours.words[word as usize]
+    }
+    fn port_word(self, word: u32) -> u64 {
+        self.0.maps().ours.ports[word as usize]
     }
     fn settings<'a>(self) -> Option<&'a Settings>
     where

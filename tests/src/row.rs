@@ -10,7 +10,7 @@ use crate::{
     kernel::{Counters, Program, Ran, with_kernel},
     model::Model,
     packet::{Packet, diff},
-    world::{BRIDGE, Conn, FlowEntry, World, ifindex_of},
+    world::{BRIDGE, Conn, FlowEntry, NODE, World, ifindex_of},
 };
 
 /// A body of the core with its maps.
@@ -263,8 +263,8 @@ impl Expect {
 impl Step {
     fn run(&self, datapath: &mut dyn Datapath, body: Body) -> std::result::Result<(), String> {
         let frame = self.packet.build();
-        // The bridge has no XDP program, and no program sees what the node sends before TC egress.
-        if body == Body::XdpThenTc && !self.egress && self.device != BRIDGE {
+        // The bridge and lo have no XDP program, and no program sees what the node sends before TC egress.
+        if body == Body::XdpThenTc && !self.egress && self.device != BRIDGE && self.device != NODE {
             let handed_on = self.needs_tc;
             let before = state(datapath)?;
             let ran = datapath

@@ -2,7 +2,7 @@
 
 use std::{
     io::{Read as _, Write as _},
-    os::unix::net::UnixStream,
+    os::unix::{net::UnixStream, process::CommandExt as _},
     path::{Path, PathBuf},
     process::{Command, Output},
     time::{Duration, Instant},
@@ -23,6 +23,8 @@ pub struct Weir<'n> {
     pins: PathBuf,
     xdp: &'static str,
     binary: PathBuf,
+    /// Numbers of the only capabilities that agents have; `None`: all.
+    capabilities: Option<Vec<u32>>,
     agent: Option<Guard>,
 }
 
@@ -41,18 +43,38 @@ impl<'n> Weir<'n> {
 
     /// As [`Weir::start`], with `bpf.xdp` as given.
     pub fn start_with(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
+        let mut weir = Self::new(namespace, xdp, config)?;
+        weir.run()?;
+        Ok(weir)
+    }
+
+    /// As [`Weir::start_with`], with no other capabilities than these (`CAP_BPF CAP_NET_ADMIN …`).
+    pub fn start_confined(
+        namespace: &'n Namespace,
+        xdp: &'static str,
+        config: &str,
+        capabilities: &str,
+    ) -> Result<Self> {
+        let mut weir = Self::new(namespace, xdp, config)?;
+        let names = capabilities.split_whitespace();
+        weir.capabilities = Some(names.map(capability).collect::<Result<_>>()?);
+        weir.run()?;
+        Ok(weir)
+    }
+
+    fn new(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
-        let mut weir = Self {
+        let weir = Self {
             namespace,
             directory,
             pins,
             xdp,
             binary: binary(),
+            capabilities: None,
             agent: None,
         };
         weir.configure(config)?;
-        weir.run()?;
         Ok(weir)
     }
 
@@ -92,6 +114,9 @@ impl<'n> Weir<'n> {
         command.arg("run").arg("--config").arg(self.config_path());
         command.env("WEIR_BPF_OBJECT", object_path());
         command.stdout(log.try_clone()?).stderr(log);
+        if let Some(kept) = &self.capabilities {
+            confine(&mut command, kept);
+        }
         self.agent = Some(Guard::spawn(&mut command)?);
         self.await_ready()
     }
@@ -224,6 +249,13 @@ impl<'n> Weir<'n> {
         Ok(command.args(words).arg("--socket").arg(self.socket()).output()?)
     }
 
+    /// As [`Weir::cli`], for a command that goes on until it is dropped; its output is piped.
+    pub fn follow(&self, words: &[&str]) -> Result<Guard> {
+        let mut command = self.namespace.command(&self.binary);
+        command.args(words).arg("--socket").arg(self.socket());
+        Guard::spawn(command.stdout(std::process::Stdio::piped()))
+    }
+
     /// Kills the agent (SIGKILL); the datapath stays.
     pub fn kill(&mut self) {
         self.agent = None;
@@ -250,6 +282,34 @@ impl Drop for Weir<'_> {
         if std::thread::panicking() {
             eprintln!("weir said:\n{}", self.log());
         }
+    }
+}
+
+/// Number of a capability (linux/capability.h).
+fn capability(name: &str) -> Result<u32> {
+    Ok(match name {
+        "CAP_NET_ADMIN" => 12,
+        "CAP_NET_RAW" => 13,
+        "CAP_PERFMON" => 38,
+        "CAP_BPF" => 39,
+        other => bail!("number of capability {other}?"),
+    })
+}
+
+/// Takes all capabilities but these from what a command starts, as systemd does with `CapabilityBoundingSet=`.
+fn confine(command: &mut Command, kept: &[u32]) {
+    let kept = kept.to_vec();
+    // SAFETY: between fork and exec the closure makes system calls without memory arguments and allocates nothing.
+    unsafe {
+        command.pre_exec(move || {
+            for number in (0..64).filter(|number| !kept.contains(number)) {
+                // It fails past the last capability that the kernel knows.
+                if libc::prctl(libc::PR_CAPBSET_DROP, number, 0, 0, 0) != 0 {
+                    break;
+                }
+            }
+            Ok(())
+        });
     }
 }
 

@@ -15,6 +15,9 @@ use crate::{
 pub struct Options {
     /// Benchmarks to run; all of them if none is named
     kinds: Vec<Kind>,
+    /// Of `prog`: only the paths whose names contain this
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    only: String,
 }
 
 /// A benchmark.
@@ -53,7 +56,11 @@ pub fn run(options: &Options) -> Result<()> {
             Kind::Net | Kind::Update => drop(command.env("WEIR_BIN", agent::build(Profile::Release)?)),
             Kind::Scale => {}
         }
-        process::run(command.arg(name))?;
+        command.arg(name);
+        if *kind == Kind::Prog {
+            command.arg(&options.only);
+        }
+        process::run(&mut command)?;
     }
     Ok(())
 }

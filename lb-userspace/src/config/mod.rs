@@ -420,8 +420,8 @@ impl Default for Limits {
             services: limits::DEFAULT_SERVICES,
             backends: limits::DEFAULT_BACKENDS,
             ring_rows: limits::DEFAULT_RING_ROWS,
-            flows4: limits::DEFAULT_FLOW_ENTRIES / 2,
-            flows6: limits::DEFAULT_FLOW6_ENTRIES / 2,
+            flows4: limits::DEFAULT_FLOWS4,
+            flows6: limits::DEFAULT_FLOWS6,
             events_bytes: limits::EVENTS_BYTES,
         }
     }

@@ -47,8 +47,8 @@ fn the_document_tells_the_defaults_that_the_code_has() {
         ("services", common::DEFAULT_SERVICES),
         ("backends", common::DEFAULT_BACKENDS),
         ("ring-rows", common::DEFAULT_RING_ROWS),
-        ("flows4", common::DEFAULT_FLOW_ENTRIES / 2),
-        ("flows6", common::DEFAULT_FLOW6_ENTRIES / 2),
+        ("flows4", common::DEFAULT_FLOWS4),
+        ("flows6", common::DEFAULT_FLOWS6),
         ("events", common::EVENTS_BYTES),
     ] {
         let line = format!("| `{key}` | `{default}` |");

@@ -5,7 +5,10 @@ use std::{
     io,
     marker::PhantomData,
     mem::MaybeUninit,
-    os::fd::{AsFd as _, AsRawFd as _, BorrowedFd},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
     path::Path,
 };
 
@@ -21,6 +24,8 @@ const UPDATE: libc::c_long = 2;
 const DELETE: libc::c_long = 3;
 /// `BPF_MAP_GET_NEXT_KEY`.
 const NEXT_KEY: libc::c_long = 4;
+/// `BPF_OBJ_GET`.
+const OBJECT_GET: libc::c_long = 7;
 /// `BPF_MAP_LOOKUP_BATCH`.
 const LOOKUP_BATCH: libc::c_long = 24;
 /// `BPF_MAP_UPDATE_BATCH`.
@@ -53,6 +58,14 @@ struct BatchAttr {
     flags: u64,
 }
 
+/// The head of the `bpf_attr` for opening a pin.
+#[repr(C)]
+struct PinAttr {
+    pathname: u64,
+    bpf_fd: u32,
+    file_flags: u32,
+}
+
 /// The head of the `bpf_attr` of a test run; the kernel takes the rest as zero.
 #[repr(C)]
 struct RunAttr {
@@ -64,6 +77,20 @@ struct RunAttr {
     data_out: u64,
     repeat: u32,
     duration: u32,
+}
+
+/// Opens a pinned program. The library would ask for it again by its id, which takes CAP_SYS_ADMIN.
+pub fn open_program(pin: &Path) -> io::Result<OwnedFd> {
+    let path = std::ffi::CString::new(pin.as_os_str().as_bytes())?;
+    let mut attr = PinAttr {
+        pathname: path.as_ptr() as u64,
+        bpf_fd: 0,
+        file_flags: 0,
+    };
+    // SAFETY: `pathname` is a string that lives through the call and ends in a zero byte.
+    let fd = unsafe { bpf(OBJECT_GET, &mut attr) }?;
+    // SAFETY: the kernel made the descriptor for this call, nobody else has it.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Runs an XDP program once on `packet` (64 bytes at least), which stays as it is; the program's return value.
@@ -83,18 +110,18 @@ pub fn run_program(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
     Ok(attr.retval)
 }
 
-/// bpf(2).
+/// bpf(2); what it returns is 0 or a new file descriptor.
 ///
 /// # Safety
 /// Every address in `attr` must be valid for what `command` reads and writes there.
-unsafe fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<()> {
+unsafe fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<i32> {
     // SAFETY: `attr` is a live, initialized prefix of `union bpf_attr` of the size given; the caller answers for the
     // addresses in it.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<A>()) };
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
-        Ok(())
+        Ok(result as i32)
     }
 }
 
@@ -192,7 +219,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
         // SAFETY: key and value have the sizes of the map (checked in `open`) and live through the call.
         match unsafe { bpf(LOOKUP, &mut attr) } {
             // SAFETY: the kernel filled all `value_size` bytes, and any bytes are a valid `Pod`.
-            Ok(()) => Ok(Some(unsafe { value.assume_init() })),
+            Ok(_) => Ok(Some(unsafe { value.assume_init() })),
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(None),
             Err(e) => Err(self.error("lookup", e)),
         }
@@ -208,7 +235,9 @@ impl<K: Pod, V: Pod> Table<K, V> {
             flags: 0,
         };
         // SAFETY: key and value have the sizes of the map (checked in `open`), live through the call and are only read.
-        unsafe { bpf(UPDATE, &mut attr) }.map_err(|e| self.error("update", e))
+        unsafe { bpf(UPDATE, &mut attr) }
+            .map(drop)
+            .map_err(|e| self.error("update", e))
     }
 
     /// Removes `key`; whether it was there.
@@ -222,7 +251,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
         };
         // SAFETY: the key has the size of the map's keys and lives through the call.
         match unsafe { bpf(DELETE, &mut attr) } {
-            Ok(()) => Ok(true),
+            Ok(_) => Ok(true),
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             Err(e) => Err(self.error("delete", e)),
         }
@@ -307,7 +336,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
             };
             // SAFETY: `last` is a key or null (the start), `next` has room for a key; both live through the call.
             match unsafe { bpf(NEXT_KEY, &mut attr) } {
-                Ok(()) => {}
+                Ok(_) => {}
                 Err(e) if e.raw_os_error() == Some(libc::ENOENT) => return Ok(found),
                 Err(e) => return Err(self.error("walk", e)),
             }
@@ -337,7 +366,9 @@ impl<K: Pod, V: Pod> Table<K, V> {
             flags: 0,
         };
         // SAFETY: `count` keys and values of the map's sizes, alive through the call and only read.
-        unsafe { bpf(UPDATE_BATCH, &mut attr) }.map_err(|e| self.error("batch update", e))
+        unsafe { bpf(UPDATE_BATCH, &mut attr) }
+            .map(drop)
+            .map_err(|e| self.error("batch update", e))
     }
 }
 
@@ -367,7 +398,7 @@ fn array_range(fd: u32, first: u32, count: u32, stride: usize) -> io::Result<Vec
         };
         // SAFETY: room for the remaining keys and values from `done` on, positions of one index each, all alive.
         match unsafe { bpf(LOOKUP_BATCH, &mut attr) } {
-            Ok(()) => {}
+            Ok(_) => {}
             Err(e) if e.raw_os_error() == Some(libc::ENOENT) => {
                 done += attr.count;
                 break;

@@ -4,9 +4,8 @@ use std::{collections::BTreeMap, io, net::IpAddr, path::Path};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use lb_common::{
-    addr::{Addr4, Addr16},
-    flow,
-    limits::{OURS_WORDS, RING_ROW},
+    addr::Addr16,
+    limits::RING_ROW,
     maps::{AclData, Backend, Device, NO_RING, Ours, RingRow, Service, ServiceKey, Settings, Timeouts, Vip},
 };
 
@@ -134,21 +133,6 @@ impl KernelMaps {
     }
 }
 
-/// The whole filter from the addresses that packets of ours carry.
-pub fn ours(addresses: &[IpAddr]) -> Box<Ours> {
-    let mut filter = Box::new(Ours {
-        words: [0; OURS_WORDS],
-    });
-    for address in addresses {
-        let (word, mask) = match address {
-            IpAddr::V4(v4) => flow::ours_bit(Addr4::from_octets(v4.octets())),
-            IpAddr::V6(_) => flow::ours_bit(Addr16::from(*address)),
-        };
-        filter.words[word as usize] |= mask;
-    }
-    filter
-}
-
 /// The trie key of a prefix of a service.
 pub fn acl_key(service: u32, prefix: IpNet) -> AclKey {
     let prefix = prefix.trunc();
@@ -194,7 +178,7 @@ impl Maps for KernelMaps {
             } => self.acl.put(&acl_key(*service, *prefix), action),
             MapOp::DelAcl { service, prefix } => self.acl.remove(&acl_key(*service, *prefix)).map(drop),
             MapOp::PutRing { row, ring } => self.put_ring(*row, ring),
-            MapOp::PutOurs { addresses } => self.ours.put(&0, &ours(addresses)),
+            MapOp::PutOurs { filter } => self.ours.put(&0, &filter.value()),
             MapOp::PutVip { vip, value } => self.vips.put(&(*vip).into(), value),
             MapOp::PutService { key, service } => self.services.put(key, service),
             MapOp::DelService { key } => self.services.remove(key).map(drop),
@@ -283,19 +267,5 @@ mod tests {
             acl_key(1, "10.1.2.3/8".parse().unwrap()),
             acl_key(1, "10.0.0.0/8".parse().unwrap())
         );
-    }
-
-    #[test]
-    fn the_filter_holds_both_families() {
-        let addresses = ["10.0.0.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
-        let filter = ours(&addresses);
-        for address in addresses {
-            let (word, mask) = match address {
-                IpAddr::V4(v4) => flow::ours_bit(Addr4::from_octets(v4.octets())),
-                IpAddr::V6(_) => flow::ours_bit(Addr16::from(address)),
-            };
-            assert_ne!(filter.words[word as usize] & mask, 0);
-        }
-        assert!(ours(&[]).words.iter().all(|word| *word == 0));
     }
 }

@@ -3,7 +3,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
     sync::{Arc, Mutex},
 };
 
@@ -12,8 +11,8 @@ use lb_common::{
     maps::{self, NO_RING, backend_flags, backend_state},
 };
 
-use super::{Capacities, Dump, MapError, MapOp, Maps};
-use crate::ring;
+use super::{Capacities, Dump, Filter, MapError, MapOp, Maps};
+use crate::{plan::address_of, ring};
 
 /// Maps in memory. Clones share them, so that a test can look while a reconciler owns one.
 #[derive(Clone, Debug)]
@@ -36,7 +35,7 @@ struct Inner {
     dump: Dump,
     /// Rows, and the ids in each.
     rows: BTreeMap<u32, (Arc<[u32]>, BTreeSet<u32>)>,
-    ours: BTreeSet<IpAddr>,
+    ours: Filter,
     writes: u64,
     faults: BTreeMap<u64, Fault>,
     log: Vec<MapOp>,
@@ -55,7 +54,7 @@ impl FakeMaps {
                 capacities,
                 dump: Dump::default(),
                 rows: BTreeMap::new(),
-                ours: BTreeSet::new(),
+                ours: Filter::default(),
                 writes: 0,
                 faults: BTreeMap::new(),
                 log: Vec::new(),
@@ -186,7 +185,7 @@ impl Inner {
                     self.rows.insert(row + i as u32, (chunk.into(), ids));
                 }
             }
-            MapOp::PutOurs { addresses } => self.ours = addresses.into_iter().collect(),
+            MapOp::PutOurs { filter } => self.ours = filter,
             MapOp::PutVip { vip, value } => drop(dump.vips.insert(vip, value)),
             MapOp::DelVip { vip } => drop(dump.vips.remove(&vip)),
             MapOp::PutService { key, service } => drop(dump.services.insert(key, service)),
@@ -224,9 +223,9 @@ impl Inner {
             if !self.dump.timeouts.contains_key(&service.id) {
                 broken.push(format!("service {} has no timeouts", service.id));
             }
-            if !self.dump.vips.contains_key(&key.vip.into()) || !self.ours.contains(&key.vip.into()) {
+            if !self.dump.vips.contains_key(&key.vip.into()) || !self.ours.carries(&address_of(key)) {
                 broken.push(format!(
-                    "the VIP of service {} is not in VIPS and OURS",
+                    "the VIP of service {} is not in VIPS, or it and its port not in OURS",
                     service.id
                 ));
             }
@@ -270,7 +269,10 @@ impl Inner {
         }
         for (id, backend) in &self.dump.backends {
             let near = backend.flags & (backend_flags::LOCAL | backend_flags::NODE) != 0;
-            if near && backend.state != backend_state::DEAD && !self.ours.contains(&backend.addr.into()) {
+            if near
+                && backend.state != backend_state::DEAD
+                && !self.ours.addresses.contains(&backend.addr.into())
+            {
                 broken.push(format!("backend {id} is near and not in OURS"));
             }
         }

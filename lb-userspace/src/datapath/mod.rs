@@ -8,10 +8,12 @@ pub mod counters;
 pub mod detach;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+pub mod filter;
 pub mod flows;
 pub mod load;
 pub mod net;
 pub mod netlink;
+pub mod object;
 pub mod preflight;
 pub mod shape;
 pub mod slots;
@@ -19,12 +21,10 @@ pub mod state;
 pub mod sweep;
 pub mod sysctl;
 
-use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::{collections::BTreeMap, net::IpAddr};
 
+pub use filter::Filter;
 use lb_common::maps;
-
-pub mod object;
 
 /// One change of one map entry. Applying it twice is applying it once.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,8 +47,8 @@ pub enum MapOp {
     DelAcl { service: u32, prefix: ipnet::IpNet },
     /// Consecutive rows of `RINGS` from `row` on; `ring.len()` is a multiple of a row.
     PutRing { row: u32, ring: Vec<u32> },
-    /// `OURS`: the whole filter, from every address that packets of ours may carry.
-    PutOurs { addresses: Vec<IpAddr> },
+    /// `OURS`: the whole of it.
+    PutOurs { filter: Filter },
     /// `VIPS`.
     PutVip { vip: IpAddr, value: maps::Vip },
     /// `SERVICES`: this commits.

@@ -132,6 +132,6 @@ pub const DEFAULT_LIMITS: Capacities = Capacities {
     backends: limits::DEFAULT_BACKENDS,
     ring_rows: limits::DEFAULT_RING_ROWS,
     acl: limits::MAX_ACL_ENTRIES,
-    flows4: limits::DEFAULT_FLOW_ENTRIES,
-    flows6: limits::DEFAULT_FLOW6_ENTRIES,
+    flows4: limits::flow_entries(limits::DEFAULT_FLOWS4),
+    flows6: limits::flow_entries(limits::DEFAULT_FLOWS6),
 };

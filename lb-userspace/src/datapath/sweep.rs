@@ -4,15 +4,12 @@
 use std::{
     collections::BTreeMap,
     io,
-    os::fd::AsFd as _,
+    os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
     time::{Duration, Instant, SystemTime},
 };
 
-use aya::{
-    Pod,
-    programs::{ProgramError, ProgramFd, ProgramInfo},
-};
+use aya::Pod;
 use lb_common::{
     addr::{Addr4, Addr16},
     flow::{Address, FlowKey},
@@ -27,7 +24,7 @@ use tokio::{sync::watch, task::JoinError};
 
 use super::{
     MapError,
-    batch::{Cursor, Table, run_program},
+    batch::{Cursor, Table, open_program, run_program},
     load::{Pins, SWEEP_PROGRAM},
 };
 
@@ -62,8 +59,8 @@ pub enum SweepError {
     #[error(transparent)]
     Map(#[from] MapError),
     /// The kernel program.
-    #[error("program {SWEEP_PROGRAM} is not pinned: {0}")]
-    Program(#[from] ProgramError),
+    #[error("the pin of program {SWEEP_PROGRAM} cannot be opened: {0}")]
+    Program(io::Error),
     /// The kernel program could not be run.
     #[error("program {SWEEP_PROGRAM} could not be run: {0}")]
     Run(#[from] io::Error),
@@ -81,14 +78,14 @@ pub enum SweepError {
 /// Runs sweeps over the pinned maps of one load.
 #[derive(Debug)]
 pub struct Sweeper {
-    program: ProgramFd,
+    program: OwnedFd,
     maps: PathBuf,
 }
 
 impl Sweeper {
     /// Opens the pinned program and, once per set of maps, notes the rate of the flow clock.
     pub fn open(pins: &Pins) -> Result<Self, SweepError> {
-        let program = ProgramInfo::from_pin(pins.programs().join(SWEEP_PROGRAM))?.fd()?;
+        let program = open_program(&pins.programs().join(SWEEP_PROGRAM)).map_err(SweepError::Program)?;
         let sweeper = Self {
             program,
             maps: pins.maps(),

@@ -269,7 +269,7 @@ impl Planner<'_> {
                 _ => c.record,
             };
             if is_near(&now) {
-                self.need.insert(now.addr.into());
+                self.need.addresses.insert(now.addr.into());
             }
             if let Some(old) = old.filter(|old| is_near(old) && !is_near(&now)) {
                 *self.unneeded.entry(old.addr.into()).or_default() += 1;

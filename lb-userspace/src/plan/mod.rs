@@ -25,7 +25,7 @@ use std::{
 pub use programmed::{About, Entry, Note, Programmed, ROW_QUARANTINE, Ring, Slot, address_of, key_of};
 
 use crate::{
-    datapath::{Capacities, MapOp, Topology},
+    datapath::{Capacities, Filter, MapOp, Topology},
     desired::Desired,
     model::{Rejection, ServiceAddress},
 };
@@ -138,7 +138,7 @@ pub fn plan(programmed: &Programmed, inputs: &Inputs<'_>, scope: Scope<'_>) -> P
         service_ids: ServiceIds::new(programmed, inputs.capacities.services),
         rows: None,
         ranges,
-        need: BTreeSet::new(),
+        need: Filter::default(),
         unneeded: BTreeMap::new(),
         freed: BTreeSet::new(),
         acl_puts: 0,
@@ -159,8 +159,8 @@ struct Planner<'a> {
     service_ids: ServiceIds<'a>,
     rows: Option<Rows>,
     ranges: SnatRanges,
-    /// Addresses that packets will carry because of this plan.
-    need: BTreeSet<IpAddr>,
+    /// What packets will carry because of this plan.
+    need: Filter,
     /// How many records with a LOCAL or NODE address this plan takes away.
     unneeded: BTreeMap<IpAddr, usize>,
     /// Ids that this plan frees.
@@ -235,14 +235,15 @@ impl Planner<'_> {
     fn finish(mut self, snat_ops: Vec<MapOp>) -> Plan {
         for op in &snat_ops {
             if let MapOp::PutSnatAddress { address, .. } = op {
-                self.need.insert(*address);
+                self.need.addresses.insert(*address);
             }
         }
         // First of all: what any other map holds is in `OURS`, also when the agent stops between two writes.
         let mut shared = Vec::new();
         if !self.need.is_subset(&self.programmed.ours) {
-            let addresses = self.programmed.ours.union(&self.need).copied().collect();
-            shared.push(MapOp::PutOurs { addresses });
+            let mut filter = self.programmed.ours.clone();
+            filter.extend(&self.need);
+            shared.push(MapOp::PutOurs { filter });
         }
         shared.extend(network::device_ops(self.programmed, self.inputs));
         shared.extend(snat_ops);
@@ -278,6 +279,14 @@ impl Planner<'_> {
             // Which VIP their flows came by is not known: none goes before they have.
             return BTreeSet::new();
         }
+        for address in self.kept_services() {
+            unused.remove(&address.vip);
+        }
+        unused
+    }
+
+    /// Services that are wished for or have flows that still go on.
+    fn kept_services(&self) -> impl Iterator<Item = &ServiceAddress> {
         let forgotten: BTreeSet<&ServiceAddress> = self
             .plan
             .notes
@@ -287,40 +296,27 @@ impl Planner<'_> {
                 _ => None,
             })
             .collect();
-        let kept = self
-            .programmed
-            .services
-            .keys()
-            .filter(|address| !forgotten.contains(address));
-        for address in kept.chain(self.inputs.desired.services.keys()) {
-            unused.remove(&address.vip);
-        }
-        unused
+        let programmed = self.programmed.services.keys();
+        let kept = programmed.filter(move |address| !forgotten.contains(address));
+        kept.chain(self.inputs.desired.services.keys())
     }
 
     /// Takes out of `OURS` what nothing needs any more. A bit too many costs a lookup, a bit too few a connection.
     fn shrunken_ours(&self, unused_vips: &BTreeSet<IpAddr>) -> Option<MapOp> {
-        let mut gone = BTreeSet::new();
+        let mut filter = self.programmed.ours.clone();
+        filter.extend(&self.need);
+        let before = filter.clone();
+        filter.ports = self.kept_services().map(|a| (a.protocol, a.port)).collect();
         for ip in unused_vips.iter().chain(self.unneeded.keys()) {
             let near = self.programmed.near.get(ip).copied().unwrap_or(0);
             let near = near > self.unneeded.get(ip).copied().unwrap_or(0);
             let vip = self.programmed.vips.contains_key(ip) && !unused_vips.contains(ip);
             let snat = self.programmed.snat.values().any(|address| address == ip);
-            if !near && !vip && !snat && !self.need.contains(ip) {
-                gone.insert(*ip);
+            if !near && !vip && !snat && !self.need.addresses.contains(ip) {
+                filter.addresses.remove(ip);
             }
         }
-        if gone.is_disjoint(&self.programmed.ours) {
-            return None;
-        }
-        let ours = self
-            .programmed
-            .ours
-            .union(&self.need)
-            .filter(|ip| !gone.contains(ip));
-        Some(MapOp::PutOurs {
-            addresses: ours.copied().collect(),
-        })
+        (filter != before).then_some(MapOp::PutOurs { filter })
     }
 
     fn push(&mut self, group: Group, op: MapOp) {

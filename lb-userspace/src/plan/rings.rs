@@ -117,10 +117,10 @@ pub(super) fn service_value(entry: &Entry, flags: u32, ring: &RingChange) -> map
         previous_row: NO_RING,
         ..maps::Service::default()
     });
-    let (ring_row, ring_mask) = match ring {
+    let (ring_row, ring_mask, alternates) = match ring {
         RingChange::Keep => return maps::Service { flags, ..old },
-        RingChange::Clear => (NO_RING, 0),
-        RingChange::Put { row, ring } => (*row, (ring.len() / RING_ROW) as u32 - 1),
+        RingChange::Clear => (NO_RING, 0, [0; 2]),
+        RingChange::Put { row, ring } => (*row, (ring.len() / RING_ROW) as u32 - 1, ring::leaders(ring)),
     };
     maps::Service {
         flags,
@@ -129,6 +129,7 @@ pub(super) fn service_value(entry: &Entry, flags: u32, ring: &RingChange) -> map
         ring_mask,
         previous_row: old.ring_row,
         previous_mask: old.ring_mask,
+        alternates,
         ..old
     }
 }

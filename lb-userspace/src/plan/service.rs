@@ -163,7 +163,8 @@ impl Planner<'_> {
             self.push(group, MapOp::PutRing { row, ring });
         }
         let vip = network::vip_value(address.vip, self.inputs);
-        self.need.insert(address.vip);
+        self.need.addresses.insert(address.vip);
+        self.need.ports.insert((address.protocol, address.port));
         if self.programmed.vips.get(&address.vip) != Some(&vip) {
             self.push(
                 group,

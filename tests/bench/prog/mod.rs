@@ -15,7 +15,8 @@ use rig::Rig;
 /// Pairs of runs per case.
 const ROUNDS: usize = 15;
 
-pub fn run() -> Result<()> {
+/// Measures the cases whose names contain `only`.
+pub fn run(only: &str) -> Result<()> {
     let mut rig = Rig::new()?;
     println!("instructions that the verifier walked:");
     for (name, count) in rig.instructions()? {
@@ -26,7 +27,7 @@ pub fn run() -> Result<()> {
          {:<48} {:>6} {:>6} {:>6} {:>7} {:>7}",
         "path", "min", "median", "empty", "Katran", "ratio"
     );
-    for case in cases::all() {
+    for case in cases::all().into_iter().filter(|case| case.name.contains(only)) {
         let figures = measure(&mut rig, &case)?;
         println!("{}", line(&case, &figures));
     }

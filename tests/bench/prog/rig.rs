@@ -8,7 +8,7 @@ use aya::{
     maps::{Array, HashMap, ProgramArray},
     programs::{ProgramFd, SchedClassifier, TestRunResult, Xdp},
 };
-use lb_common::{addr::Addr4, flow::FlowKey, maps::Flow};
+use lb_common::{addr::Addr4, flow::FlowKey, limits::flow_entries, maps::Flow};
 use lb_ebpf::template::{FRAME, Template};
 use lb_tests::{
     kernel::{Kernel, Program, Sizes, flow_of, jiffies, object_path},
@@ -19,7 +19,7 @@ use lb_tests::{
 use super::cases::{self, BACKEND_RECORDS, Case, FRESH, Flows, Kind};
 
 /// Entries of each flow table: twice the flows of the largest case and some.
-const FLOW_ENTRIES: u32 = 1 << 21;
+const FLOW_ENTRIES: u32 = flow_entries(1 << 20);
 /// The programs of `PROGRAMS` by what is measured.
 const EMPTY: u32 = 0;
 const BODY: u32 = 1;

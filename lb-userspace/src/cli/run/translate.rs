@@ -29,8 +29,8 @@ pub(super) fn sizes(config: &Config) -> Sizes {
             backends: l.backends,
             ring_rows: l.ring_rows,
             acl: limits::MAX_ACL_ENTRIES,
-            flows4: l.flows4.saturating_mul(2),
-            flows6: l.flows6.saturating_mul(2),
+            flows4: limits::flow_entries(l.flows4),
+            flows6: limits::flow_entries(l.flows6),
         },
         events_bytes: l.events_bytes,
     }

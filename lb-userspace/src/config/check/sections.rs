@@ -25,7 +25,7 @@ use crate::model::FlowTimeouts;
 const SHORTEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest interface name: `IFNAMSIZ` with its final zero.
 const MAX_INTERFACE_NAME: usize = 15;
-/// Rings, flows and services of more entries than this are a slip of the pen, not a machine.
+/// Rings and services of more entries than this are a slip of the pen, not a machine.
 const MAX_ENTRIES: u32 = 1 << 26;
 
 pub(super) fn interfaces(check: &mut Check<'_>, given: Option<&Spanned<Strings>>) -> Vec<Interface> {
@@ -219,8 +219,8 @@ pub(super) fn limits(check: &mut Check<'_>, raw: &RawLimits) -> Limits {
         // Id 0 is never a backend.
         backends: one("backends", &raw.backends, base.backends, 2, common::MAX_BACKENDS),
         ring_rows: one("ring-rows", &raw.ring_rows, base.ring_rows, least_rows, 1 << 16),
-        flows4: one("flows4", &raw.flows4, base.flows4, 1, MAX_ENTRIES / 2),
-        flows6: one("flows6", &raw.flows6, base.flows6, 1, MAX_ENTRIES / 2),
+        flows4: one("flows4", &raw.flows4, base.flows4, 1, common::MAX_FLOWS),
+        flows6: one("flows6", &raw.flows6, base.flows6, 1, common::MAX_FLOWS),
         events_bytes: one("events", &raw.events, base.events_bytes, 4096, 1 << 30),
     };
     if let Some(events) = raw

@@ -50,7 +50,7 @@ impl Programmed {
         for (id, backend) in &dump.backends {
             this.put_backend(*id, *backend, now);
         }
-        this.ours = this.addresses_in_use();
+        this.ours = this.carried();
         this
     }
 

@@ -14,7 +14,7 @@ use ipnet::IpNet;
 use lb_common::maps::{self, NO_RING, backend_flags, backend_state};
 
 use crate::{
-    datapath::MapOp,
+    datapath::{Filter, MapOp},
     model::{BackendState, Protocol, ServiceAddress},
     ring::{self, Member},
 };
@@ -49,8 +49,8 @@ pub struct Programmed {
     pub(super) devices: BTreeMap<u16, maps::Device>,
     pub(super) snat: BTreeMap<u16, IpAddr>,
     pub(super) settings: maps::Settings,
-    /// Addresses of `OURS`.
-    pub(super) ours: BTreeSet<IpAddr>,
+    /// Contents of `OURS`.
+    pub(super) ours: Filter,
     /// How many slots have each LOCAL or NODE address.
     pub(super) near: BTreeMap<IpAddr, usize>,
     /// The epoch given out last.
@@ -177,7 +177,7 @@ impl Programmed {
                 self.acl_entries -= usize::from(old.is_some());
             }
             MapOp::PutRing { row, ring } => drop(self.written.insert(*row, Ring::of(ring))),
-            MapOp::PutOurs { addresses } => self.ours = addresses.iter().copied().collect(),
+            MapOp::PutOurs { filter } => self.ours = filter.clone(),
             MapOp::PutVip { vip, value } => drop(self.vips.insert(*vip, *value)),
             MapOp::DelVip { vip } => drop(self.vips.remove(vip)),
             MapOp::PutService { key, service } => self.put_service(&address_of(key), Some(*service), now),
@@ -268,14 +268,13 @@ impl Programmed {
         current.chain(retired.map(|(row, rows, until)| (*row, *rows, Some(*until))))
     }
 
-    /// Every address that packets of ours can carry.
-    pub(super) fn addresses_in_use(&self) -> BTreeSet<IpAddr> {
-        self.vips
-            .keys()
-            .chain(self.snat.values())
-            .chain(self.near.keys())
-            .copied()
-            .collect()
+    /// What packets of ours can carry.
+    pub(super) fn carried(&self) -> Filter {
+        let addresses = self.vips.keys().chain(self.snat.values());
+        Filter {
+            addresses: addresses.chain(self.near.keys()).copied().collect(),
+            ports: self.services.keys().map(|a| (a.protocol, a.port)).collect(),
+        }
     }
 
     fn entry_by_id(&mut self, id: u32) -> Option<&mut Entry> {
