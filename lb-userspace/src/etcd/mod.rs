@@ -79,6 +79,25 @@ impl Store {
         }
         Err(NoEndpoint(faults))
     }
+
+    /// A key as it was at a revision, see [`Session::past`].
+    ///
+    /// # Errors
+    /// No endpoint answers: what each of them did.
+    pub async fn past(&self, name: &str, revision: i64) -> Result<Option<Key>, NoEndpoint> {
+        let mut faults = Vec::new();
+        for endpoint in &self.config.endpoints {
+            let asked = async {
+                let mut session = Session::open(&self.config, endpoint).await?;
+                session.past(name, revision).await
+            };
+            match asked.await {
+                Ok(answer) => return Ok(answer),
+                Err(fault) => faults.push((endpoint.clone(), fault)),
+            }
+        }
+        Err(NoEndpoint(faults))
+    }
 }
 
 // === impl NoEndpoint ===

@@ -15,6 +15,9 @@ const PAGE: i64 = 1000;
 /// Largest answer: etcd's own limit of a value, 1.5 MiB, for a few keys of a page, or a page of ordinary ones.
 const LARGEST_ANSWER: usize = 64 << 20;
 
+/// gRPC's status of a revision that is compacted.
+const OUT_OF_RANGE: i32 = 11;
+
 /// One key, its text, and its age.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Key {
@@ -135,6 +138,22 @@ impl Session {
             revision: 0,
             keys: Vec::new(),
         }))
+    }
+
+    /// A key as it was at a revision; `None`: it was not there, or that has been compacted.
+    ///
+    /// # Errors
+    /// See [`EtcdError`].
+    pub async fn past(&mut self, name: &str, revision: i64) -> Result<Option<Key>, EtcdError> {
+        let options = GetOptions::new().with_revision(revision);
+        match within(self.timeout, "reading the past", self.kv.get(name, Some(options))).await {
+            Ok(answer) => Ok(answer.kvs().first().map(key)),
+            Err(EtcdError::Refused {
+                source: etcd_client::Error::GRpcStatus(status),
+                ..
+            }) if i32::from(status.code()) == OUT_OF_RANGE => Ok(None),
+            Err(fault) => Err(fault),
+        }
     }
 
     /// Asks for one key, which needs a quorum: proof that what was heard is the present. The store's revision.

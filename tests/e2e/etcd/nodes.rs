@@ -47,6 +47,17 @@ fn one_update_gives_the_same_rings_on_every_node() -> Result<()> {
         .collect::<Result<_>>()?;
     assert!(after[0] == after[1] && after[1] == after[2], "the rings differ");
     assert!(after[0] != all[0], "nothing has changed");
+
+    // A faulty text, twice, and a node that knows nothing: it finds the last good one in the past.
+    for text in ["worse", "worst"] {
+        etcd.put("/weir/services/web", text)?;
+    }
+    drop(three);
+    let mut three = lab.agent(2, &etcd)?;
+    three.await_status("38 backends of web", |status| serving(status, "web") == 38)?;
+    let refused = three.status()?["rejections"].to_string();
+    assert!(refused.contains("/weir/services/web"), "{refused}");
+    assert!(rings(&three)? == after[0], "the rings differ");
     Ok(())
 }
 

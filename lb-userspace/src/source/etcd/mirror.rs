@@ -29,6 +29,7 @@ const NODES: &str = "nodes/";
 
 /// Our part of the store as of the last read.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(default)]
 pub struct Mirror {
     /// `<prefix>/`.
     root: String,
@@ -68,6 +69,8 @@ struct Text {
 struct Verdict {
     service: Option<StaticService>,
     faults: Option<ConfigErrors>,
+    /// It has faults, and the last good text does not.
+    old_in_force: bool,
 }
 
 /// What the keys come to.
@@ -199,6 +202,31 @@ impl Mirror {
         })
     }
 
+    /// Keys of faulty texts for which no good one is known, and the revision of the oldest text that is: the store may
+    /// remember an older one.
+    pub fn without_good(&self) -> Vec<(String, i64)> {
+        let lost = |text: &Text| {
+            let faulty = |verdict: &Verdict| verdict.faults.is_some() && !verdict.old_in_force;
+            !text.missing && text.verdict.as_ref().is_some_and(faulty)
+        };
+        let oldest = |text: &Text| {
+            text.good
+                .as_ref()
+                .map_or(text.revision, |(_, revision)| *revision)
+        };
+        let lost = self.keys.iter().filter(|(_, text)| lost(text));
+        lost.map(|(name, text)| (format!("{}{name}", self.root), oldest(text)))
+            .collect()
+    }
+
+    /// Takes over an older text of a key, to be judged.
+    pub fn remember(&mut self, older: Key) {
+        let name = self.name(&older.name);
+        if let Some(text) = name.and_then(|name| self.keys.get_mut(&name)) {
+            (text.good, text.verdict) = (Some((older.text, older.revision)), None);
+        }
+    }
+
     /// Judges what has not been judged, and says what all of it comes to for a node with this configuration.
     pub fn outcome(&mut self, node: &Config) -> Outcome {
         let mut objects = BTreeMap::new();
@@ -234,6 +262,7 @@ impl Mirror {
                 config.verdict = Some(Verdict {
                     service: None,
                     faults: Some(faults),
+                    old_in_force: old.is_some(),
                 });
                 old.unwrap_or_default()
             }
@@ -256,12 +285,16 @@ impl Mirror {
             text.verdict.get_or_insert_with(|| match parse(&text.text) {
                 Ok(service) => Verdict {
                     service: Some(service),
-                    faults: None,
+                    ..Verdict::default()
                 },
-                Err(faults) => Verdict {
-                    service: text.good.as_ref().and_then(|(good, _)| parse(good).ok()),
-                    faults: Some(faults),
-                },
+                Err(faults) => {
+                    let old = text.good.as_ref().and_then(|(good, _)| parse(good).ok());
+                    Verdict {
+                        old_in_force: old.is_some(),
+                        service: old,
+                        faults: Some(faults),
+                    }
+                }
             });
         }
     }
@@ -295,7 +328,7 @@ impl Mirror {
             let mut object = object(&key, name, text.created);
             if let Some(faults) = &verdict.faults {
                 let good = text.good.as_ref().map(|(_, revision)| *revision);
-                let in_force = good.filter(|_| verdict.service.is_some());
+                let in_force = good.filter(|_| verdict.old_in_force);
                 object.rejections = rejections(faults, self.proposed, in_force);
             }
             for wish in verdict.service.iter().flat_map(|service| &service.wishes) {

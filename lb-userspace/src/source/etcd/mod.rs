@@ -10,7 +10,7 @@ pub mod mirror;
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::Arc,
     time::{Duration, SystemTime},
@@ -26,12 +26,14 @@ use tokio_util::sync::CancellationToken;
 use super::{Freshness, Message, Object, SourceId, Update};
 use crate::{
     config::{Config, EtcdConfig, Shared},
-    etcd::{Heard, follow},
+    etcd::{Heard, Store, follow},
 };
 use mirror::Mirror;
 
 /// Name of this source.
 pub const SOURCE: &str = "etcd";
+/// How many older texts of a key are looked at for a good one.
+const LOOK_BACK: usize = 8;
 /// The cache is written at once when a key has changed, and otherwise no more often than this, for its age.
 const KEEP_EVERY: Duration = Duration::from_secs(60);
 
@@ -123,10 +125,11 @@ impl Source {
         }
         self.tell_freshness().await?;
         let root = self.mirror.root().to_owned();
+        let store = Store::new(etcd.clone());
         let mut heard = follow(etcd, root);
         loop {
             tokio::select! {
-                Some(heard) = heard.recv() => self.hear(heard).await?,
+                Some(heard) = heard.recv() => self.hear(heard, &store).await?,
                 changed = self.config.changed() => {
                     changed.map_err(|_| InboxGone)?;
                     if self.sent.is_some() {
@@ -138,12 +141,13 @@ impl Source {
         }
     }
 
-    async fn hear(&mut self, heard: Heard) -> Result<(), InboxGone> {
+    async fn hear(&mut self, heard: Heard, store: &Store) -> Result<(), InboxGone> {
         let now = SystemTime::now();
         let full = matches!(heard, Heard::Snapshot(_));
         match heard {
             Heard::Snapshot(snapshot) => {
                 self.mirror.reset(snapshot);
+                self.look_back(store).await;
                 self.freshness.last_full_read = Some(now);
             }
             Heard::Changes(changes) => self.mirror.change(changes),
@@ -168,6 +172,28 @@ impl Source {
         self.tell(full).await?;
         self.keep();
         self.tell_freshness().await
+    }
+
+    /// A node that starts while a text is faulty shall serve what all others do: it asks the store for the last good one.
+    async fn look_back(&mut self, store: &Store) {
+        let node = self.config.borrow().clone();
+        let mut asked = BTreeSet::new();
+        for _ in 0..LOOK_BACK {
+            self.mirror.outcome(&node);
+            for (key, revision) in self.mirror.without_good() {
+                if !asked.insert((key.clone(), revision)) {
+                    continue;
+                }
+                match store.past(&key, revision - 1).await {
+                    Ok(Some(older)) => self.mirror.remember(older),
+                    Ok(None) => {}
+                    Err(fault) => {
+                        tracing::warn!(source = SOURCE, key, "its older texts cannot be read: {fault}");
+                        return;
+                    }
+                }
+            }
+        }
     }
 
     fn be_connected(&mut self, now: SystemTime) {

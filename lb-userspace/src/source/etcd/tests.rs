@@ -108,6 +108,29 @@ fn a_faulty_text_is_named_and_leaves_the_last_good_one() {
 }
 
 #[test]
+fn older_texts_are_asked_for_where_no_good_one_is_known() {
+    let mut mirror = Mirror::new("/weir");
+    let web = |revision, text: &str| key("services/web", 2, revision, text);
+    mirror.reset(snapshot(
+        9,
+        &[web(9, "worst"), key("services/a", 3, 3, &service(81))],
+    ));
+    show(&mut mirror);
+    assert_eq!(mirror.without_good(), [("/weir/services/web".to_owned(), 9)]);
+    mirror.remember(web(7, "worse"));
+    show(&mut mirror);
+    assert_eq!(mirror.without_good(), [("/weir/services/web".to_owned(), 7)]);
+    mirror.remember(web(4, &service(80)));
+    assert!(
+        show(&mut mirror)[1].contains("services/web 80 ("),
+        "{:?}",
+        show(&mut mirror)
+    );
+    assert!(show(&mut mirror)[1].contains("its text of revision 4 stays in force"));
+    assert_eq!(mirror.without_good(), []);
+}
+
+#[test]
 fn a_slip_in_a_keys_name_is_named() {
     let mut mirror = Mirror::new("/weir");
     let slip = key("service/a", 2, 2, &service(80));
