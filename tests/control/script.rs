@@ -7,9 +7,10 @@
 //! places 130                                      the addresses that `many=130` makes are remote
 //! snat 192.0.2.50                                 configured SNAT addresses
 //! docker reset                                    the source's complete list is empty
-//! docker put c1 5 web 203.0.113.1:80/tcp 10.0.0.1:8080[,weight=2,draining,unready,drain=5] [affinity] [allow=10.0.0.0/8]
+//! docker put c1 5 web 203.0.113.1:80/tcp 10.0.0.1:8080[,weight=2,draining,unready,check,drain=5] [affinity] [allow=10.0.0.0/8]
 //! docker remove c1                                (`put`: id, age, service name, address, backends, settings)
 //! drain 10.0.0.1:8080 [5s] · undrain 10.0.0.1:8080   the operator
+//! verdict 203.0.113.1:80/tcp 10.0.0.1:8080 fit [3] · unfit   a check, with tenths of its share
 //! sweep 10.0.0.1:8080=3                           live flows by backend; all others have none
 //! wait 30s                                        time passes
 //! restart docker file                             a new agent that expects these sources
@@ -30,8 +31,10 @@ use weir::{
         Capacities, DeviceInfo, Dump, Place, Topology,
         fake::{FakeMaps, Fault},
     },
+    health::{By, Key, Report, Targets, Verdict, WHOLE},
     model::{
-        Backend, BackendState, EmptyPolicy, Protocol, ServiceAddress, ServiceSettings, ServiceWish, SnatMode,
+        Backend, BackendState, Check, CheckKind, EmptyPolicy, Protocol, ServiceAddress, ServiceSettings,
+        ServiceWish, SnatMode, UnhealthyPolicy,
     },
     plan::{Policy, Sweep, address_of},
     reconcile::{Command, Options, Reconciler, Surroundings},
@@ -57,6 +60,8 @@ struct World {
     held: BTreeMap<u32, u32>,
     /// Ids and epochs that a sweep found dead and without flows: nothing brings their flows back.
     ended: BTreeSet<(u32, u32)>,
+    /// Whom to check.
+    targets: Targets,
 }
 
 /// Runs a script, with one failing write if wanted.
@@ -152,6 +157,7 @@ impl World {
             now,
             held: BTreeMap::new(),
             ended: BTreeSet::new(),
+            targets: Targets::default(),
         }
     }
 
@@ -245,6 +251,23 @@ impl World {
                 let maps = Box::new(self.maps.clone());
                 self.reconciler = Reconciler::new(maps, options, self.policy.clone(), self.now).unwrap();
                 self.reconciler.set_topology(&self.topology);
+                self.targets = Targets::default();
+            }
+            ["verdict", service, backend, fit, ref tenths @ ..] => {
+                let key = Key {
+                    service: service_address(service),
+                    backend: backend.parse().unwrap(),
+                };
+                let verdict = Verdict {
+                    key,
+                    generation: self.targets.active[&key].generation,
+                    by: By::Check,
+                    fit: fit == "fit",
+                    tenths: tenths.first().map_or(WHOLE, |tenths| tenths.parse().unwrap()),
+                    reason: "as told".into(),
+                    since: SystemTime::UNIX_EPOCH,
+                };
+                self.hear("health", Update::Verdicts(vec![verdict]));
             }
             [source, "reset"] => self.hear(source, Update::Reset(Vec::new())),
             [source, "remove", id] => self.hear(source, Update::Remove(id.into())),
@@ -254,6 +277,7 @@ impl World {
             _ => panic!("{}: {line}", self.name),
         }
         self.settle();
+        self.reconciler.target_changes().apply(&mut self.targets);
     }
 
     fn hear(&mut self, source: &str, update: Update) {
@@ -298,7 +322,10 @@ impl World {
             assert!(pass < 10, "{}: does not come to rest", self.name);
             let before = self.maps.writes();
             self.reconciler.pass(&|| now);
-            let faults = self.reconciler.status(&Surroundings::default(), now).faults;
+            let faults = self
+                .reconciler
+                .status(&Surroundings::default(), &Report::default(), now)
+                .faults;
             if faults.is_empty() && self.maps.writes() == before {
                 break;
             }
@@ -317,7 +344,7 @@ impl World {
         let mut out = show(&self.maps.contents());
         for rejection in self
             .reconciler
-            .status(&Surroundings::default(), self.now)
+            .status(&Surroundings::default(), &Report::default(), self.now)
             .rejections
         {
             writeln!(out, "  refused {}: {}", rejection.object, rejection.fault).unwrap();
@@ -443,14 +470,21 @@ fn show(dump: &Dump) -> String {
     out
 }
 
-fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Object {
-    let (listen, protocol) = address.split_once('/').unwrap();
+fn service_address(text: &str) -> ServiceAddress {
+    let (listen, protocol) = text.split_once('/').unwrap();
     let listen: SocketAddr = listen.parse().unwrap();
-    let protocol = if protocol == "udp" {
-        Protocol::Udp
-    } else {
-        Protocol::Tcp
-    };
+    ServiceAddress {
+        vip: listen.ip(),
+        port: listen.port(),
+        protocol: if protocol == "udp" {
+            Protocol::Udp
+        } else {
+            Protocol::Tcp
+        },
+    }
+}
+
+fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Object {
     let mut settings = ServiceSettings::default();
     let mut backends = Vec::new();
     for word in rest {
@@ -461,6 +495,7 @@ fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Obje
             Some(("snat", "always")) => settings.snat = SnatMode::Always,
             Some(("snat", "never")) => settings.snat = SnatMode::Never,
             Some(("empty", "refuse")) => settings.when_empty = EmptyPolicy::Refuse,
+            Some(("unhealthy", "serve-all")) => settings.when_unhealthy = UnhealthyPolicy::ServeAll,
             Some(("empty", "drop")) => settings.when_empty = EmptyPolicy::Drop,
             // Many backends at once: many=130 is 10.9.0.0:80 and the 129 after it.
             Some(("many", count)) => {
@@ -476,11 +511,7 @@ fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Obje
         created: SystemTime::UNIX_EPOCH + Duration::from_secs(age.parse().unwrap()),
         services: vec![ServiceWish {
             name: name.into(),
-            address: ServiceAddress {
-                vip: listen.ip(),
-                port: listen.port(),
-                protocol,
-            },
+            address: service_address(address),
             settings,
             backends,
         }],
@@ -519,6 +550,7 @@ fn backend(name: &str, word: &str) -> Backend {
             Some(("weight", weight)) => backend.weight = weight.parse().unwrap(),
             Some(("drain", seconds)) => backend.drain = Duration::from_secs(seconds.parse().unwrap()),
             _ if part == "draining" => backend.state = BackendState::Draining,
+            _ if part == "check" => backend.check = Some(Check::of(vec![CheckKind::Tcp]).into()),
             _ if part == "unready" => backend.state = BackendState::Unready,
             _ => panic!("{word}"),
         }

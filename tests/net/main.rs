@@ -10,6 +10,7 @@ mod local;
 mod pmtu;
 mod policy;
 mod talk;
+mod ucp;
 
 use std::{
     collections::BTreeSet,

@@ -172,11 +172,13 @@ impl Health {
                     })
                     .filter(|was| was.name == backend.name)
                     .map(|was| was.state == BackendState::Active);
+                // Told once: whoever has that address later is somebody else.
+                let adopted = self.adopted.remove(&key);
                 self.generation += 1;
                 Some(Target {
                     generation: self.generation,
                     check: check.clone(),
-                    before: match served.or(self.adopted.get(&key).copied()) {
+                    before: match served.or(adopted) {
                         Some(true) => Before::Served,
                         Some(false) => Before::Waited,
                         None => Before::New,
