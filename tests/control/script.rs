@@ -515,6 +515,7 @@ fn object(id: &str, age: &str, name: &str, address: &str, rest: &[&str]) -> Obje
             settings,
             backends,
         }],
+        routes: Vec::new(),
         rejections: Vec::new(),
     }
 }
