@@ -2,6 +2,7 @@
 
 mod containers;
 mod faults;
+mod health;
 mod life;
 mod scale;
 mod voting;
