@@ -3,6 +3,7 @@
 mod containers;
 mod etcd;
 mod faults;
+mod health;
 mod life;
 mod scale;
 mod voting;

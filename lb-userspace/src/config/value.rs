@@ -140,11 +140,15 @@ fn show(duration: Duration) -> String {
 
 /// The known word that was probably meant.
 pub fn nearest<'w>(text: &str, words: &[&'w str]) -> Option<&'w str> {
+    // Two slips, or a third of a long word: further away it is a guess that misleads.
+    let limit = |word: &str| 2.max(word.len() / 3);
+    let length = text.chars().count();
     words
         .iter()
+        // Comparing costs the product of both lengths, and a label may be of any length.
+        .filter(|word| length.abs_diff(word.chars().count()) <= limit(word))
         .map(|word| (strsim::damerau_levenshtein(text, word), *word))
-        // Two slips, or a third of a long word: further away it is a guess that misleads.
-        .filter(|(distance, word)| *distance <= 2.max(word.len() / 3))
+        .filter(|(distance, word)| *distance <= limit(word))
         .min()
         .map(|(_, word)| word)
 }
@@ -457,5 +461,7 @@ mod tests {
         assert_eq!(nearest("lisen", &["listen", "port"]), Some("listen"));
         assert_eq!(nearest("wieght", &["weight", "drain"]), Some("weight"));
         assert_eq!(nearest("zebra", &["weight", "drain"]), None);
+        // Compared, it would take gigabytes.
+        assert_eq!(nearest(&"weight".repeat(10_000_000), &["weight"]), None);
     }
 }

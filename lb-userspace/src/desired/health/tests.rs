@@ -2,6 +2,8 @@
 
 use std::{sync::Arc, time::Duration};
 
+use proptest::prelude::*;
+
 use super::super::*;
 use crate::{
     health::{Before, By, Targets, Verdict, WHOLE},
@@ -301,4 +303,79 @@ fn when_all_are_unfit_the_policy_decides() {
     rig.check(3, true);
     assert_eq!(rig.state(1).0, BackendState::Unready);
     assert_eq!(rig.state(3).0, BackendState::Active);
+}
+
+/// What may happen to one backend.
+#[derive(Clone, Debug)]
+enum Event {
+    Check(bool),
+    Eject(bool),
+    Drain(bool),
+    Source(BackendState),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let state = proptest::sample::select(vec![
+        BackendState::Active,
+        BackendState::Draining,
+        BackendState::Unready,
+    ]);
+    prop_oneof![
+        any::<bool>().prop_map(Event::Check),
+        any::<bool>().prop_map(Event::Eject),
+        any::<bool>().prop_map(Event::Drain),
+        state.prop_map(Event::Source),
+    ]
+}
+
+proptest! {
+    /// In whatever order they speak: a backend takes new flows when, and only when, its source, its check, the datapath's
+    /// counters and the operator all agree.
+    #[test]
+    fn a_backend_serves_when_all_agree(events in proptest::collection::vec((1u8..4, event()), 0..60)) {
+        let mut rig = Rig {
+            settings: ServiceSettings {
+                passive: Some(Passive::default()),
+                ..ServiceSettings::default()
+            },
+            ..Rig::default()
+        };
+        rig.start(3);
+        let (mut passed, mut ejected, mut drained) = ([false; 4], [false; 4], [false; 4]);
+        let mut source = [BackendState::Active; 4];
+        for (i, event) in events {
+            let at = usize::from(i);
+            match event {
+                Event::Check(fit) => {
+                    rig.check(i, fit);
+                    passed[at] = fit;
+                }
+                Event::Eject(out) => {
+                    rig.say(i, By::Passive, !out, WHOLE);
+                    ejected[at] = out;
+                }
+                Event::Drain(on) => {
+                    drained[at] = on;
+                    let names = (1..4).filter(|i| drained[*i]).map(|i| (format!("web-{i}"), None));
+                    rig.heard.set_drains(Drains(names.collect()));
+                    rig.hear(Update::Verdicts(Vec::new()));
+                }
+                Event::Source(state) => {
+                    source[at] = state;
+                    let mut backend = rig.backend(i);
+                    backend.state = state;
+                    rig.put(backend);
+                }
+            }
+            for i in 1..4u8 {
+                let at = usize::from(i);
+                let all = source[at] == BackendState::Active && passed[at] && !ejected[at] && !drained[at];
+                let (state, reason) = rig.state(i);
+                prop_assert_eq!(state == BackendState::Active, all, "{} {:?}", i, reason);
+                // And the conditions say the same, but for the operator, who is asked last.
+                let agree = rig.heard.conditions(SERVICE, address(i)).iter().all(|c| c.fit);
+                prop_assert_eq!(agree, all);
+            }
+        }
+    }
 }
