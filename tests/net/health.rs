@@ -15,14 +15,13 @@ use serde_json::Value;
 
 use crate::{
     answered,
-    lab::{Body, Lab, VIP4, Wiring, address_of, service},
+    lab::{Body, Lab, VIP4, Wiring, address_of, container_address, service},
     load::under_load,
-    serve,
     talk::{Talk, listen_tcp, serve_on, serve_tcp, talk_tcp},
     vip,
 };
 
-/// Backends of the service: enough that the load does not use up the SNAT ports towards the others while one is out.
+/// Containers of the service.
 const BACKENDS: usize = 6;
 
 /// A health page in a namespace that answers with the status it is told, on any port if the address has none.
@@ -82,13 +81,17 @@ fn reason(status: &Value, index: usize) -> &str {
 
 #[test]
 fn a_failing_check_takes_a_backend_out_and_a_passing_one_brings_it_back() -> Result<()> {
-    let lab = Lab::new(Wiring::TwoArm, Body::Native, BACKENDS)?;
-    let servers = serve(&lab, false, false)?;
-    let mut pages = Vec::new();
-    let mut port = 0;
-    for (i, namespace) in lab.backends.iter().enumerate() {
-        let (address, status) = page(namespace, SocketAddr::new(address_of(i, false), port))?;
-        port = address.port();
+    let lab = Lab::new(Wiring::TwoArm, Body::Native, 0)?;
+    let (mut servers, mut pages) = (Vec::new(), Vec::new());
+    // Every namespace has its own ports: what is free in the first is free in all.
+    let (mut service_port, mut port) = (0, 0);
+    let containers = lab.containers(BACKENDS)?;
+    for (i, namespace) in containers.iter().enumerate() {
+        let ip = container_address(i, false);
+        let server = serve_tcp(namespace, i, SocketAddr::new(ip, service_port))?;
+        let (address, status) = page(namespace, SocketAddr::new(ip, port))?;
+        (service_port, port) = (server.port(), address.port());
+        servers.push(server);
         pages.push(status);
     }
     let head = lab.head(&format!(
