@@ -304,10 +304,11 @@ fn install<T: Tables, A: Ip>(tables: T, work: &mut Work<A>, service: &Service, b
         let port = if probe == 0 && keep_own {
             own
         } else {
-            low + tables
-                .next_port(work.forward.backend)
-                .checked_rem(range)
-                .unwrap_or(0)
+            // Ports in use lie side by side, in the trail of another CPU's cursor or of our own from before: two steps,
+            // then leaps, or all tries could end in one trail.
+            let leap = probe >= 2 && range > SMALL_RANGE;
+            let cursor = tables.next_port(work.forward.backend, leap);
+            low + cursor.checked_rem(range).unwrap_or(0)
         };
         if snat {
             let turn = spread
@@ -332,6 +333,9 @@ fn install<T: Tables, A: Ip>(tables: T, work: &mut Work<A>, service: &Service, b
     }
     exhausted
 }
+
+/// Ports of a range that is searched step by step.
+const SMALL_RANGE: u32 = 64;
 
 /// The reverse entry is in.
 const CLAIMED: u32 = 0;

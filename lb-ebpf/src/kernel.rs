@@ -141,14 +141,14 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn next_port(self, backend: u32) -> u32 {
+    fn next_port(self, backend: u32, leap: bool) -> u32 {
         match CURSORS.get_ptr_mut(backend) {
             Some(cursor) => {
                 // A new datapath does not begin where the one before it began: there the backends still have old
                 // connections in TIME-WAIT.
                 // SAFETY: this CPU's own word.
                 unsafe {
-                    if *cursor == 0 {
+                    if leap || *cursor == 0 {
                         *cursor = self.random();
                     }
                     *cursor = (*cursor).wrapping_add(1);

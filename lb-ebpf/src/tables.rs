@@ -108,8 +108,8 @@ pub trait Tables: Copy {
     fn snat_address<'a>(self, index: u32) -> Option<&'a Addr16>
     where
         Self: 'a;
-    /// Next value of the backend's port cursor on this CPU; starts differ between CPUs.
-    fn next_port(self, backend: u32) -> u32;
+    /// Next value of the backend's port cursor on this CPU, one further or anywhere (`leap`); starts differ between CPUs.
+    fn next_port(self, backend: u32, leap: bool) -> u32;
     /// `ACL`: the action of the longest prefix, or 0.
     fn acl(self, service: u32, client: &Addr16) -> u32;
     /// `AFFINITY`.

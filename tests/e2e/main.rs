@@ -1,6 +1,7 @@
 //! Real containers of real Docker engines behind the real agent.
 
 mod containers;
+mod engines;
 mod etcd;
 mod faults;
 mod health;

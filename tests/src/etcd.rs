@@ -3,7 +3,7 @@
 use std::{
     io::{BufRead as _, BufReader},
     net::TcpListener,
-    path::{Path, PathBuf},
+    path::PathBuf,
     process::{Command, Stdio},
     sync::{Arc, Condvar, Mutex},
     time::{Duration, Instant},
@@ -11,9 +11,8 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, date_time_ymd};
 
-use crate::{guard::Guard, netns::Namespace};
+use crate::{guard::Guard, netns::Namespace, pki::Authority};
 
 /// How long a server may take to start.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -44,12 +43,6 @@ struct Member {
 struct Log {
     lines: Mutex<Vec<String>>,
     more: Condvar,
-}
-
-/// Signs certificates.
-#[derive(Debug)]
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
 }
 
 impl<'n> Etcd<'n> {
@@ -294,30 +287,6 @@ impl Log {
     fn tail(&self) -> String {
         let lines = self.lines.lock().expect("no holder panics");
         lines[lines.len().saturating_sub(30)..].join("\n")
-    }
-}
-
-impl Authority {
-    fn new(path: &Path) -> Result<Self> {
-        let mut params = CertificateParams::new(Vec::new())?;
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params
-            .distinguished_name
-            .push(DnType::CommonName, "authority of the tests");
-        let key = KeyPair::generate()?;
-        std::fs::write(path, params.self_signed(&key)?.pem())?;
-        let issuer = Issuer::new(params, key);
-        Ok(Self { issuer })
-    }
-
-    fn certify(&self, name: &str, address: &str, until: i32, cert: &Path, key: &Path) -> Result<()> {
-        let mut params = CertificateParams::new(vec![address.to_owned(), "127.0.0.1".into()])?;
-        params.distinguished_name.push(DnType::CommonName, name);
-        params.not_before = date_time_ymd(2000, 1, 1);
-        params.not_after = date_time_ymd(until, 1, 1);
-        let own = KeyPair::generate()?;
-        std::fs::write(key, own.serialize_pem())?;
-        Ok(std::fs::write(cert, params.signed_by(&own, &self.issuer)?.pem())?)
     }
 }
 

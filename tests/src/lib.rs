@@ -2,7 +2,8 @@
 //!
 //! `packet` builds frames, `world` says what the maps hold, `kernel` and `model` run one frame through the core as the
 //! kernel and as the host compile it, `row` compares what came of it. `netns`, `guard` and `weir` are for tests with
-//! real traffic, `docker` and `load` for those with real containers, `etcd` for those with one configuration for many nodes; the demo is made of the same parts.
+//! real traffic, `docker` and `load` for those with real containers, `etcd` for those with one configuration for
+//! many nodes, `pki` for those with certificates; the demo is made of the same parts.
 
 #![expect(
     clippy::expect_used,
@@ -18,6 +19,7 @@ pub mod load;
 pub mod model;
 pub mod netns;
 pub mod packet;
+pub mod pki;
 pub mod row;
 pub mod site;
 pub mod weir;

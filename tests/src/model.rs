@@ -357,9 +357,14 @@ impl Tables for View<'_> {
     {
         self.0.maps().sources.get(index as usize)
     }
-    fn next_port(self, _backend: u32) -> u32 {
+    fn next_port(self, _backend: u32, leap: bool) -> u32 {
         let cursor = &self.0.maps().cursor;
-        cursor.set(cursor.get().wrapping_add(1));
+        let from = if leap {
+            cursor.get().wrapping_mul(0x9e37_79b1)
+        } else {
+            cursor.get()
+        };
+        cursor.set(from.wrapping_add(1));
         cursor.get()
     }
     fn acl(self, service: u32, client: &Addr16) -> u32 {
