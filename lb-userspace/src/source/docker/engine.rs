@@ -35,7 +35,7 @@ const NOT_FOUND: u16 = 404;
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// The engine, or the way to it.
-    #[error("{question}: {source}")]
+    #[error("{question}: {}", chain(.source))]
     Docker { question: &'static str, source: Error },
     /// No answer to a ping.
     #[error("no sign of life within {} s", PING_TIMEOUT.as_secs())]
@@ -49,6 +49,21 @@ pub enum EngineError {
     /// The engine's clock cannot be read.
     #[error("the engine's time `{0}` cannot be read; is this endpoint really a Docker engine?")]
     Clock(String),
+}
+
+/// An error with its causes: the reason of a failed TLS handshake is the last of them.
+fn chain(error: &Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(error) = cause {
+        let more = error.to_string();
+        // Some libraries repeat their causes.
+        if !text.contains(&more) {
+            text = format!("{text}: {more}");
+        }
+        cause = error.source();
+    }
+    text
 }
 
 fn asking(question: &'static str) -> impl Fn(Error) -> EngineError + Copy {
