@@ -3,14 +3,15 @@
 use std::net::IpAddr;
 
 use lb_common::{
-    addr::{Addr4, Addr16, Be16, Hop},
-    flow::{ours_bit, port_bit},
+    addr::{Addr16, Be16, Hop},
     limits::RING_ROW,
     maps::{
         self, Affinity, AffinityKey, Backend, Device, Ours, Service, ServiceKey, Settings, Timeouts,
         backend_flags, backend_state, device_flags, flow_state,
     },
 };
+
+use weir::{datapath::Filter, plan::address_of, ring::leaders};
 
 use crate::packet::{Mac, ToIp};
 
@@ -444,40 +445,20 @@ impl World {
 
     /// `OURS`: what packets of ours carry.
     pub fn filter(&self) -> Box<Ours> {
-        let mut ours = Box::new(Ours {
-            words: [0; _],
-            ports: [0; _],
-        });
         let vips = self.vips.iter().map(|(vip, _)| vip);
-        for addr in vips.chain(&self.sources).chain(&self.ours) {
-            let (word, bit) = match addr {
-                IpAddr::V4(v4) => ours_bit(Addr4::from_octets(v4.octets())),
-                IpAddr::V6(v6) => ours_bit(Addr16::from_octets(v6.octets())),
-            };
-            ours.words[word as usize] |= bit;
-        }
-        for service in &self.services {
-            let (proto, port) = (u32::from(service.key.proto), service.key.port);
-            let all = if port.0 == 0 {
-                0..=u16::MAX
-            } else {
-                port.get()..=port.get()
-            };
-            for port in all {
-                let (word, bit) = port_bit(proto, Be16::new(port));
-                ours.ports[word as usize] |= bit;
-            }
-        }
-        ours
+        let services = self.services.iter().map(|service| address_of(&service.key));
+        let filter = Filter {
+            addresses: vips.chain(&self.sources).chain(&self.ours).copied().collect(),
+            ports: services.map(|address| (address.protocol, address.port)).collect(),
+        };
+        filter.value()
     }
 
     /// The value of a service, with its alternates.
     pub fn value_of(&self, service: &ServiceRow) -> Service {
         let mut value = service.value;
         if value.alternates == [0; 2] {
-            let ring = self.ring_of(service);
-            let second = ring.iter().find(|id| **id != ring[0]);
-            value.alternates = [ring[0], second.copied().unwrap_or(0)];
+            value.alternates = leaders(&self.ring_of(service));
         }
         value
     }
