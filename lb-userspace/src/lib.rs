@@ -4,6 +4,7 @@
 //! programmed, `reconcile` owns the maps and applies the plan. `datapath` is the only part that talks to the kernel.
 
 pub mod admin;
+pub mod causes;
 pub mod cli;
 pub mod config;
 pub mod datapath;

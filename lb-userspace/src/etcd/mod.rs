@@ -12,7 +12,10 @@ use std::{fmt, path::PathBuf, time::Duration};
 pub use follow::{Heard, follow};
 pub use session::{Change, Key, Session, Snapshot};
 
-use crate::config::EtcdConfig;
+use crate::{
+    causes::{and_causes, with_causes},
+    config::EtcdConfig,
+};
 
 /// Why an endpoint did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
@@ -24,7 +27,7 @@ pub enum EtcdError {
     #[error("{what}: no answer within {limit:?}: it is down, cut off, or without a quorum")]
     Silent { what: &'static str, limit: Duration },
     /// It said no, or the connection failed.
-    #[error("{what}: {}", Chain(.source))]
+    #[error("{what}: {}", words(.source))]
     Refused {
         what: &'static str,
         source: etcd_client::Error,
@@ -113,33 +116,15 @@ impl fmt::Display for NoEndpoint {
     }
 }
 
-/// An error with its causes: the reason of a failed TLS handshake is the last of them.
-struct Chain<'e>(&'e etcd_client::Error);
-
-impl fmt::Display for Chain<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        use etcd_client::Error;
-        let mut cause: Option<&dyn std::error::Error> = match self.0 {
-            Error::GRpcStatus(status) => {
-                f.write_str(status.message())?;
-                std::error::Error::source(status)
-            }
-            Error::TransportError(error) => {
-                write!(f, "{error}")?;
-                std::error::Error::source(error)
-            }
-            other => return write!(f, "{other}"),
-        };
-        let mut last = String::new();
-        while let Some(error) = cause {
-            let text = error.to_string();
-            if text != last {
-                write!(f, ": {text}")?;
-            }
-            last = text;
-            cause = error.source();
+/// An error and its causes, without the number of a status.
+fn words(error: &etcd_client::Error) -> String {
+    use etcd_client::Error;
+    match error {
+        Error::GRpcStatus(status) => {
+            and_causes(status.message().to_owned(), std::error::Error::source(status))
         }
-        Ok(())
+        Error::TransportError(error) => with_causes(error),
+        other => other.to_string(),
     }
 }
 

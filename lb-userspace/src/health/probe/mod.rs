@@ -12,7 +12,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::model::{Check, CheckKind};
+use crate::{
+    causes::with_causes,
+    model::{Check, CheckKind},
+};
 
 pub use tls::{Clients, TlsError};
 
@@ -46,7 +49,7 @@ enum Fault {
     Connect(io::Error),
     #[error("TLS: {0}")]
     Handshake(io::Error),
-    #[error("no HTTP answer: {}", causes(.0))]
+    #[error("no HTTP answer: {}", with_causes(.0))]
     Http(#[from] hyper::Error),
     #[error("{0}")]
     Status(hyper::StatusCode),
@@ -121,12 +124,6 @@ async fn connect(to: SocketAddr) -> Result<TcpStream, Fault> {
         io::ErrorKind::AddrNotAvailable | io::ErrorKind::OutOfMemory => Fault::Socket(error),
         _ => Fault::Connect(error),
     })
-}
-
-/// An error with what it came from: a refused client certificate shows only there.
-fn causes(error: &(dyn std::error::Error + 'static)) -> String {
-    let all = std::iter::successors(Some(error), |error| error.source());
-    all.map(ToString::to_string).collect::<Vec<_>>().join(": ")
 }
 
 /// The system's words without its numbers.

@@ -17,7 +17,7 @@ use super::{
     container::{Container, NoId},
     events::ACTIONS,
 };
-use crate::{config::Endpoint, source::labels::is_ours};
+use crate::{causes::with_causes, config::Endpoint, source::labels::is_ours};
 
 /// Longest wait for the answer to one question, seconds. A busy engine takes one; one that takes ten is as good as gone.
 const REQUEST_TIMEOUT_S: u64 = 10;
@@ -35,7 +35,7 @@ const NOT_FOUND: u16 = 404;
 #[derive(Debug, thiserror::Error)]
 pub enum EngineError {
     /// The engine, or the way to it.
-    #[error("{question}: {}", chain(.source))]
+    #[error("{question}: {}", with_causes(.source))]
     Docker { question: &'static str, source: Error },
     /// No answer to a ping.
     #[error("no sign of life within {} s", PING_TIMEOUT.as_secs())]
@@ -49,21 +49,6 @@ pub enum EngineError {
     /// The engine's clock cannot be read.
     #[error("the engine's time `{0}` cannot be read; is this endpoint really a Docker engine?")]
     Clock(String),
-}
-
-/// An error with its causes: the reason of a failed TLS handshake is the last of them.
-fn chain(error: &Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = std::error::Error::source(error);
-    while let Some(error) = cause {
-        let more = error.to_string();
-        // Some libraries repeat their causes.
-        if !text.contains(&more) {
-            text = format!("{text}: {more}");
-        }
-        cause = error.source();
-    }
-    text
 }
 
 fn asking(question: &'static str) -> impl Fn(Error) -> EngineError + Copy {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Labels, refusal::Refusal};
+use super::{Labels, SETTINGS, refusal::Refusal};
 use crate::{
     config::{
         health::{self, CheckError, CheckPolicy, Kinds},
@@ -12,24 +12,8 @@ use crate::{
     source::docker::container::Container,
 };
 
-/// The settings that say how, not what.
-const HOW: &[&str] = &[
-    "check-port",
-    "check-interval",
-    "check-fast-interval",
-    "check-timeout",
-    "check-rise",
-    "check-fall",
-    "check-grace",
-    "check-slow-start",
-    "check-method",
-    "check-path",
-    "check-host",
-    "check-status",
-    "check-body",
-    "check-tls",
-    "check-server-name",
-];
+/// What the settings that say how to check begin with; the one that says what is `check`.
+const HOW: &str = "check-";
 
 /// The check of a container, on the ground of `[defaults.check]`.
 pub(super) fn check(
@@ -47,7 +31,9 @@ pub(super) fn check(
         return Err(("check", CheckError::NoHealthcheck.into()));
     }
     if kinds.is_empty() {
-        let useless = HOW.iter().find(|setting| labels.0.contains_key(*setting));
+        let useless = SETTINGS
+            .iter()
+            .find(|setting| setting.starts_with(HOW) && labels.0.contains_key(*setting));
         return match useless {
             Some(setting) if !labels.0.contains_key("check") => Err((setting, CheckError::NoKind.into())),
             _ => Ok(None),
