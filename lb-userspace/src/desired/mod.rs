@@ -68,6 +68,8 @@ pub struct Heard {
     addresses: BTreeMap<IpAddr, BTreeSet<ServiceAddress>>,
     /// Addresses that came or went since they were last asked for.
     touched: BTreeSet<IpAddr>,
+    /// Counts the changes of objects.
+    version: u64,
 }
 
 #[derive(Debug, Default)]
@@ -127,6 +129,7 @@ impl Heard {
             // Taken in above.
             Update::Verdicts(_) => {}
         }
+        self.version += changed.len() as u64;
         for (old, new) in changed {
             for (object, present) in [(old, false), (new, true)] {
                 let Some(object) = object else { continue };
@@ -143,6 +146,32 @@ impl Heard {
                 }
             }
         }
+    }
+
+    /// Takes in what a source wished when it was last heard, by the agent before this one: it stands until the source
+    /// speaks, and does not mean that it has been read.
+    pub fn recall(&mut self, source: &SourceId, objects: Vec<Object>) {
+        let update = Update::Reset(objects);
+        self.absorb(Message {
+            source: source.clone(),
+            update,
+        });
+        if let Some(source) = self.sources.get_mut(source) {
+            source.read = false;
+        }
+    }
+
+    /// Every source's objects. The operator's file is not among them: it is always there to be read.
+    pub fn wishes(&self) -> BTreeMap<SourceId, Vec<Object>> {
+        let others = self.sources.iter().filter(|(id, _)| id.0 != OPERATOR_SOURCE);
+        others
+            .map(|(id, source)| (id.clone(), source.objects.values().cloned().collect()))
+            .collect()
+    }
+
+    /// A number that is another one whenever [`Heard::wishes`] are others.
+    pub fn version(&self) -> u64 {
+        self.version
     }
 
     fn hear(&mut self, verdict: Verdict) {

@@ -445,3 +445,71 @@ fn a_change_among_many_is_small() {
     timed("resync", started);
     assert_eq!(maps.take_log().len(), 0);
 }
+
+/// An agent that starts while an engine is silent serves on what the engine last wished, whatever the wait; the engine's first
+/// list is its word again.
+#[tokio::test(start_paused = true)]
+async fn a_source_that_is_silent_at_the_start_keeps_its_last_word() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        sources: vec![SourceId(SOURCE.into())],
+        wishes: Some(dir.path().join("wishes")),
+        ..Options::default()
+    };
+    let ips = [5u32, 6].map(|i| IpAddr::from(i.to_be_bytes()));
+    let placed = |agent: &Agent| {
+        agent
+            .topology
+            .send_modify(|t| t.places.extend(ips.map(|ip| (ip, REMOTE))));
+    };
+    let mut first = start(options.clone());
+    placed(&first);
+    let all = vec![container(1, backend(5)), container(1, backend(6))];
+    first.inbox.send(message(Update::Reset(all))).await.unwrap();
+    first
+        .status
+        .wait_for(|s| s.ready && s.commits > 0)
+        .await
+        .unwrap();
+    first.stop.cancel();
+    first.task.await.unwrap().unwrap();
+
+    first.maps.take_log();
+    let mut next = start_on(first.maps.clone(), options.clone());
+    placed(&next);
+    // `ready` comes with the end of the wait.
+    let status = next.status.wait_for(|s| s.ready).await.unwrap().clone();
+    assert_eq!(status.services[0].backends.len(), 2);
+    let serves = |s: &Status, index: usize| s.services[0].backends[index].state == BackendState::Active;
+    assert!(serves(&status, 0) && serves(&status, 1));
+    let source = &status.sources[0];
+    assert_eq!((source.connected, source.objects), (false, 2));
+    let rings = |op: &MapOp| matches!(op, MapOp::PutRing { .. } | MapOp::PutService { .. });
+    assert!(!next.maps.take_log().iter().any(rings), "the ring is as it was");
+
+    // It speaks: one of the containers went meanwhile.
+    let list = Update::Reset(vec![container(1, backend(6))]);
+    next.inbox.send(message(list)).await.unwrap();
+    next.status
+        .wait_for(|s| s.services[0].backends[0].leaving && serves(s, 1))
+        .await
+        .unwrap();
+    next.stop.cancel();
+    next.task.await.unwrap().unwrap();
+
+    // What an engine said that is no longer configured is nobody's word.
+    let mut last = start_on(
+        next.maps.clone(),
+        Options {
+            sources: Vec::new(),
+            ..options
+        },
+    );
+    placed(&last);
+    last.status
+        .wait_for(|s| s.ready && s.services.iter().all(|s| s.backends.iter().all(|b| b.leaving)))
+        .await
+        .unwrap();
+    last.stop.cancel();
+    last.task.await.unwrap().unwrap();
+}
