@@ -198,9 +198,7 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Run(args) => run::run(args, socket),
         Command::Detach(args) => run::detach(args, socket),
         Command::Check { config } => check::check(config, &mut io::stdout(), &mut io::stderr()),
-        Command::Import(command) => {
-            block_on(import::run(command, &mut io::stdout(), &mut io::stderr()))
-        }
+        Command::Import(command) => block_on(import::run(command, &mut io::stdout(), &mut io::stderr())),
         Command::Status(args) => call(watch::status(&client, args)),
         Command::Drain(args) => call(operate::drain(&client, args)),
         Command::Undrain(args) => call(operate::undrain(&client, args)),

@@ -191,7 +191,11 @@ mod tests {
         .into();
         save(&path, &wishes).unwrap();
         let text = std::fs::read(&path).unwrap();
-        std::fs::write(&path, [b"{\"source\":\"docker\"}\n\xff\n".as_slice(), &text].concat()).unwrap();
+        std::fs::write(
+            &path,
+            [b"{\"source\":\"docker\"}\n\xff\n".as_slice(), &text].concat(),
+        )
+        .unwrap();
         assert_eq!(load(&path).unwrap(), wishes);
         let error = load(dir.path()).unwrap_err().to_string();
         assert!(error.contains("reading failed"), "{error}");

@@ -77,7 +77,11 @@ pub async fn run(
         let wake = pass_at
             .into_iter()
             .chain(status_at)
-            .chain(keeper.due(reconciler.heard.version()).map(tokio::time::Instant::into_std))
+            .chain(
+                keeper
+                    .due(reconciler.heard.version())
+                    .map(tokio::time::Instant::into_std),
+            )
             .min()
             .unwrap_or_else(|| clock() + RETRY_MAX);
         let mut event = true;

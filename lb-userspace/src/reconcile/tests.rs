@@ -10,6 +10,7 @@ use crate::{
     datapath::{Capacities, MapOp, Place, fake::FakeMaps},
     health::{Before, By, Verdict},
     model::{Backend, BackendState, Check, CheckKind, Protocol, ServiceSettings, ServiceWish},
+    route::{RouteAddress, RouteSettings, RouteWish, WHOLE_HOST},
     source::{Object, Update},
     status::Status,
 };
@@ -466,11 +467,7 @@ async fn a_source_that_is_silent_at_the_start_keeps_its_last_word() {
     placed(&first);
     let all = vec![container(1, backend(5)), container(1, backend(6))];
     first.inbox.send(message(Update::Reset(all))).await.unwrap();
-    first
-        .status
-        .wait_for(|s| s.ready && s.commits > 0)
-        .await
-        .unwrap();
+    first.status.wait_for(|s| s.ready && s.commits > 0).await.unwrap();
     first.stop.cancel();
     first.task.await.unwrap().unwrap();
 
@@ -512,4 +509,62 @@ async fn a_source_that_is_silent_at_the_start_keeps_its_last_word() {
         .unwrap();
     last.stop.cancel();
     last.task.await.unwrap().unwrap();
+}
+
+/// A container that serves routes alone is drained and undrained by its name, and by its host and name.
+#[tokio::test(start_paused = true)]
+async fn the_operator_drains_upstreams() {
+    let mut agent = start(Options::default());
+    let address = RouteAddress {
+        host: "vote.example".into(),
+        path: WHOLE_HOST.into(),
+    };
+    let wish = RouteWish {
+        of: address.host.clone(),
+        address,
+        settings: RouteSettings::default(),
+        remarks: Vec::new(),
+        upstream: backend(5),
+    };
+    let object = Object {
+        services: Vec::new(),
+        routes: vec![wish],
+        ..container(1, backend(5))
+    };
+    agent.inbox.send(message(Update::Put(object))).await.unwrap();
+    let state = |s: &Status| s.routes.first().map(|r| r.route.upstreams[0].state);
+    agent
+        .status
+        .wait_for(|s| state(s) == Some(BackendState::Active))
+        .await
+        .unwrap();
+    for selector in ["web-5", "vote.example/web-5"] {
+        let (reply, answer) = oneshot::channel();
+        let drain = Command::Drain {
+            backend: selector.into(),
+            deadline: None,
+            reply,
+        };
+        agent.commands.send(drain).await.unwrap();
+        assert_eq!(answer.await.unwrap().unwrap(), 1, "{selector}");
+        agent
+            .status
+            .wait_for(|s| state(s) == Some(BackendState::Draining))
+            .await
+            .unwrap();
+        let (reply, answer) = oneshot::channel();
+        let undrain = Command::Undrain {
+            backend: "web-5".into(),
+            reply,
+        };
+        agent.commands.send(undrain).await.unwrap();
+        assert_eq!(answer.await.unwrap().unwrap(), 1, "{selector}");
+        agent
+            .status
+            .wait_for(|s| state(s) == Some(BackendState::Active))
+            .await
+            .unwrap();
+    }
+    agent.stop.cancel();
+    agent.task.await.unwrap().unwrap();
 }
