@@ -176,6 +176,12 @@ impl Heard {
 
     fn hear(&mut self, verdict: Verdict) {
         let Key { service, backend } = verdict.key;
+        let Some(service) = service else {
+            if self.health.absorb(verdict, || None) {
+                self.routes.touch_upstream(backend);
+            }
+            return;
+        };
         let services = &self.desired.services;
         let name = || {
             let backends = &services.get(&service)?.service.backends;
@@ -189,6 +195,7 @@ impl Heard {
 
     /// Remembers whether a backend that is found in the maps takes new flows: until its check has spoken, it stays so.
     pub fn adopt(&mut self, service: ServiceAddress, backend: SocketAddr, serves: bool) {
+        let service = Some(service);
         self.health.adopt(Key { service, backend }, serves);
     }
 
@@ -204,6 +211,7 @@ impl Heard {
 
     /// Everybody's word about a backend; empty where its source is the only judge.
     pub fn conditions(&self, service: ServiceAddress, backend: SocketAddr) -> &[Condition] {
+        let service = Some(service);
         self.health.conditions(&Key { service, backend })
     }
 
@@ -228,11 +236,11 @@ impl Heard {
 
     /// Brings the desired state up to date and returns the services that changed. `today` is now.
     pub fn refresh(&mut self, today: SystemTime) -> BTreeSet<ServiceAddress> {
-        let mut routes = std::mem::take(&mut self.routes);
-        routes.refresh(&self.sources, |host, upstream| {
-            self.candidate(host, upstream, 0).backend
+        let (mut routes, mut health) = (std::mem::take(&mut self.routes), std::mem::take(&mut self.health));
+        routes.refresh(&self.sources, &mut health, today, |host, upstream, source| {
+            self.candidate(host, upstream, source)
         });
-        self.routes = routes;
+        (self.routes, self.health) = (routes, health);
         let mut changed = BTreeSet::new();
         for address in std::mem::take(&mut self.dirty) {
             let (merged, contradictions) = self.merge(address);
@@ -345,7 +353,7 @@ impl Heard {
     ) -> Option<Wanted> {
         let old = self.desired.services.get(&address).map(|w| &w.service);
         let Some(merged) = merged else {
-            self.health.track(address, &[], None, None);
+            self.health.track(Some(address), &[], None, None);
             return None;
         };
         let Merged {
@@ -357,13 +365,15 @@ impl Heard {
         } = merged;
         let settings = &service.settings;
         self.health.track(
-            address,
+            Some(address),
             &candidates,
             settings.passive.as_ref(),
             old.map(|old| &**old),
         );
         let policy = settings.when_unhealthy;
-        (service.backends, service.slow) = self.health.judge(address, candidates, &sources, policy, today);
+        (service.backends, service.slow) =
+            self.health
+                .judge(Some(address), candidates, &sources, policy, today);
         let service = match old {
             Some(old) if **old == service => Arc::clone(old),
             _ => Arc::new(service),
