@@ -159,7 +159,7 @@ impl Reconciler {
             }
         }
         if let Some(path) = &this.options.deadlines
-            && let Err(fault) = Memory::recall(path, &mut this.programmed, now, SystemTime::now())
+            && let Err(fault) = Memory::recall(path, &mut this.programmed, now, memory::uptime())
         {
             error!("{fault}");
         }
@@ -269,7 +269,7 @@ impl Reconciler {
         if memory == self.remembered {
             return;
         }
-        match memory.save(path, now, SystemTime::now()) {
+        match memory.save(path, now, memory::uptime()) {
             Ok(()) => self.remembered = memory,
             // The next change tries again; until then a restart only drains for longer.
             Err(fault) => warn!("{fault}"),

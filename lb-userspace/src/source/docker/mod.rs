@@ -35,6 +35,8 @@ use events::{Action, Cache, Event, Kind};
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 /// Longest wait between two tries.
 const LAST_BACKOFF: Duration = Duration::from_secs(15);
+/// Within this time from the connection an engine has repeated the old events that it was asked for.
+const REPLAY: Duration = Duration::from_secs(5);
 /// Signs of life are passed on no more often than this.
 const FRESHNESS_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -226,9 +228,9 @@ impl Source {
         let mut listing = Some(engine.clone().list().boxed());
         let mut inspections: FuturesUnordered<BoxFuture<'static, Inspected>> = FuturesUnordered::new();
         let mut ping: Option<BoxFuture<'static, Result<(), EngineError>>> = None;
-        let renew = Instant::now() + docker.resync;
-        let mut heard = Instant::now();
-        let mut told = heard;
+        let connected = Instant::now();
+        let renew = connected + docker.resync;
+        let (mut heard, mut told) = (connected, connected);
 
         loop {
             let quiet = heard + docker.liveness;
@@ -239,8 +241,10 @@ impl Source {
                     heard = Instant::now();
                     let message = event.ok_or(EngineError::Ended)??;
                     let Some(event) = Event::parse(&message) else { continue };
-                    // Older ones are in the list; of signals alone it says nothing.
-                    if event.at < engine.connected_at && !matches!(event.kind, Kind::Kill(_)) {
+                    // Older ones are in the list; of signals alone it says nothing. What comes later is new, whatever its
+                    // time: the engine's clock may have been set back.
+                    let replayed = connected.elapsed() < REPLAY && event.at < engine.connected_at;
+                    if replayed && !matches!(event.kind, Kind::Kill(_)) {
                         continue;
                     }
                     match self.cache.on_event(&event) {
