@@ -18,8 +18,10 @@ use tracing::warn;
 
 use crate::source::{Object, SourceId};
 
-/// Pause between two writings. What changed in the last one before a crash is corrected by the source's first list.
-const EVERY: Duration = Duration::from_secs(5);
+/// Shortest pause between two writings. What changed in the last one before a crash is corrected by the source's first list.
+const EVERY: Duration = Duration::from_secs(1);
+/// The pause is so many times as long as the loop was kept from its work: with very many objects it is longer.
+const SHARE: u32 = 100;
 
 /// The objects of every source that has been read and may be silent at the next start.
 pub(super) type Recollection = BTreeMap<SourceId, Vec<Object>>;
@@ -83,7 +85,8 @@ impl Keeper {
         if !due {
             return;
         }
-        self.free = Instant::now() + EVERY;
+        let began = Instant::now();
+        self.free = began + EVERY;
         // A disk that is slower than that gets the next state, not a queue of them.
         if self.writing.as_ref().is_some_and(|task| !task.is_finished()) {
             return;
@@ -91,6 +94,7 @@ impl Keeper {
         if let Some(path) = self.path.clone() {
             self.version = version;
             let wishes = wishes();
+            self.free = began + EVERY.max(began.elapsed() * SHARE);
             self.writing = Some(spawn_blocking(move || write(&path, &wishes)));
         }
     }
