@@ -24,6 +24,7 @@ fn key(name: &str, created: i64, revision: i64, text: &str) -> Key {
         text: text.into(),
         created,
         revision,
+        lease: 0,
     }
 }
 
