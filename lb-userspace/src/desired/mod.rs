@@ -124,6 +124,11 @@ impl Heard {
             Update::Put(object) => changed.extend(source.put(object)),
             Update::Remove(id) => changed.extend(source.remove(&id).map(|old| (Some(old), None))),
             Update::Freshness(freshness) => source.freshness = Some(freshness),
+            Update::End => {
+                let objects = std::mem::take(&mut source.objects).into_values();
+                changed.extend(objects.map(|old| (Some(old), None)));
+                self.sources.remove(&id);
+            }
             // Taken in above.
             Update::Verdicts(_) => {}
         }
