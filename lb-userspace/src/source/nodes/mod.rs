@@ -91,7 +91,7 @@ pub fn spawn(
         registry: recalled.registry,
         cache: recalled.path,
         changed: false,
-        kept: now,
+        kept: None,
         told: now,
     };
     tokio::spawn(async move {
@@ -115,7 +115,7 @@ struct Source {
     cache: PathBuf,
     /// Something has changed since it was kept.
     changed: bool,
-    kept: Instant,
+    kept: Option<Instant>,
     told: Instant,
 }
 
@@ -136,7 +136,7 @@ impl Source {
                 continue;
             };
             let far = Instant::now() + TELL_EVERY;
-            let keep = if self.changed { self.kept + TELL_EVERY } else { far };
+            let keep = self.kept.map_or_else(Instant::now, |kept| kept + TELL_EVERY);
             let due = self.registry.due(nodes.keep);
             tokio::select! {
                 heard = heard.recv() => match heard {
@@ -297,7 +297,7 @@ impl Source {
 
     /// Keeps what is known for the next start.
     async fn keep(&mut self) {
-        (self.kept, self.changed) = (Instant::now(), false);
+        (self.kept, self.changed) = (Some(Instant::now()), false);
         let (path, registry) = (self.cache.clone(), self.registry.clone());
         let kept = tokio::task::spawn_blocking(move || cache::keep(&path, &registry)).await;
         if let Ok(Err(fault)) = kept {
