@@ -1,6 +1,7 @@
 //! The benchmarks, a kind each: `cargo xtask bench <kind>` builds what they need and runs them.
 
 mod net;
+mod nodes;
 mod prog;
 mod scale;
 mod update;
@@ -14,6 +15,7 @@ fn main() -> Result<()> {
         Some("update") => update::run(),
         Some("scale") => scale::run(),
         Some("net") => net::run(),
+        Some("nodes") => nodes::run(),
         other => bail!("no benchmark {other:?}: run it by `cargo xtask bench`"),
     }
 }

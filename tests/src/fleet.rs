@@ -152,9 +152,9 @@ impl Fleet {
         }
     }
 
-    /// Has the first node say that this container, alone in its service, is published at that port now.
-    pub fn probe(&self, service: &str, listen: u16, port: u16) -> Result<()> {
-        self.say(0, Heard::Put(Box::new(container("probe", service, listen, port))))
+    /// The first node's word about a container that is none of the others, alone in its service.
+    pub fn prober(&self) -> Prober {
+        Prober(self.nodes[0].facts.clone())
     }
 
     /// Which backends take new flows when all of it has been heard, by service.
@@ -176,6 +176,18 @@ impl Fleet {
             }
         }
         all
+    }
+}
+
+/// Says where one container is.
+#[derive(Clone, Debug)]
+pub struct Prober(mpsc::Sender<Heard>);
+
+impl Prober {
+    /// It is published at `port` now; its service listens at `listen`.
+    pub fn say(&self, service: &str, listen: u16, port: u16) -> Result<()> {
+        let heard = Heard::Put(Box::new(container("probe", service, listen, port)));
+        self.0.blocking_send(heard).context("a publisher has ended")
     }
 }
 

@@ -33,7 +33,7 @@ pub(super) enum Outlet {
     Wishes {
         inbox: mpsc::Sender<Message>,
         /// Where the containers are, and what they may claim; `None` before the first connection.
-        view: Option<(Site, Policy)>,
+        view: Option<Box<(Site, Policy)>>,
     },
     /// Whoever tells other nodes: what containers are.
     Facts(mpsc::Sender<Heard>),
@@ -45,7 +45,7 @@ impl Outlet {
     /// From now on containers are looked at so.
     pub(super) fn see(&mut self, site: Site, policy: &Policy) {
         if let Self::Wishes { view, .. } = self {
-            *view = Some((site, policy.clone()));
+            *view = Some(Box::new((site, policy.clone())));
         }
     }
 
@@ -56,7 +56,7 @@ impl Outlet {
             Self::Wishes { inbox, view } => (inbox, view.as_ref()),
         };
         let wish = |container: &Container| {
-            let (site, policy) = view?;
+            let (site, policy) = &**view?;
             labels::object(container, site, policy)
         };
         let update = match heard {
