@@ -30,8 +30,28 @@ pub struct Node<'n> {
 }
 
 impl<'n> Node<'n> {
-    /// Starts one on the machine of an engine. `section` is what `[node]` holds.
-    pub fn start(namespace: &'n Namespace, engine: &Engine, etcd: &Etcd<'_>, section: &str) -> Result<Self> {
+    /// Starts one on the machine of an engine and waits until it has published. `section` is what `[node]` holds, `login`
+    /// what `[etcd]` holds besides the certificate.
+    pub fn start(
+        namespace: &'n Namespace,
+        engine: &Engine,
+        etcd: &Etcd<'_>,
+        section: &str,
+        login: &str,
+    ) -> Result<Self> {
+        let mut node = Self::new(namespace, engine, etcd, section, login)?;
+        node.run()?;
+        Ok(node)
+    }
+
+    /// As [`Node::start`], but it does not run yet.
+    pub fn new(
+        namespace: &'n Namespace,
+        engine: &Engine,
+        etcd: &Etcd<'_>,
+        section: &str,
+        login: &str,
+    ) -> Result<Self> {
         let directory = tempfile::Builder::new().prefix("weir-node-").tempdir()?;
         etcd.let_in()?;
         engine.let_in()?;
@@ -39,19 +59,17 @@ impl<'n> Node<'n> {
         // The folders above the built one may be closed to others.
         fs::copy(weir::binary(), directory.path().join("weir"))?;
         let config = format!(
-            "[node]\n{section}\n[docker]\nendpoint = \"{}\"\n{}",
+            "[node]\n{section}\n[docker]\nendpoint = \"{}\"\n{}{login}",
             engine.endpoint(),
             etcd.section()
         );
         fs::write(directory.path().join("node.toml"), config)?;
-        let mut node = Self {
+        Ok(Self {
             namespace,
             directory,
             process: None,
             earlier: 0,
-        };
-        node.run()?;
-        Ok(node)
+        })
     }
 
     fn path(&self, name: &str) -> PathBuf {

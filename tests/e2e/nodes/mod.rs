@@ -1,5 +1,6 @@
 //! Containers of other machines, published in etcd by the real `weir node` without privileges, behind the real agent.
 
+mod access;
 mod faults;
 mod scale;
 
@@ -56,7 +57,7 @@ impl Machine {
     /// Publishes its containers. Its address is the one that it reaches etcd from.
     fn publish(&self, etcd: &Etcd<'_>, more: &str) -> Result<Node<'_>> {
         let section = format!("name = \"{}\"\n{TTL}{more}", self.name);
-        Node::start(&self.namespace, &self.engine, etcd, &section)
+        Node::start(&self.namespace, &self.engine, etcd, &section, "")
     }
 
     /// Cuts the way to etcd, and nothing else.
@@ -220,7 +221,6 @@ fn a_restart_within_the_lease_changes_nothing_and_a_withdrawal_acts_at_once() ->
     await_serving(&mut weir, &["web-1"])?;
     let left = etcd.ctl(&["get", "--prefix", "--keys-only", "/weir/nodes/n2/"], "")?;
     assert_eq!(left.trim(), "");
-    // A namesake on another machine's files would be refused; the same machine is itself.
     withdraws.run()?;
     await_serving(&mut weir, &["web-1", "web-2"])
 }
