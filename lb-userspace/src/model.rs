@@ -358,7 +358,7 @@ pub struct Backend {
 }
 
 /// One service as one source object wishes it: part of what becomes a service together with others.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ServiceWish {
     /// Name for people.
     pub name: String,

@@ -123,7 +123,7 @@ impl RouteSettings {
 }
 
 /// One name of a route as one source object wishes it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RouteWish {
     /// Address: an alias is an address of its own.
     pub address: RouteAddress,

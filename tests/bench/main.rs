@@ -1,5 +1,6 @@
 //! The benchmarks, a kind each: `cargo xtask bench <kind>` builds what they need and runs them.
 
+mod l7;
 mod net;
 mod nodes;
 mod prog;
@@ -16,6 +17,7 @@ fn main() -> Result<()> {
         Some("scale") => scale::run(),
         Some("net") => net::run(),
         Some("nodes") => nodes::run(),
+        Some("l7") => l7::run(),
         other => bail!("no benchmark {other:?}: run it by `cargo xtask bench`"),
     }
 }

@@ -1,5 +1,6 @@
 //! Real containers of real Docker engines behind the real agent.
 
+mod clock;
 mod containers;
 mod engines;
 mod etcd;

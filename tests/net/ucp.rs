@@ -7,9 +7,11 @@ use std::{
     net::{SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
+    thread::JoinHandle,
+    time::Instant,
 };
 
 use anyhow::{Context as _, Result, ensure};
@@ -80,6 +82,7 @@ struct Controller {
     /// Cleared and connected to, it closes its listener.
     open: Arc<AtomicBool>,
     address: SocketAddr,
+    thread: Option<JoinHandle<()>>,
 }
 
 impl Controller {
@@ -97,21 +100,27 @@ impl Controller {
             .with_client_cert_verifier(WebPkiClientVerifier::builder_with_provider(roots, provider).build()?)
             .with_single_cert(vec![identity.cert.clone()], identity.key()?)?;
         let listener = listen_tcp(namespace, address)?;
-        let controller = Self {
-            well: Arc::new(AtomicBool::new(true)),
-            open: Arc::new(AtomicBool::new(true)),
-            address: listener.local_addr()?,
-        };
-        let (well, open) = (controller.well.clone(), controller.open.clone());
-        std::thread::spawn(move || accept(&listener, index, &Arc::new(config), &well, &open));
-        Ok(controller)
+        let (well, open) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(true)));
+        let address = listener.local_addr()?;
+        let thread = std::thread::spawn({
+            let (well, open) = (well.clone(), open.clone());
+            move || accept(&listener, index, &Arc::new(config), &well, &open)
+        });
+        Ok(Self {
+            well,
+            open,
+            address,
+            thread: Some(thread),
+        })
     }
 
-    /// Closes the listener, as the end of its process would.
-    fn end(&self, namespace: &Namespace) {
+    /// Closes the listener, as the end of its process would; it is closed when this returns.
+    fn end(&mut self, namespace: &Namespace) -> Result<()> {
         self.open.store(false, Ordering::Relaxed);
         // Wakes it; whether it still answers does not matter.
         let _ = namespace.run(|| TcpStream::connect_timeout(&self.address, PATIENCE));
+        let ended = self.thread.take().map_or(Ok(()), JoinHandle::join);
+        ended.map_err(|_| anyhow::anyhow!("a controller panicked"))
     }
 }
 
@@ -178,7 +187,7 @@ fn exchange(client: &Namespace, config: &Arc<ClientConfig>, to: SocketAddr) -> R
     })
 }
 
-/// The configuration of the check, its files in `folder`.
+/// Writes the files of the check, `ca.pem`, `cert.pem` and `key.pem`; the section that names them.
 fn tls(folder: &Path, authority: &Authority, identity: &Identity) -> Result<String> {
     let file = |name: &str, text: &str| -> Result<PathBuf> {
         let path = folder.join(name);
@@ -240,7 +249,7 @@ fn controllers_are_checked_by_mutual_tls_and_clients_pass_untouched() -> Result<
     ensure!(answering(48)? == [0, 1, 2].into(), "not all controllers answer");
 
     // One of them is killed: every new connection still succeeds, before and after its check has failed.
-    controllers[0].end(&lab.backends[0]);
+    controllers[0].end(&lab.backends[0])?;
     answering(8)?;
     weir.await_status("without the killed one", |status| {
         shares(status) == [false, true, true, false]
@@ -264,5 +273,120 @@ fn controllers_are_checked_by_mutual_tls_and_clients_pass_untouched() -> Result<
         .with_no_client_auth();
     let refused = exchange(&lab.client, &Arc::new(bare), to);
     ensure!(refused.is_err(), "a client without a certificate was served");
+    Ok(())
+}
+
+/// Blocks of TOML in a document, in order.
+fn blocks(document: &str) -> Vec<&str> {
+    let after_heads = document.split("```toml\n").skip(1);
+    after_heads.filter_map(|text| text.split("```").next()).collect()
+}
+
+/// The recipe of docs/ucp.md as it is printed, with the addresses and files of the lab: all three ports, and a controller that
+/// is killed while clients come all the time.
+#[test]
+fn the_documented_recipe_serves_three_ports() -> Result<()> {
+    const PORTS: [u16; 3] = [443, 2376, 12379];
+    let lab = Lab::new(Wiring::TwoArm, Body::Native, 3)?;
+    let ours = Authority::new("ours")?;
+    let mut controllers = Vec::new();
+    for (i, namespace) in lab.backends.iter().enumerate() {
+        let identity = ours.sign(NAME)?;
+        for port in PORTS {
+            let address = SocketAddr::new(address_of(i, false), port);
+            controllers.push(Controller::start(namespace, i, address, &identity, &ours)?);
+        }
+    }
+    let document = include_str!("../../docs/ucp.md");
+    let [file, _etcd, key] = blocks(document)[..] else {
+        anyhow::bail!("docs/ucp.md has other blocks");
+    };
+    let folder = tempfile::tempdir()?;
+    tls(folder.path(), &ours, &ours.sign("weir")?)?;
+    let own = |text: &str| {
+        let mut text = text.replace("192.0.2.10", VIP4);
+        for i in 0..3 {
+            text = text.replace(
+                &format!("10.0.0.{}:0", 5 + i),
+                &format!("{}:0", address_of(i, false)),
+            );
+        }
+        text.replace("/etc/weir/ucp", &folder.path().display().to_string())
+    };
+    let head = lab.head("");
+    let text = own(file).replace("interfaces = [\"eth0\"]\n", &head);
+    ensure!(text.contains(VIP4) && !text.contains("10.0.0."), "{text}");
+    // The key in etcd says the same of the service as the file does.
+    let services = text.split("[[services]]").nth(1).context("no service")?;
+    let same = format!("[[services]]{}", services.replace("name = \"ucp\"\n", ""))
+        .replace("[services.", "[")
+        .replace("[[services.", "[[");
+    let plain = |text: &str| -> Result<toml::Table> { Ok(text.replace("[[services]]", "").parse()?) };
+    ensure!(plain(&same)? == plain(&own(key))?, "the two recipes differ");
+
+    let mut weir = lab.start(&text)?;
+    let serving = |status: &Value| -> usize {
+        let services = status["services"].as_array().into_iter().flatten();
+        let backends = services.flat_map(|s| s["backends"].as_array().into_iter().flatten());
+        backends.filter(|b| b["ring_share"].as_u64() > Some(0)).count()
+    };
+    weir.await_status("three controllers on three ports", |status| serving(status) == 9)?;
+    let client = ours.sign("operator")?;
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()?
+        .with_root_certificates(ours.roots()?)
+        .with_client_auth_cert(vec![client.cert.clone()], client.key()?)?;
+    let config = Arc::new(config);
+    let answering = |port: u16, count: usize| -> Result<BTreeSet<usize>> {
+        (0..count)
+            .map(|_| exchange(&lab.client, &config, vip(false, port)))
+            .collect()
+    };
+    for port in PORTS {
+        ensure!(
+            answering(port, 48)? == [0, 1, 2].into(),
+            "not all answer on port {port}"
+        );
+    }
+    // The second one dies on all its ports. What it had accepted dies with it; nobody who comes later fails.
+    let dead = OnceLock::new();
+    std::thread::scope(|scope| -> Result<()> {
+        let (dead, client, config) = (&dead, &lab.client, &config);
+        let clients: Vec<_> = PORTS
+            .iter()
+            .map(|port| {
+                scope.spawn(move || -> Result<()> {
+                    let mut later = 0;
+                    while later < 50 {
+                        let began = Instant::now();
+                        let answer = exchange(client, config, vip(false, *port));
+                        if dead.get().is_some_and(|dead| began > *dead) {
+                            answer?;
+                            later += 1;
+                        }
+                    }
+                    Ok(())
+                })
+            })
+            .collect();
+        for controller in &mut controllers[3..6] {
+            controller.end(&lab.backends[1])?;
+        }
+        dead.get_or_init(Instant::now);
+        for client in clients {
+            client
+                .join()
+                .map_err(|_| anyhow::anyhow!("a client panicked"))??;
+        }
+        Ok(())
+    })
+    .context("after a controller was killed")?;
+    weir.await_status("without the killed one", |status| serving(status) == 6)?;
+    for port in PORTS {
+        ensure!(
+            answering(port, 48)? == [0, 2].into(),
+            "others than the two left answer on port {port}"
+        );
+    }
     Ok(())
 }

@@ -186,6 +186,21 @@ impl<'n> Etcd<'n> {
         )
     }
 
+    /// The same as flags of `weir`.
+    pub fn flags(&self) -> Vec<String> {
+        let path = |name: &str| self.path(name).display().to_string();
+        let values = [
+            ("--endpoints", self.endpoints().join(",")),
+            ("--ca", path("ca.pem")),
+            ("--cert", path("client.pem")),
+            ("--key", path("client.key")),
+        ];
+        values
+            .into_iter()
+            .flat_map(|(flag, value)| [flag.to_owned(), value])
+            .collect()
+    }
+
     /// `etcdctl WORDS`, with `input` as its input: what it printed.
     pub fn ctl(&self, words: &[&str], input: &str) -> Result<String> {
         let path = self.path("input");

@@ -25,6 +25,8 @@ pub struct Weir<'n> {
     binary: PathBuf,
     /// Numbers of the only capabilities that agents have; `None`: all.
     capabilities: Option<Vec<u32>>,
+    /// Whose clock agents go by; `None`: the machine's.
+    clock: Option<PathBuf>,
     agent: Option<Guard>,
 }
 
@@ -32,6 +34,15 @@ pub struct Weir<'n> {
 pub fn binary() -> PathBuf {
     let debug = || PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../target/debug/weir");
     std::env::var_os("WEIR_BIN").map_or_else(debug, PathBuf::from)
+}
+
+/// The library that sets the clock of one process (Debian: libfaketime).
+fn faketime() -> Result<PathBuf> {
+    let folders = std::fs::read_dir("/usr/lib")?.filter_map(Result::ok);
+    folders
+        .map(|folder| folder.path().join("faketime/libfaketimeMT.so.1"))
+        .find(|path| path.exists())
+        .context("libfaketimeMT.so.1 is nowhere below /usr/lib (Debian: libfaketime)")
 }
 
 impl<'n> Weir<'n> {
@@ -62,6 +73,26 @@ impl<'n> Weir<'n> {
         Ok(weir)
     }
 
+    /// As [`Weir::start`], by a clock of its own: see [`Weir::set_clock`].
+    pub fn start_by_own_clock(namespace: &'n Namespace, config: &str) -> Result<Self> {
+        let mut weir = Self::new(namespace, "auto", config)?;
+        weir.clock = Some(weir.directory.path().join("clock"));
+        weir.set_clock("+0")?;
+        weir.run()?;
+        Ok(weir)
+    }
+
+    /// Sets the time of day, and nothing else, of an agent with its own clock: `+400d`, `-400d` from the machine's.
+    pub fn set_clock(&self, offset: &str) -> Result<()> {
+        let path = self
+            .clock
+            .as_ref()
+            .context("the agent goes by the machine's clock")?;
+        let next = path.with_extension("next");
+        std::fs::write(&next, format!("{offset}\n"))?;
+        Ok(std::fs::rename(next, path)?)
+    }
+
     fn new(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
         let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
@@ -72,6 +103,7 @@ impl<'n> Weir<'n> {
             xdp,
             binary: binary(),
             capabilities: None,
+            clock: None,
             agent: None,
         };
         weir.configure(config)?;
@@ -114,6 +146,14 @@ impl<'n> Weir<'n> {
         command.arg("run").arg("--config").arg(self.config_path());
         command.env("WEIR_BPF_OBJECT", object_path());
         command.stdout(log.try_clone()?).stderr(log);
+        if let Some(clock) = &self.clock {
+            command.env("LD_PRELOAD", faketime()?).envs([
+                ("FAKETIME_TIMESTAMP_FILE", clock.as_os_str()),
+                ("FAKETIME_NO_CACHE", "1".as_ref()),
+                ("FAKETIME_DONT_FAKE_MONOTONIC", "1".as_ref()),
+                ("NO_FAKE_STAT", "1".as_ref()),
+            ]);
+        }
         if let Some(kept) = &self.capabilities {
             confine(&mut command, kept);
         }

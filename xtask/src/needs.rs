@@ -149,6 +149,12 @@ pub const NEEDS: &[Need] = {
         ),
         file(
             E2e,
+            "/usr/share/doc/libfaketime/copyright",
+            "libfaketime",
+            "sets the clock of an agent, and nobody else's",
+        ),
+        file(
+            E2e,
             STATIC_BUSYBOX,
             "busybox-static",
             "container images FROM scratch",

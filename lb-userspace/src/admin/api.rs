@@ -206,15 +206,15 @@ pub struct DrainRequest {
     pub deadline_ms: Option<u64>,
 }
 
-/// A backend of a service, as answers name it.
+/// A backend of a service, or an upstream of a route, as answers name it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BackendName {
-    /// Id in the maps.
-    pub id: u32,
-    /// Name of the service.
+    /// Id in the maps; an upstream of a route has none.
+    pub id: Option<u32>,
+    /// Name of the service, or host of the route.
     pub service: String,
-    /// Address of the service.
-    pub service_address: ServiceAddress,
+    /// Address of the service; a route has none.
+    pub service_address: Option<ServiceAddress>,
     /// Name of the backend.
     pub name: String,
     /// Address of the backend.

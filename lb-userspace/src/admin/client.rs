@@ -172,8 +172,11 @@ fn refusal_text(refusal: &Refusal) -> String {
     }
     for candidate in &refusal.candidates {
         text.push_str(&format!(
-            "\n  #{}  {}/{}  {}",
-            candidate.id, candidate.service, candidate.name, candidate.address
+            "\n  {}  {}/{}  {}",
+            candidate.id.map_or_else(|| "route".into(), |id| format!("#{id}")),
+            candidate.service,
+            candidate.name,
+            candidate.address
         ));
     }
     text

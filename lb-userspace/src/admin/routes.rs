@@ -239,7 +239,7 @@ fn resolve(context: &Context, body: &DrainRequest) -> Result<Vec<BackendName>, R
 fn selectors(typed: &str, backends: &[BackendName]) -> BTreeSet<String> {
     let by_id = |b: &BackendName| {
         let id = typed.strip_prefix('#').unwrap_or(typed).parse();
-        id == Ok(b.id) && b.name != typed
+        id.is_ok_and(|id: u32| b.id == Some(id)) && b.name != typed
     };
     if !backends.iter().any(by_id) {
         return [typed.to_owned()].into();
@@ -336,7 +336,10 @@ fn filter(status: &Status, query: &FlowQuery) -> Result<FlowFilter, Refused> {
             ids => Ok(ids),
         });
     let backends = query.backend.as_ref().map(|name| {
-        let ids: BTreeSet<u32> = select::matches(status, name).iter().map(|b| b.id).collect();
+        let ids: BTreeSet<u32> = select::matches(status, name)
+            .iter()
+            .filter_map(|b| b.id)
+            .collect();
         if ids.is_empty() {
             Err(unknown("backend", name))
         } else {

@@ -1,12 +1,15 @@
 //! Which backend does an operator mean: pure resolution of what was typed against the agent's [`Status`].
 //!
-//! Forms: a container or backend name (`web-1`), `service/name` (`web/web-1`), an address and port
+//! Forms: a container or backend name (`web-1`), `service/name` or `host/name` (`web/web-1`), an address and port
 //! (`172.17.0.2:80`, `[fd00::2]:80`), an id of the maps (`17` or `#17`).
 
 use std::{collections::BTreeSet, net::SocketAddr};
 
 use super::api::{BackendName, Refusal};
-use crate::{model::ServiceAddress, status::Status};
+use crate::{
+    model::{Backend, ServiceAddress},
+    status::{RouteStatus, Status},
+};
 
 /// Every backend that `text` can mean, in the order of `weir status`.
 pub fn matches(status: &Status, text: &str) -> Vec<BackendName> {
@@ -16,7 +19,7 @@ pub fn matches(status: &Status, text: &str) -> Vec<BackendName> {
         .filter(|b| {
             b.name == text
                 || Some(b.address) == address
-                || Some(b.id) == id
+                || (id.is_some() && b.id == id)
                 || text
                     .rsplit_once('/')
                     .is_some_and(|(service, name)| b.service == service && b.name == name)
@@ -41,7 +44,7 @@ pub fn resolve(status: &Status, text: &str, every: bool) -> Result<Vec<BackendNa
         _ if every => Ok(found),
         n => Err(Refusal {
             error: format!("{text:?} means {n} backends"),
-            remedy: "name one by its id (#17), or take all of them with --all".into(),
+            remedy: "name one by its id (#17) or with its service or host in front (web/web-1), or take all of them with --all".into(),
             candidates: found,
         }),
     }
@@ -79,17 +82,34 @@ fn address_matches(address: &ServiceAddress, text: &str) -> bool {
         || text.parse() == Ok(address.vip)
 }
 
-/// Every backend of every service.
+/// Every backend of every service, then every upstream of every host.
 pub fn all(status: &Status) -> impl Iterator<Item = BackendName> + '_ {
-    status.services.iter().flat_map(|service| {
+    let backends = status.services.iter().flat_map(|service| {
         service.backends.iter().map(|backend| BackendName {
-            id: backend.id,
+            id: Some(backend.id),
             service: service.name.clone(),
-            service_address: service.address,
+            service_address: Some(service.address),
             name: backend.name.clone(),
             address: backend.address,
         })
-    })
+    });
+    // A host has an upstream once, however many of its paths lead there: it is drained from all of them.
+    let upstreams: BTreeSet<_> = status
+        .routes
+        .iter()
+        .flat_map(|RouteStatus { route, .. }| {
+            let upstream = |upstream: &'_ Backend| (&route.host, upstream.address, upstream.name.clone());
+            route.upstreams.iter().map(upstream)
+        })
+        .collect();
+    let upstreams = upstreams.into_iter().map(|(host, address, name)| BackendName {
+        id: None,
+        service: host.clone(),
+        service_address: None,
+        name,
+        address,
+    });
+    backends.chain(upstreams)
 }
 
 #[cfg(test)]
@@ -98,7 +118,7 @@ mod tests {
     use crate::admin::fixture;
 
     fn ids(found: &[BackendName]) -> Vec<u32> {
-        found.iter().map(|b| b.id).collect()
+        found.iter().filter_map(|b| b.id).collect()
     }
 
     #[test]
@@ -144,5 +164,16 @@ mod tests {
             assert_eq!(services(&status, text), [1].into(), "{text}");
         }
         assert!(services(&status, "10.0.0.9").is_empty());
+    }
+
+    #[test]
+    fn a_container_of_routes_alone_is_found() {
+        let status = fixture::status();
+        let host = &status.routes[0].route.host;
+        let name = &status.routes[0].route.upstreams[0].name;
+        for text in [name.clone(), format!("{host}/{name}")] {
+            let found = resolve(&status, &text, false).unwrap();
+            assert_eq!((found[0].id, &found[0].service), (None, host), "{text}");
+        }
     }
 }

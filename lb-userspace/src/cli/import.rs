@@ -9,8 +9,13 @@ use std::{
 
 use clap::{Args, Subcommand};
 
-use super::Exit;
-use crate::import::{self, Fate, Imported};
+use super::{Exit, etcd::EtcdArgs};
+use crate::{
+    causes::with_causes,
+    config::EtcdConfig,
+    etcd::Store,
+    import::{self, Fate, Imported, KV_KEY},
+};
 
 /// Interlock's whole configuration, as its container was given it.
 const VARIABLE: &str = "INTERLOCK_CONFIG";
@@ -24,7 +29,8 @@ pub enum ImportCommand {
 }
 
 const AFTER: &str = "Without a file the environment variable INTERLOCK_CONFIG is read: the configuration itself, as Interlock \
-had it, or the path of a file. docs/migrate-from-interlock.md lists every option.";
+had it, or the path of a file. With --endpoints the key interlock/v1/config of etcd (API v3) is read. \
+docs/migrate-from-interlock.md lists every option.";
 
 /// Arguments of `weir import interlock`.
 #[derive(Debug, Args)]
@@ -34,20 +40,28 @@ pub struct ImportArgs {
     /// The same, as Interlock has it
     #[arg(short = 'c', long, value_name = "FILE", conflicts_with = "file")]
     config: Option<PathBuf>,
+    #[command(flatten)]
+    etcd: EtcdArgs,
     /// Address at which the published ports of a remote engine are reached
     #[arg(long, value_name = "ADDRESS")]
     node_address: Vec<IpAddr>,
 }
 
 /// Reads what the arguments name, and prints what it comes to.
-pub(super) fn run(
+pub(super) async fn run(
     command: &ImportCommand,
     out: &mut impl Write,
     err: &mut impl Write,
 ) -> anyhow::Result<Exit> {
     let ImportCommand::Interlock(args) = command;
     let file = args.file.as_deref().or(args.config.as_deref());
-    match text(file, env::var(VARIABLE).ok()) {
+    let read = match (file, args.etcd.config(None)) {
+        (_, Err(errors)) => Err(errors.to_string()),
+        (Some(_), Ok(Some(_))) => Err("a file and --endpoints: name one of them".into()),
+        (None, Ok(Some(etcd))) => key(etcd).await,
+        (file, Ok(None)) => text(file, env::var(VARIABLE).ok()),
+    };
+    match read {
         Ok((text, origin)) => print(&text, &origin, &args.node_address, out, err),
         Err(fault) => {
             writeln!(err, "weir: {fault}")?;
@@ -56,7 +70,23 @@ pub(super) fn run(
     }
 }
 
-/// The text and where it is from, for people.
+/// The text in etcd. What was brought over from the version 2 API begins with a slash.
+async fn key(etcd: EtcdConfig) -> Result<(String, String), String> {
+    let endpoints = etcd.endpoints.join(", ");
+    let store = Store::new(etcd);
+    for name in [KV_KEY.to_owned(), format!("/{KV_KEY}")] {
+        let (_, snapshot) = store.read(&name).await.map_err(|error| with_causes(&error))?;
+        if let Some(key) = snapshot.keys.into_iter().find(|key| key.name == name) {
+            return Ok((key.text, format!("key {name} of {endpoints}")));
+        }
+    }
+    Err(format!(
+        "{endpoints}: there is no key {KV_KEY}; Interlock kept it in etcd's version 2 API, which this one does not show: \
+         docs/migrate-from-interlock.md says how to read it there"
+    ))
+}
+
+/// The text of a file or of the environment, and where it is from, for people.
 fn text(file: Option<&Path>, variable: Option<String>) -> Result<(String, String), String> {
     match (file, variable.filter(|text| !text.trim().is_empty())) {
         (Some(path), _) if path == Path::new("-") => {

@@ -12,6 +12,7 @@ use clap::{Args, Parser, Subcommand};
 
 mod check;
 mod config;
+mod etcd;
 mod events;
 mod flows;
 mod humane;
@@ -202,18 +203,21 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Node(args) => node::node(args),
         Command::Detach(args) => run::detach(args, socket),
         Command::Check { config } => check::check(config, &mut io::stdout(), &mut io::stderr()),
-        Command::Import(command) => import::run(command, &mut io::stdout(), &mut io::stderr()),
+        Command::Import(command) => block_on(import::run(command, &mut io::stdout(), &mut io::stderr())),
         Command::Status(args) => call(watch::status(&client, args)),
         Command::Drain(args) => call(operate::drain(&client, args)),
         Command::Undrain(args) => call(operate::undrain(&client, args)),
         Command::Flows(args) => call(flows::flows(&client, args)),
         Command::Events(args) => call(events::events(&client, args)),
         Command::Resync => call(operate::resync(&client)),
-        Command::Config(args) => tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()?
-            .block_on(config::config(args)),
+        Command::Config(args) => block_on(config::config(args)),
     }
+}
+
+/// Runs a command that asks etcd; one thread is enough for it.
+fn block_on(work: impl Future<Output = anyhow::Result<Exit>>) -> anyhow::Result<Exit> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    runtime?.block_on(work)
 }
 
 /// Runs a call of the agent; one thread is enough for it.

@@ -6,7 +6,7 @@ use std::{
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use aya::Pod;
@@ -38,8 +38,8 @@ const RATES: [u32; 4] = [100, 250, 300, 1000];
 /// What a sweep found.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SweepReport {
-    /// When it began.
-    pub started: SystemTime,
+    /// When it began; by a clock that nobody sets.
+    pub started: Instant,
     /// How long it took.
     pub took: Duration,
     /// Live connections by backend id.
@@ -124,7 +124,7 @@ impl Sweeper {
     pub fn sweep(&self) -> Result<SweepReport, SweepError> {
         let began = Instant::now();
         let mut report = SweepReport {
-            started: SystemTime::now(),
+            started: began,
             took: Duration::ZERO,
             flows_by_backend: BTreeMap::new(),
             flows_by_service: BTreeMap::new(),

@@ -68,6 +68,8 @@ pub struct Heard {
     addresses: BTreeMap<IpAddr, BTreeSet<ServiceAddress>>,
     /// Addresses that came or went since they were last asked for.
     touched: BTreeSet<IpAddr>,
+    /// Counts the changes of objects.
+    version: u64,
 }
 
 #[derive(Debug, Default)]
@@ -132,6 +134,7 @@ impl Heard {
             // Taken in above.
             Update::Verdicts(_) => {}
         }
+        self.version += changed.len() as u64;
         for (old, new) in changed {
             for (object, present) in [(old, false), (new, true)] {
                 let Some(object) = object else { continue };
@@ -150,8 +153,40 @@ impl Heard {
         }
     }
 
+    /// Takes in what a source wished when it was last heard, by the agent before this one: it stands until the source
+    /// speaks, and does not mean that it has been read.
+    pub fn recall(&mut self, source: &SourceId, objects: Vec<Object>) {
+        let update = Update::Reset(objects);
+        self.absorb(Message {
+            source: source.clone(),
+            update,
+        });
+        if let Some(source) = self.sources.get_mut(source) {
+            source.read = false;
+        }
+    }
+
+    /// Every source's objects. The operator's file is not among them: it is always there to be read.
+    pub fn wishes(&self) -> BTreeMap<SourceId, Vec<Object>> {
+        let others = self.sources.iter().filter(|(id, _)| id.0 != OPERATOR_SOURCE);
+        others
+            .map(|(id, source)| (id.clone(), source.objects.values().cloned().collect()))
+            .collect()
+    }
+
+    /// A number that is another one whenever [`Heard::wishes`] are others.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
     fn hear(&mut self, verdict: Verdict) {
         let Key { service, backend } = verdict.key;
+        let Some(service) = service else {
+            if self.health.absorb(verdict, || None) {
+                self.routes.touch_upstream(backend);
+            }
+            return;
+        };
         let services = &self.desired.services;
         let name = || {
             let backends = &services.get(&service)?.service.backends;
@@ -165,6 +200,7 @@ impl Heard {
 
     /// Remembers whether a backend that is found in the maps takes new flows: until its check has spoken, it stays so.
     pub fn adopt(&mut self, service: ServiceAddress, backend: SocketAddr, serves: bool) {
+        let service = Some(service);
         self.health.adopt(Key { service, backend }, serves);
     }
 
@@ -180,6 +216,7 @@ impl Heard {
 
     /// Everybody's word about a backend; empty where its source is the only judge.
     pub fn conditions(&self, service: ServiceAddress, backend: SocketAddr) -> &[Condition] {
+        let service = Some(service);
         self.health.conditions(&Key { service, backend })
     }
 
@@ -204,11 +241,11 @@ impl Heard {
 
     /// Brings the desired state up to date and returns the services that changed. `today` is now.
     pub fn refresh(&mut self, today: SystemTime) -> BTreeSet<ServiceAddress> {
-        let mut routes = std::mem::take(&mut self.routes);
-        routes.refresh(&self.sources, |host, upstream| {
-            self.candidate(host, upstream, 0).backend
+        let (mut routes, mut health) = (std::mem::take(&mut self.routes), std::mem::take(&mut self.health));
+        routes.refresh(&self.sources, &mut health, today, |host, upstream, source| {
+            self.candidate(host, upstream, source)
         });
-        self.routes = routes;
+        (self.routes, self.health) = (routes, health);
         let mut changed = BTreeSet::new();
         for address in std::mem::take(&mut self.dirty) {
             let (merged, contradictions) = self.merge(address);
@@ -321,7 +358,7 @@ impl Heard {
     ) -> Option<Wanted> {
         let old = self.desired.services.get(&address).map(|w| &w.service);
         let Some(merged) = merged else {
-            self.health.track(address, &[], None, None);
+            self.health.track(Some(address), &[], None, None);
             return None;
         };
         let Merged {
@@ -333,13 +370,15 @@ impl Heard {
         } = merged;
         let settings = &service.settings;
         self.health.track(
-            address,
+            Some(address),
             &candidates,
             settings.passive.as_ref(),
             old.map(|old| &**old),
         );
         let policy = settings.when_unhealthy;
-        (service.backends, service.slow) = self.health.judge(address, candidates, &sources, policy, today);
+        (service.backends, service.slow) =
+            self.health
+                .judge(Some(address), candidates, &sources, policy, today);
         let service = match old {
             Some(old) if **old == service => Arc::clone(old),
             _ => Arc::new(service),

@@ -8,11 +8,15 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     sync::Arc,
+    time::SystemTime,
 };
 
-use super::{OPERATOR_SOURCE, Source};
+use super::{
+    OPERATOR_SOURCE, Source,
+    health::{Candidate, Health},
+};
 use crate::{
-    model::{Backend, Rejection},
+    model::{Backend, Rejection, UnhealthyPolicy},
     route::{Route, RouteAddress, RouteSettings, RouteWish},
     source::{Object, SourceId},
 };
@@ -33,6 +37,9 @@ struct Name {
     /// The host that it is an alias of, or itself.
     of: String,
     settings: RouteSettings,
+    /// The upstreams before their health is looked at, in the order of their addresses, and the names of their sources.
+    candidates: Vec<Candidate>,
+    sources: Vec<String>,
     upstreams: Vec<Backend>,
     remarks: BTreeSet<String>,
 }
@@ -63,20 +70,68 @@ impl Routes {
         !self.dirty.is_empty()
     }
 
-    /// Brings the routes up to date; `judged` makes the operator's word part of an upstream of a host.
+    /// Has the routes judged anew that lead to an upstream.
+    pub(super) fn touch_upstream(&mut self, upstream: SocketAddr) {
+        let leads_there = |name: &Name| {
+            let found = name
+                .candidates
+                .binary_search_by_key(&upstream, |c| c.backend.address);
+            found.is_ok()
+        };
+        let routes = self.names.iter().filter(|(_, name)| leads_there(name));
+        self.dirty.extend(routes.map(|(address, _)| address.clone()));
+    }
+
+    /// Brings the routes up to date; `candidate` makes the operator's word part of an upstream of a host. `today` is now.
     pub(super) fn refresh(
         &mut self,
         sources: &BTreeMap<SourceId, Source>,
-        judged: impl Fn(&str, &Backend) -> Backend,
+        health: &mut Health,
+        today: SystemTime,
+        candidate: impl Fn(&str, &Backend, usize) -> Candidate,
     ) {
-        let mut changed = false;
-        for address in std::mem::take(&mut self.dirty) {
-            let (name, contradictions) = self.merge(&address, sources, &judged);
+        if self.dirty.is_empty() {
+            return;
+        }
+        let dirty = std::mem::take(&mut self.dirty);
+        let mut merged: BTreeMap<RouteAddress, Option<Name>> = BTreeMap::new();
+        for address in dirty {
+            let (name, contradictions) = self.merge(&address, sources, &candidate);
             if contradictions.is_empty() {
                 self.contradictions.remove(&address);
             } else {
                 self.contradictions.insert(address.clone(), contradictions);
             }
+            merged.insert(address, name);
+        }
+        let changes = |(address, name): (&RouteAddress, &Option<Name>)| {
+            let known = self.names.get(address).map(|known| &known.candidates);
+            known != name.as_ref().map(|name| &name.candidates)
+        };
+        if merged.iter().any(changes) {
+            let untouched = self
+                .names
+                .iter()
+                .filter(|(address, _)| !merged.contains_key(address));
+            let mut all: BTreeMap<SocketAddr, &Candidate> = BTreeMap::new();
+            let names = untouched.map(|(_, name)| name).chain(merged.values().flatten());
+            for candidate in names.flat_map(|name| &name.candidates) {
+                let known = all.entry(candidate.backend.address).or_insert(candidate);
+                if candidate.backend.state < known.backend.state {
+                    *known = candidate;
+                }
+            }
+            let all: Vec<Candidate> = all.into_values().cloned().collect();
+            health.track(None, &all, None, None);
+        }
+        let mut changed = false;
+        for (address, name) in merged {
+            let name = name.map(|mut name| {
+                let candidates = name.candidates.clone();
+                let policy = UnhealthyPolicy::default();
+                (name.upstreams, _) = health.judge(None, candidates, &name.sources, policy, today);
+                name
+            });
             changed |= self.names.get(&address) != name.as_ref();
             match name {
                 Some(name) => self.names.insert(address, name),
@@ -101,11 +156,12 @@ impl Routes {
         self.contradictions.values().flatten()
     }
 
+    /// All wishes for one name, before health is looked at.
     fn merge(
         &self,
         address: &RouteAddress,
         sources: &BTreeMap<SourceId, Source>,
-        judged: &impl Fn(&str, &Backend) -> Backend,
+        candidate: &impl Fn(&str, &Backend, usize) -> Candidate,
     ) -> (Option<Name>, Vec<Rejection>) {
         let holders = self.by_address.get(address).into_iter().flatten();
         let mut wishes: Vec<(&SourceId, &Object, &RouteWish)> = holders
@@ -120,7 +176,8 @@ impl Routes {
             return (None, Vec::new());
         };
         let mut rejections = Vec::new();
-        let mut upstreams: BTreeMap<SocketAddr, Backend> = BTreeMap::new();
+        let mut candidates: BTreeMap<SocketAddr, Candidate> = BTreeMap::new();
+        let mut names: Vec<String> = Vec::new();
         let mut remarks = BTreeSet::new();
         for (source, object, wish) in wishes {
             let differ = wish.settings.differences(&owner.settings);
@@ -138,19 +195,28 @@ impl Routes {
                 continue;
             }
             remarks.extend(wish.remarks.iter().cloned());
-            let upstream = judged(&owner.of, &wish.upstream);
-            let known = upstreams
-                .entry(upstream.address)
-                .or_insert_with(|| upstream.clone());
+            let index = names
+                .iter()
+                .position(|name| *name == source.0)
+                .unwrap_or_else(|| {
+                    names.push(source.0.clone());
+                    names.len() - 1
+                });
+            let candidate = candidate(&owner.of, &wish.upstream, index);
+            let known = candidates
+                .entry(wish.upstream.address)
+                .or_insert_with(|| candidate.clone());
             // An address that was taken over by a new container serves, although the old one is still leaving.
-            if upstream.state < known.state {
-                *known = upstream;
+            if candidate.backend.state < known.backend.state {
+                *known = candidate;
             }
         }
         let name = Name {
             of: owner.of.clone(),
             settings: owner.settings.clone(),
-            upstreams: upstreams.into_values().collect(),
+            candidates: candidates.into_values().collect(),
+            sources: names,
+            upstreams: Vec::new(),
             remarks,
         };
         (Some(name), rejections)

@@ -23,11 +23,11 @@ pub const SOURCE: &str = "health";
 /// A whole share of new flows, in tenths.
 pub const WHOLE: u8 = 10;
 
-/// One backend of one service.
+/// One backend of one service, or one upstream of the routes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key {
-    /// The service.
-    pub service: ServiceAddress,
+    /// The service. `None`: the routes; their container says how an upstream is checked, so once is enough for all of them.
+    pub service: Option<ServiceAddress>,
     /// The backend's address and port.
     pub backend: SocketAddr,
 }

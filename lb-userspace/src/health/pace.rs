@@ -49,11 +49,11 @@ mod tests {
 
     fn key(i: u32) -> Key {
         Key {
-            service: ServiceAddress {
+            service: Some(ServiceAddress {
                 vip: IpAddr::from([192, 0, 2, 1]),
                 port: 80,
                 protocol: Protocol::Tcp,
-            },
+            }),
             backend: (IpAddr::from(i.to_be_bytes()), 80).into(),
         }
     }

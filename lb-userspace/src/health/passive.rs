@@ -125,7 +125,8 @@ pub async fn run(
             continue;
         }
         for verdict in verdicts.iter().filter(|verdict| !verdict.fit) {
-            tracing::warn!(service = %verdict.key.service, backend = %verdict.key.backend, "ejected: {}", verdict.reason);
+            let service = verdict.key.service.map(|service| service.to_string());
+            tracing::warn!(service, backend = %verdict.key.backend, "ejected: {}", verdict.reason);
         }
         let message = Message {
             source: SourceId(SOURCE.into()),
@@ -180,7 +181,8 @@ impl Counted {
 impl Outliers {
     /// Forgets services that are not judged any more.
     pub fn keep(&mut self, services: &BTreeMap<ServiceAddress, Passive>) {
-        self.0.retain(|key, _| services.contains_key(&key.service));
+        self.0
+            .retain(|key, _| key.service.is_some_and(|service| services.contains_key(&service)));
     }
 
     /// How many are ejected.
@@ -196,9 +198,13 @@ impl Outliers {
         rows: &[Row],
         now: Instant,
     ) -> Vec<Verdict> {
-        let key = |backend| Key { service, backend };
-        self.0
-            .retain(|key, _| key.service != service || rows.iter().any(|row| row.address == key.backend));
+        let key = |backend| Key {
+            service: Some(service),
+            backend,
+        };
+        self.0.retain(|key, _| {
+            key.service != Some(service) || rows.iter().any(|row| row.address == key.backend)
+        });
         let mut verdicts = Vec::new();
         let mut outliers = Vec::new();
         for row in rows {

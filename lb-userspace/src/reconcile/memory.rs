@@ -5,10 +5,11 @@ use std::{
     collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use lb_common::maps::backend_state;
+use nix::time::{ClockId, clock_gettime};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -39,7 +40,7 @@ struct Line {
     drain_ms: u64,
     leaving: bool,
     reason: String,
-    /// End of draining, milliseconds since 1970.
+    /// End of draining, milliseconds since the boot: the time of day may be set.
     deadline_ms: u64,
 }
 
@@ -71,9 +72,9 @@ impl Memory {
         Self(draining.collect())
     }
 
-    /// Writes the file anew and renames it into place. The file has times of day, the model instants: `now` and `today`
-    /// are the same moment.
-    pub fn save(&self, path: &Path, now: Instant, today: SystemTime) -> Result<(), MemoryError> {
+    /// Writes the file anew and renames it into place. The file has times since the boot, the model instants: `now` and
+    /// `uptime` are the same moment.
+    pub fn save(&self, path: &Path, now: Instant, uptime: Duration) -> Result<(), MemoryError> {
         let lines = self.0.iter().map(|(id, one)| Line {
             id: *id,
             epoch: one.epoch,
@@ -82,11 +83,7 @@ impl Memory {
             drain_ms: milliseconds(one.about.drain),
             leaving: one.about.leaving,
             reason: one.about.reason.clone(),
-            deadline_ms: milliseconds(
-                (today + one.deadline.saturating_duration_since(now))
-                    .duration_since(SystemTime::UNIX_EPOCH)
-                    .unwrap_or_default(),
-            ),
+            deadline_ms: milliseconds(uptime + one.deadline.saturating_duration_since(now)),
         });
         let text: Result<Vec<String>, _> = lines.map(|line| serde_json::to_string(&line)).collect();
         let new = path.with_extension("new");
@@ -106,7 +103,7 @@ impl Memory {
         path: &Path,
         programmed: &mut Programmed,
         now: Instant,
-        today: SystemTime,
+        uptime: Duration,
     ) -> Result<(), MemoryError> {
         let text = match fs::read_to_string(path) {
             Ok(text) => text,
@@ -129,8 +126,7 @@ impl Memory {
             if !same {
                 continue;
             }
-            let deadline = SystemTime::UNIX_EPOCH + Duration::from_millis(line.deadline_ms);
-            let left = deadline.duration_since(today).unwrap_or_default();
+            let left = Duration::from_millis(line.deadline_ms).saturating_sub(uptime);
             let about = About {
                 name: line.name,
                 weight: line.weight,
@@ -148,6 +144,12 @@ impl Memory {
         }
         Ok(())
     }
+}
+
+/// Time since the boot, suspension included.
+pub(super) fn uptime() -> Duration {
+    // There is no Linux without this clock; a deadline that seems far off is cut by nobody but the flows' own end.
+    clock_gettime(ClockId::CLOCK_BOOTTIME).map_or(Duration::ZERO, Duration::from)
 }
 
 fn milliseconds(time: Duration) -> u64 {
@@ -183,10 +185,7 @@ mod tests {
     fn a_restart_gives_no_more_time() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deadlines");
-        let (now, today) = (
-            Instant::now(),
-            SystemTime::UNIX_EPOCH + Duration::from_secs(1_000),
-        );
+        let (now, uptime) = (Instant::now(), Duration::from_secs(1_000));
         let about = About {
             name: "web-1".into(),
             weight: 3,
@@ -204,7 +203,7 @@ mod tests {
             ]),
             now,
         );
-        Memory::recall(&path, &mut before, now, today).unwrap();
+        Memory::recall(&path, &mut before, now, uptime).unwrap();
         for id in [1, 2, 3] {
             before.note(&Note::About {
                 id,
@@ -215,14 +214,14 @@ mod tests {
             let deadline = Some(now + Duration::from_secs(30));
             before.note(&Note::Deadline { id, deadline });
         }
-        Memory::of(&before).save(&path, now, today).unwrap();
+        Memory::of(&before).save(&path, now, uptime).unwrap();
 
         // Twelve seconds later the second id has another user.
-        let (now, today) = (now + Duration::from_secs(12), today + Duration::from_secs(12));
+        let (now, uptime) = (now + Duration::from_secs(12), uptime + Duration::from_secs(12));
         let mut maps = maps_with(&[(1, backend_state::DRAINING), (2, backend_state::DRAINING)]);
         maps.backends.get_mut(&2).unwrap().epoch += 1;
         let mut after = Programmed::adopt(&maps, now);
-        Memory::recall(&path, &mut after, now, today).unwrap();
+        Memory::recall(&path, &mut after, now, uptime).unwrap();
         assert_eq!(after.slots[&1].deadline, Some(now + Duration::from_secs(18)));
         assert_eq!(after.about[&1], About { since: now, ..about });
         assert_eq!(after.slots[&2].deadline, None);
@@ -230,7 +229,7 @@ mod tests {
 
         // A deadline that passed while no agent ran is over.
         let mut late = Programmed::adopt(&maps, now);
-        Memory::recall(&path, &mut late, now, today + Duration::from_secs(3600)).unwrap();
+        Memory::recall(&path, &mut late, now, uptime + Duration::from_secs(3600)).unwrap();
         assert_eq!(late.slots[&1].deadline, Some(now));
     }
 
@@ -241,9 +240,9 @@ mod tests {
         fs::write(&path, "{\"id\": 1}\nnonsense\n").unwrap();
         let now = Instant::now();
         let mut model = Programmed::adopt(&maps_with(&[(1, backend_state::DRAINING)]), now);
-        Memory::recall(&path, &mut model, now, SystemTime::now()).unwrap();
+        Memory::recall(&path, &mut model, now, uptime()).unwrap();
         assert_eq!(model.slots[&1].deadline, None);
-        let error = Memory::recall(dir.path(), &mut model, now, SystemTime::now()).unwrap_err();
+        let error = Memory::recall(dir.path(), &mut model, now, uptime()).unwrap_err();
         assert!(error.to_string().contains("reading failed"), "{error}");
     }
 }

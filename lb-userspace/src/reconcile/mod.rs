@@ -6,6 +6,7 @@
 mod memory;
 mod operator;
 mod places;
+mod recollection;
 mod status;
 mod task;
 #[cfg(test)]
@@ -56,6 +57,8 @@ pub struct Options {
     pub drains: Option<PathBuf>,
     /// Where is kept until when leaving backends drain; `None` starts their time anew with every agent.
     pub deadlines: Option<PathBuf>,
+    /// Where is kept what the sources wish; `None`: a source that is silent at the start has wished nothing.
+    pub wishes: Option<PathBuf>,
 }
 
 impl Default for Options {
@@ -68,6 +71,7 @@ impl Default for Options {
             resync_every: Duration::from_secs(180),
             drains: None,
             deadlines: None,
+            wishes: None,
         }
     }
 }
@@ -155,11 +159,29 @@ impl Reconciler {
             }
         }
         if let Some(path) = &this.options.deadlines
-            && let Err(fault) = Memory::recall(path, &mut this.programmed, now, SystemTime::now())
+            && let Err(fault) = Memory::recall(path, &mut this.programmed, now, memory::uptime())
         {
             error!("{fault}");
         }
+        this.recall();
         Ok(this)
+    }
+
+    /// Lets the last word of every source stand that still is one.
+    fn recall(&mut self) {
+        let Some(path) = &self.options.wishes else {
+            return;
+        };
+        match recollection::load(path) {
+            Ok(wishes) => {
+                for (source, objects) in wishes {
+                    if self.options.sources.contains(&source) {
+                        self.heard.recall(&source, objects);
+                    }
+                }
+            }
+            Err(fault) => error!("{fault}"),
+        }
     }
 
     /// Takes in what a source says.
@@ -247,7 +269,7 @@ impl Reconciler {
         if memory == self.remembered {
             return;
         }
-        match memory.save(path, now, SystemTime::now()) {
+        match memory.save(path, now, memory::uptime()) {
             Ok(()) => self.remembered = memory,
             // The next change tries again; until then a restart only drains for longer.
             Err(fault) => warn!("{fault}"),
@@ -269,7 +291,10 @@ impl Reconciler {
         let over = now >= self.started + self.options.source_wait;
         if silent.is_empty() || over {
             if !silent.is_empty() {
-                warn!(sources = ?silent, "not read in time: what only they wish for drains now");
+                warn!(
+                    sources = ?silent,
+                    "not read in time: what they last wished stands, and what nobody is known to wish drains now"
+                );
             }
             self.may_remove = true;
             self.all_dirty = true;

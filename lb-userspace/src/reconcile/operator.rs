@@ -69,7 +69,7 @@ impl Reconciler {
     }
 
     fn drain(&mut self, selector: String, deadline: Option<Duration>) -> Result<usize, CommandError> {
-        let count = self.named(&selector).count();
+        let count = self.named(&selector).len();
         if count == 0 {
             return Err(CommandError::Unknown(selector));
         }
@@ -82,11 +82,10 @@ impl Reconciler {
     fn undrain(&mut self, selector: &str) -> Result<usize, CommandError> {
         let mut drains = self.heard.drains().clone();
         let before = drains.0.len();
+        let named = self.named(selector);
         drains.0.retain(|drain, _| {
-            drain != selector
-                && !self
-                    .named(selector)
-                    .any(|(service, backend)| names(drain, service, backend))
+            let of = |(service, backend): &(String, Backend)| names(drain, service, backend);
+            drain != selector && !named.iter().any(of)
         });
         let lifted = before - drains.0.len();
         if lifted == 0 {
@@ -96,12 +95,18 @@ impl Reconciler {
         Ok(lifted)
     }
 
-    /// The backends that a selector names, each with the name of its service.
-    fn named(&self, selector: &str) -> impl Iterator<Item = (&str, &Backend)> {
+    /// The backends that a selector names, each with the name of its service, and the upstreams, each with its host.
+    fn named(&self, selector: &str) -> Vec<(String, Backend)> {
         let services = self.heard.desired().services.values().map(|w| &*w.service);
+        let services = services.map(|service| (&service.name, &service.backends));
+        let routes = self.heard.routes();
+        let routes = routes.iter().map(|route| (&route.host, &route.upstreams));
         services
-            .flat_map(|service| service.backends.iter().map(|b| (service.name.as_str(), b)))
-            .filter(move |(service, backend)| names(selector, service, backend))
+            .chain(routes)
+            .flat_map(|(of, backends)| backends.iter().map(move |backend| (of, backend)))
+            .filter(|(of, backend)| names(selector, of, backend))
+            .map(|(of, backend)| (of.clone(), backend.clone()))
+            .collect()
     }
 
     fn keep_drains(&mut self, drains: Drains) -> Result<(), DrainsError> {

@@ -9,7 +9,7 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Command, Options, RETRY_MAX, Reconciler, Surroundings};
+use super::{Command, Options, RETRY_MAX, Reconciler, Surroundings, recollection::Keeper};
 use crate::{
     datapath::{MapError, Maps, Topology},
     health::{Report, Targets},
@@ -66,20 +66,31 @@ pub async fn run(
 ) -> Result<(), MapError> {
     let clock = || tokio::time::Instant::now().into_std();
     let debounce = options.debounce;
+    let wishes = options.wishes.clone();
     let policy = inputs.policy.borrow_and_update().clone();
     let mut reconciler = Reconciler::new(maps, options, policy, clock())?;
     reconciler.set_topology(&inputs.topology.borrow_and_update());
+    let mut keeper = Keeper::new(wishes, reconciler.heard.version());
     let (mut pass_at, mut held_until) = (Some(clock()), clock());
     let (mut status_at, mut status_free) = (None::<Instant>, clock());
     loop {
         let wake = pass_at
             .into_iter()
             .chain(status_at)
+            .chain(
+                keeper
+                    .due(reconciler.heard.version())
+                    .map(tokio::time::Instant::into_std),
+            )
             .min()
             .unwrap_or_else(|| clock() + RETRY_MAX);
         let mut event = true;
         tokio::select! {
-            () = stop.cancelled() => return Ok(()),
+            () = stop.cancelled() => {
+                let heard = &reconciler.heard;
+                keeper.finish(heard.version(), || heard.wishes()).await;
+                return Ok(());
+            }
             // A closed channel only means that nobody will say more: what was said stands.
             Some(message) = inputs.inbox.recv() => {
                 reconciler.hear(message);
@@ -119,6 +130,7 @@ pub async fn run(
             let changes = reconciler.target_changes();
             outputs.targets.send_if_modified(|targets| changes.apply(targets));
         }
+        keeper.keep(reconciler.heard.version(), || reconciler.heard.wishes());
         // Every wake-up may have changed something to tell.
         if status_at.get_or_insert(status_free.max(now)) <= &mut clock() {
             let surroundings = inputs.surroundings.borrow().clone();

@@ -9,6 +9,8 @@ pub mod nodes;
 
 use std::time::SystemTime;
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
     health::Verdict,
     model::{Rejection, ServiceWish},
@@ -16,11 +18,11 @@ use crate::{
 };
 
 /// Which source an update is from. Each source owns its objects: a `Reset` replaces them all.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct SourceId(pub String);
 
 /// One object of a source (a container, a service of the file) and all it wishes.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Object {
     /// Stable identity within its source (container id, service name).
     pub id: String,
@@ -54,7 +56,7 @@ pub enum Update {
 }
 
 /// How current a source is.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Freshness {
     /// Connected now.
     pub connected: bool,

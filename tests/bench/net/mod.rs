@@ -82,12 +82,12 @@ fn table(name: &str, index: usize, found: &Found) {
     }
 }
 
-fn middle(mut values: Vec<f64>) -> f64 {
+pub fn middle(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
 
-fn spread(values: Vec<f64>) -> String {
+pub fn spread(values: Vec<f64>) -> String {
     let low = values.iter().copied().fold(f64::INFINITY, f64::min);
     let high = values.iter().copied().fold(0.0, f64::max);
     format!("{:.2} ({low:.2}–{high:.2})", middle(values))

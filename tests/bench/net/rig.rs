@@ -137,6 +137,19 @@ fn web_server(namespace: &Namespace, directory: &tempfile::TempDir, index: usize
     Guard::spawn(&mut command)
 }
 
+/// What one run of `wrk` asks for.
+#[derive(Clone, Copy, Debug)]
+pub struct Ask<'a> {
+    /// Without a path.
+    pub url: &'a str,
+    pub path: &'a str,
+    /// `Host`; empty: the URL's.
+    pub host: &'a str,
+    /// Each request has a connection of its own.
+    pub close: bool,
+    pub seconds: u32,
+}
+
 /// What one run of `wrk` found.
 #[derive(Clone, Copy, Debug)]
 pub struct Load {
@@ -144,6 +157,10 @@ pub struct Load {
     pub rate: f64,
     /// CPU time of the whole machine per request, µs: client, balancer and servers.
     pub cpu: f64,
+    /// Time that half of the requests took at most, ms.
+    pub p50: f64,
+    /// The same of 99 of 100.
+    pub p99: f64,
     /// Requests that failed.
     pub errors: u64,
 }
@@ -151,12 +168,34 @@ pub struct Load {
 impl Rig {
     /// Runs `wrk` in the client's namespace.
     pub fn load(&self, to: IpAddr, path: &str, close: bool, seconds: u32) -> Result<Load> {
+        self.wrk(Ask {
+            url: &format!("http://{to}:{PORT}"),
+            path,
+            host: "",
+            close,
+            seconds,
+        })
+    }
+
+    /// The same with more to say.
+    pub fn wrk(&self, ask: Ask<'_>) -> Result<Load> {
         let mut command = self.client.command("wrk");
-        command.args(["-t", "1", "-c", "32", "-d", &format!("{seconds}s")]);
-        if close {
+        command.args([
+            "-t",
+            "1",
+            "-c",
+            "32",
+            "--latency",
+            "-d",
+            &format!("{}s", ask.seconds),
+        ]);
+        if ask.close {
             command.args(["-H", "Connection: close"]);
         }
-        command.arg(format!("http://{to}:{PORT}{path}"));
+        if !ask.host.is_empty() {
+            command.args(["-H", &format!("Host: {}", ask.host)]);
+        }
+        command.arg(format!("{}{}", ask.url, ask.path));
         let before = busy()?;
         let output = command.output().context("wrk")?;
         let spent = busy()? - before;
@@ -169,12 +208,23 @@ impl Rig {
             .and_then(|(head, _)| head.split_whitespace().last())
             .context("wrk told no total")?
             .parse()?;
+        let time = |share: &str| word(share).and_then(milliseconds).context("wrk told no times");
         Ok(Load {
             rate,
             cpu: spent * 1e6 / total.max(1.0),
+            p50: time("\n     50%")?,
+            p99: time("\n     99%")?,
             errors: errors(&text),
         })
     }
+}
+
+/// A time as wrk writes it: `950.00us`, `1.25ms`, `2.00s`.
+fn milliseconds(text: &str) -> Option<f64> {
+    let (number, factor) = [("us", 1e-3), ("ms", 1.0), ("s", 1e3)]
+        .iter()
+        .find_map(|(unit, factor)| Some((text.strip_suffix(unit)?, factor)))?;
+    Some(number.parse::<f64>().ok()? * factor)
 }
 
 /// The sum of the numbers in wrk's lines about errors; without errors there are none.

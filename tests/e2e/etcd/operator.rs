@@ -181,3 +181,49 @@ fn changes_are_judged_foretold_and_never_overwrite_unseen() -> Result<()> {
     weir.await_status("without it", |status| serving(status, "more") == 0)?;
     Ok(())
 }
+
+/// Interlock's whole configuration from its key, as the first of these names has it or as a move from version 2 made it.
+#[test]
+fn interlocks_key_is_translated() -> Result<()> {
+    let lab = Lab::new(1)?;
+    let etcd = Etcd::start(&lab.store, super::STORE, 1)?;
+    let flags = etcd.flags();
+    let import = |more: &[&str]| -> Result<Said> {
+        let mut command = lab.nodes[0].command(lb_tests::weir::binary());
+        let output = command
+            .args(["import", "interlock"])
+            .args(&flags)
+            .args(more)
+            .env_remove("INTERLOCK_CONFIG")
+            .output()?;
+        let said = [output.stdout, output.stderr].concat();
+        Ok((
+            output.status.code().unwrap_or(-1),
+            String::from_utf8_lossy(&said).into_owned(),
+        ))
+    };
+    let (code, said) = import(&[])?;
+    assert!(
+        code == 64 && said.contains("there is no key interlock/v1/config"),
+        "{said}"
+    );
+    let text = |maxconn: u32| {
+        format!("pollinterval = \"3s\"\n[[Extensions]]\nName = \"haproxy\"\nMaxConn = {maxconn}\n")
+    };
+    etcd.put("/interlock/v1/config", &text(300))?;
+    let (code, said) = import(&[])?;
+    assert!(code == 0 && said.contains("max-connections = 300"), "{said}");
+    etcd.put("interlock/v1/config", &text(200))?;
+    // A neighbour that begins alike is another key.
+    etcd.put("interlock/v1/config.old", &text(100))?;
+    let (code, said) = import(&[])?;
+    assert!(
+        code == 0
+            && said.contains("max-connections = 200")
+            && said.contains("key interlock/v1/config of https://"),
+        "{said}"
+    );
+    let (code, said) = import(&["interlock.toml"])?;
+    assert!(code == 64 && said.contains("name one of them"), "{said}");
+    Ok(())
+}

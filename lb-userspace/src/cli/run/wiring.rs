@@ -144,6 +144,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         source_wait: first.startup_wait,
         drains: Some(files.drains),
         deadlines: Some(files.deadlines),
+        wishes: Some(files.wishes),
         ..reconcile::Options::default()
     };
     let token = stop.clone();

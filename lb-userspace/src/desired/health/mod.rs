@@ -37,6 +37,8 @@ pub(super) struct Health {
     passive: BTreeMap<ServiceAddress, Passive>,
     /// What the maps held when the agent started: whether the backend took new flows.
     adopted: BTreeMap<Key, bool>,
+    /// That time is over: what comes now was not there when the agent started.
+    settled: bool,
     generation: u64,
     changes: TargetChanges,
 }
@@ -53,7 +55,7 @@ struct Known {
 }
 
 /// A backend of a service before its health is looked at.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(super) struct Candidate {
     /// As its source and the operator wish it.
     pub backend: Backend,
@@ -74,6 +76,7 @@ impl Health {
     /// What was found in the maps means nothing for backends that come later.
     pub fn forget_adopted(&mut self) {
         self.adopted.clear();
+        self.settled = true;
     }
 
     /// Takes in a verdict. True if it is about somebody who is there.
@@ -87,7 +90,10 @@ impl Health {
                 known.check = Some(verdict);
             }
             By::Passive => {
-                let Some(name) = name().filter(|_| self.passive.contains_key(&verdict.key.service)) else {
+                let Some(name) = name().filter(|_| {
+                    let service = verdict.key.service;
+                    service.is_some_and(|service| self.passive.contains_key(&service))
+                }) else {
                     return false;
                 };
                 let known = self.known.entry(verdict.key).or_default();
@@ -98,15 +104,18 @@ impl Health {
         true
     }
 
-    /// Takes in who is in a service now, in the order of their addresses; `old` is the service as it was.
+    /// Takes in who is in a service now, or with `None` in the routes, in the order of their addresses; `old` is the
+    /// service as it was.
     pub fn track(
         &mut self,
-        address: ServiceAddress,
+        service: Option<ServiceAddress>,
         candidates: &[Candidate],
         passive: Option<&Passive>,
         old: Option<&Service>,
     ) {
-        if self.passive.get(&address) != passive {
+        if let Some(address) = service
+            && self.passive.get(&address) != passive
+        {
             match passive {
                 Some(passive) => drop(self.passive.insert(address, passive.clone())),
                 None => drop(self.passive.remove(&address)),
@@ -118,10 +127,10 @@ impl Health {
                 .binary_search_by_key(&key.backend, |c| c.backend.address)
                 .is_err()
         };
-        let gone: Vec<Key> = self.of(address).filter(absent).collect();
+        let gone: Vec<Key> = self.of(service).filter(absent).collect();
         for Candidate { backend, .. } in candidates {
             let key = Key {
-                service: address,
+                service,
                 backend: backend.address,
             };
             self.track_one(key, backend, passive.is_some(), old);
@@ -173,7 +182,9 @@ impl Health {
                     .filter(|was| was.name == backend.name)
                     .map(|was| was.state == BackendState::Active);
                 // Told once: whoever has that address later is somebody else.
-                let adopted = self.adopted.remove(&key);
+                // No map tells of upstreams: those of the first lists are taken to serve, as they will if this is a restart.
+                let upstream = || (key.service.is_none() && !self.settled).then_some(true);
+                let adopted = self.adopted.remove(&key).or_else(upstream);
                 self.generation += 1;
                 Some(Target {
                     generation: self.generation,
@@ -193,11 +204,11 @@ impl Health {
         self.changes.active.insert(key, target);
     }
 
-    /// The state of a service's backends with everybody's word, and the shares of those that have come back, tenths by
+    /// The state of a service's backends, or of upstreams, with everybody's word, and the shares of those that have come back, tenths by
     /// address. `sources` are the names that the candidates mean; `today` is now.
     pub fn judge(
         &mut self,
-        address: ServiceAddress,
+        service: Option<ServiceAddress>,
         candidates: Vec<Candidate>,
         sources: &[String],
         policy: UnhealthyPolicy,
@@ -209,7 +220,7 @@ impl Health {
         let mut backends: Vec<Backend> = Vec::with_capacity(candidates.len());
         for candidate in candidates {
             let key = Key {
-                service: address,
+                service,
                 backend: candidate.backend.address,
             };
             let Candidate {
@@ -260,8 +271,8 @@ impl Health {
         std::mem::take(&mut self.changes)
     }
 
-    /// Backends of a service of which something is known.
-    fn of(&self, service: ServiceAddress) -> impl Iterator<Item = Key> {
+    /// Backends of a service, or upstreams, of which something is known.
+    fn of(&self, service: Option<ServiceAddress>) -> impl Iterator<Item = Key> {
         // Sorts before every backend of the service.
         let backend = SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0);
         let from = self.known.range(Key { service, backend }..);

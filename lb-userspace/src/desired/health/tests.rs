@@ -8,6 +8,7 @@ use super::super::*;
 use crate::{
     health::{Before, By, Targets, Verdict, WHOLE},
     model::{Check, CheckKind, Passive, Protocol, ServiceSettings, UnhealthyPolicy},
+    route::{RouteAddress, RouteSettings, RouteWish},
 };
 
 const SERVICE: ServiceAddress = ServiceAddress {
@@ -22,7 +23,7 @@ fn address(i: u8) -> SocketAddr {
 
 fn key(i: u8) -> Key {
     Key {
-        service: SERVICE,
+        service: Some(SERVICE),
         backend: address(i),
     }
 }
@@ -378,4 +379,83 @@ proptest! {
             }
         }
     }
+}
+
+/// Upstreams of routes are checked too, once for all routes that lead there; those that are there when the agent starts serve
+/// until their check has failed.
+#[test]
+fn upstreams_are_checked_once_for_all_their_routes() {
+    let mut rig = Rig::default();
+    let route = |i: u8, hosts: &[&str], rig: &Rig| {
+        let upstream = rig.backend(i);
+        let wish = |host: &&str| RouteWish {
+            address: RouteAddress {
+                host: (*host).into(),
+                path: "/".into(),
+            },
+            of: (*host).into(),
+            settings: RouteSettings::default(),
+            remarks: Vec::new(),
+            upstream: upstream.clone(),
+        };
+        Update::Put(Object {
+            id: upstream.address.to_string(),
+            name: upstream.name.clone(),
+            created: SystemTime::UNIX_EPOCH,
+            services: Vec::new(),
+            routes: hosts.iter().map(wish).collect(),
+            rejections: Vec::new(),
+        })
+    };
+    let upstream = |i: u8| Key {
+        service: None,
+        backend: address(i),
+    };
+    let shown = |rig: &Rig, host: &str| -> Vec<(BackendState, String)> {
+        let routes = rig.heard.routes();
+        let route = routes.iter().find(|route| route.host == host).unwrap();
+        let shown = |upstream: &Backend| (upstream.state, upstream.reason.clone());
+        route.upstreams.iter().map(shown).collect()
+    };
+    rig.hear(route(1, &["a", "b"], &rig));
+    assert_eq!(rig.targets.active.keys().collect::<Vec<_>>(), [&upstream(1)]);
+    assert_eq!(rig.targets.active[&upstream(1)].before, Before::Served);
+    assert_eq!(shown(&rig, "b")[0].0, BackendState::Active);
+    // From now on a new one waits for its check.
+    rig.heard.forget_adopted();
+    rig.hear(route(2, &["b", "c"], &rig));
+    assert_eq!(rig.targets.active[&upstream(2)].before, Before::New);
+    let states = |shown: Vec<(BackendState, String)>| shown.into_iter().map(|s| s.0).collect::<Vec<_>>();
+    assert_eq!(
+        states(shown(&rig, "b")),
+        [BackendState::Active, BackendState::Unready]
+    );
+    let verdict = |i: u8, fit: bool, rig: &Rig| {
+        Update::Verdicts(vec![Verdict {
+            key: upstream(i),
+            generation: rig.targets.active[&upstream(i)].generation,
+            by: By::Check,
+            fit,
+            tenths: WHOLE,
+            reason: "as told".into(),
+            since: at(1),
+        }])
+    };
+    rig.hear(verdict(2, true, &rig));
+    rig.hear(verdict(1, false, &rig));
+    for host in ["a", "b"] {
+        assert_eq!(
+            shown(&rig, host)[0],
+            (BackendState::Unready, "check: as told".into())
+        );
+    }
+    assert_eq!(shown(&rig, "b")[1].0, BackendState::Active);
+    assert_eq!(shown(&rig, "c")[0].0, BackendState::Active);
+    // The route goes that told of it; the other one's check goes on, and then nobody's.
+    rig.hear(Update::Remove(address(1).to_string()));
+    assert_eq!(rig.targets.active.keys().collect::<Vec<_>>(), [&upstream(2)]);
+    rig.hear(route(2, &["c"], &rig));
+    assert_eq!(rig.targets.active.len(), 1);
+    rig.hear(Update::Reset(Vec::new()));
+    assert!(rig.targets.active.is_empty());
 }

@@ -105,11 +105,11 @@ impl Rig {
 
 fn key(i: u32) -> Key {
     Key {
-        service: ServiceAddress {
+        service: Some(ServiceAddress {
             vip: IpAddr::from([192, 0, 2, 1]),
             port: 80,
             protocol: Protocol::Tcp,
-        },
+        }),
         backend: (IpAddr::from((0x0a00_0000 + i).to_be_bytes()), 80).into(),
     }
 }

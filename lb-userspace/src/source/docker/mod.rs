@@ -40,6 +40,8 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 const LAST_BACKOFF: Duration = Duration::from_secs(15);
 /// Facts that may wait for a reader that is busy.
 const WAITING: usize = 256;
+/// Within this time from the connection an engine has repeated the old events that it was asked for.
+const REPLAY: Duration = Duration::from_secs(5);
 /// Signs of life are passed on no more often than this.
 const FRESHNESS_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -237,9 +239,9 @@ impl Source {
         let mut listing = Some(engine.clone().list().boxed());
         let mut inspections: FuturesUnordered<BoxFuture<'static, Inspected>> = FuturesUnordered::new();
         let mut ping: Option<BoxFuture<'static, Result<(), EngineError>>> = None;
-        let renew = Instant::now() + docker.resync;
-        let mut heard = Instant::now();
-        let mut told = heard;
+        let connected = Instant::now();
+        let renew = connected + docker.resync;
+        let (mut heard, mut told) = (connected, connected);
 
         loop {
             let quiet = heard + docker.liveness;
@@ -250,8 +252,10 @@ impl Source {
                     heard = Instant::now();
                     let message = event.ok_or(EngineError::Ended)??;
                     let Some(event) = Event::parse(&message) else { continue };
-                    // Older ones are in the list; of signals alone it says nothing.
-                    if event.at < engine.connected_at && !matches!(event.kind, Kind::Kill(_)) {
+                    // Older ones are in the list; of signals alone it says nothing. What comes later is new, whatever its
+                    // time: the engine's clock may have been set back.
+                    let replayed = connected.elapsed() < REPLAY && event.at < engine.connected_at;
+                    if replayed && !matches!(event.kind, Kind::Kill(_)) {
                         continue;
                     }
                     match self.cache.on_event(&event) {

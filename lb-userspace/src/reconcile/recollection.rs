@@ -1,0 +1,219 @@
+//! What each source last wished, kept beside the socket: like the maps it outlives the agent and not the next boot. An agent
+//! that starts while an engine cannot be heard goes on with the engine's last word, as the agent before it did.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{self, BufRead as _, BufReader, BufWriter, Write as _},
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use serde::{Deserialize, Serialize};
+use tokio::{
+    task::{JoinHandle, spawn_blocking},
+    time::Instant,
+};
+use tracing::warn;
+
+use crate::source::{Object, SourceId};
+
+/// Pause between two writings. What changed in the last one before a crash is corrected by the source's first list.
+const EVERY: Duration = Duration::from_secs(5);
+
+/// The objects of every source that has been read and may be silent at the next start.
+pub(super) type Recollection = BTreeMap<SourceId, Vec<Object>>;
+
+/// A line of the file.
+#[derive(Deserialize)]
+struct Line {
+    source: SourceId,
+    object: Object,
+}
+
+/// The same without owning it.
+#[derive(Serialize)]
+struct LineRef<'a> {
+    source: &'a SourceId,
+    object: &'a Object,
+}
+
+/// Why the file could not be used.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "last wishes of the sources in {path}: {operation} failed: {source}; make the directory writable for weir"
+)]
+pub(super) struct RecollectionError {
+    path: PathBuf,
+    operation: &'static str,
+    source: io::Error,
+}
+
+/// Writes the file when it is due, beside the loop.
+pub(super) struct Keeper {
+    path: Option<PathBuf>,
+    /// What the file holds, or will hold once it is written.
+    version: u64,
+    /// Not before.
+    free: Instant,
+    writing: Option<JoinHandle<()>>,
+}
+
+// === impl Keeper ===
+
+impl Keeper {
+    /// For a file that holds `version`.
+    pub(super) fn new(path: Option<PathBuf>, version: u64) -> Self {
+        Self {
+            path,
+            version,
+            free: Instant::now(),
+            writing: None,
+        }
+    }
+
+    /// When `version` has to be written; `None`: it is.
+    pub(super) fn due(&self, version: u64) -> Option<Instant> {
+        (self.path.is_some() && version != self.version).then_some(self.free)
+    }
+
+    /// Writes if it is due. The loop goes on meanwhile.
+    pub(super) fn keep(&mut self, version: u64, wishes: impl FnOnce() -> Recollection) {
+        let due = self.due(version).is_some_and(|at| at <= Instant::now());
+        if !due {
+            return;
+        }
+        self.free = Instant::now() + EVERY;
+        // A disk that is slower than that gets the next state, not a queue of them.
+        if self.writing.as_ref().is_some_and(|task| !task.is_finished()) {
+            return;
+        }
+        if let Some(path) = self.path.clone() {
+            self.version = version;
+            let wishes = wishes();
+            self.writing = Some(spawn_blocking(move || write(&path, &wishes)));
+        }
+    }
+
+    /// Writes what is not written yet, at the end.
+    pub(super) async fn finish(mut self, version: u64, wishes: impl FnOnce() -> Recollection) {
+        if let Some(task) = self.writing.take()
+            && let Err(fault) = task.await
+        {
+            warn!(%fault, "the last wishes of the sources were not written");
+        }
+        if let (Some(path), true) = (&self.path, version != self.version) {
+            write(path, &wishes());
+        }
+    }
+}
+
+fn write(path: &Path, wishes: &Recollection) {
+    if let Err(fault) = save(path, wishes) {
+        warn!("{fault}");
+    }
+}
+
+/// Writes the file anew and renames it into place, so that a crash leaves the old or the new one.
+fn save(path: &Path, wishes: &Recollection) -> Result<(), RecollectionError> {
+    let new = path.with_extension("new");
+    let written = || -> io::Result<()> {
+        let mut file = BufWriter::new(File::create(&new)?);
+        for (source, objects) in wishes {
+            for object in objects {
+                serde_json::to_writer(&mut file, &LineRef { source, object })?;
+                file.write_all(b"\n")?;
+            }
+        }
+        file.flush()?;
+        std::fs::rename(&new, path)
+    };
+    written().map_err(|source| RecollectionError {
+        path: path.into(),
+        operation: "writing",
+        source,
+    })
+}
+
+/// Reads the file. A missing one says nothing, and neither does a line that is none of ours: another version wrote it.
+pub(super) fn load(path: &Path) -> Result<Recollection, RecollectionError> {
+    let fault = |source| RecollectionError {
+        path: path.into(),
+        operation: "reading",
+        source,
+    };
+    let file = match File::open(path) {
+        Ok(file) => BufReader::new(file),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Recollection::new()),
+        Err(error) => return Err(fault(error)),
+    };
+    let mut wishes = Recollection::new();
+    for line in file.split(b'\n') {
+        if let Ok(Line { source, object }) = serde_json::from_slice(&line.map_err(fault)?) {
+            wishes.entry(source).or_default().push(object);
+        }
+    }
+    Ok(wishes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::model::Rejection;
+
+    fn object(id: &str) -> Object {
+        Object {
+            id: id.into(),
+            name: format!("container {id}"),
+            created: SystemTime::UNIX_EPOCH + Duration::from_nanos(1_500_000_001),
+            services: Vec::new(),
+            routes: Vec::new(),
+            rejections: vec![Rejection {
+                source: "docker".into(),
+                object: id.into(),
+                fault: "two\nlines".into(),
+                remedy: String::new(),
+            }],
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_read_again_and_foreign_lines_say_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("wishes");
+        assert_eq!(load(&path).unwrap(), Recollection::new());
+        let wishes: Recollection = [
+            (SourceId("docker:a".into()), vec![object("1"), object("2")]),
+            (SourceId("docker:b".into()), vec![object("3")]),
+        ]
+        .into();
+        save(&path, &wishes).unwrap();
+        let text = std::fs::read(&path).unwrap();
+        std::fs::write(
+            &path,
+            [b"{\"source\":\"docker\"}\n\xff\n".as_slice(), &text].concat(),
+        )
+        .unwrap();
+        assert_eq!(load(&path).unwrap(), wishes);
+        let error = load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("reading failed"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_version_is_written_once_and_the_last_one_at_the_end() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("wishes");
+        let of = |id: &str| Recollection::from([(SourceId("docker".into()), vec![object(id)])]);
+        let mut keeper = Keeper::new(Some(path.clone()), 0);
+        assert_eq!(keeper.due(0), None);
+        keeper.keep(1, || of("1"));
+        assert_eq!(keeper.due(1), None);
+        // Too early: it waits, and is written at the end all the same.
+        keeper.keep(2, || panic!("not due"));
+        assert!(keeper.due(2).is_some_and(|at| at > Instant::now()));
+        keeper.finish(2, || of("2")).await;
+        assert_eq!(load(&path).unwrap(), of("2"));
+    }
+}
