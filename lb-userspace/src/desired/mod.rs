@@ -166,9 +166,10 @@ impl Heard {
         }
     }
 
-    /// Every source's objects. The operator's file is not among them: it is always there to be read.
-    pub fn wishes(&self) -> BTreeMap<SourceId, Vec<Object>> {
-        let others = self.sources.iter().filter(|(id, _)| id.0 != OPERATOR_SOURCE);
+    /// The objects of these sources. The operator's file is not among them: it is always there to be read.
+    pub fn wishes(&self, of: &[SourceId]) -> BTreeMap<SourceId, Vec<Object>> {
+        let others = self.sources.iter();
+        let others = others.filter(|(id, _)| id.0 != OPERATOR_SOURCE && of.contains(id));
         others
             .map(|(id, source)| (id.clone(), source.objects.values().cloned().collect()))
             .collect()
