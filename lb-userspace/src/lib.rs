@@ -14,6 +14,7 @@ pub mod health;
 pub mod import;
 pub mod metrics;
 pub mod model;
+pub mod node;
 pub mod plan;
 pub mod reconcile;
 pub mod ring;

@@ -2,6 +2,7 @@
 
 mod l7;
 mod net;
+mod nodes;
 mod prog;
 mod scale;
 mod update;
@@ -15,6 +16,7 @@ fn main() -> Result<()> {
         Some("update") => update::run(),
         Some("scale") => scale::run(),
         Some("net") => net::run(),
+        Some("nodes") => nodes::run(),
         Some("l7") => l7::run(),
         other => bail!("no benchmark {other:?}: run it by `cargo xtask bench`"),
     }

@@ -255,7 +255,7 @@ impl World {
             }
             ["verdict", service, backend, fit, ref tenths @ ..] => {
                 let key = Key {
-                    service: service_address(service),
+                    service: Some(service_address(service)),
                     backend: backend.parse().unwrap(),
                 };
                 let verdict = Verdict {

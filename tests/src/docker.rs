@@ -107,6 +107,12 @@ impl Engine {
         format!("unix://{}", self.path("docker.sock").display())
     }
 
+    /// Lets whoever may use its socket (dockerd's `--group`) find it, too.
+    pub fn let_in(&self) -> Result<()> {
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o711);
+        Ok(std::fs::set_permissions(self.directory.path(), mode)?)
+    }
+
     /// A command on the engine's machine.
     fn inside(&self, program: &str) -> Command {
         let ns = Path::new("/proc").join(self.machine.pid().to_string()).join("ns");

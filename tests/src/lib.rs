@@ -2,7 +2,7 @@
 //!
 //! `packet` builds frames, `world` says what the maps hold, `kernel` and `model` run one frame through the core as the
 //! kernel and as the host compile it, `row` compares what came of it. `netns`, `guard` and `weir` are for tests with
-//! real traffic, `docker` and `load` for those with real containers, `etcd` for those with one configuration for
+//! real traffic, `docker` and `load` for those with real containers, `etcd`, `node` and `fleet` for those with
 //! many nodes, `pki` for those with certificates; the demo is made of the same parts.
 
 #![expect(
@@ -13,11 +13,13 @@
 
 pub mod docker;
 pub mod etcd;
+pub mod fleet;
 pub mod guard;
 pub mod kernel;
 pub mod load;
 pub mod model;
 pub mod netns;
+pub mod node;
 pub mod packet;
 pub mod pki;
 pub mod row;

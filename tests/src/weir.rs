@@ -296,6 +296,16 @@ impl<'n> Weir<'n> {
         Guard::spawn(command.stdout(std::process::Stdio::piped()))
     }
 
+    /// Process id of the agent.
+    pub fn pid(&self) -> Result<u32> {
+        Ok(self.agent.as_ref().context("the agent is not running")?.pid())
+    }
+
+    /// Where its maps are pinned.
+    pub fn maps(&self) -> PathBuf {
+        weir::datapath::load::Pins::new(&self.pins).maps()
+    }
+
     /// Kills the agent (SIGKILL); the datapath stays.
     pub fn kill(&mut self) {
         self.agent = None;

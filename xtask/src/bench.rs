@@ -31,6 +31,8 @@ enum Kind {
     Update,
     /// Memory and sweep time at full size
     Scale,
+    /// CPU, memory and change latency of an agent that reads 200 nodes
+    Nodes,
 }
 
 /// The command.
@@ -43,6 +45,10 @@ pub fn run(options: &Options) -> Result<()> {
         named => named,
     };
     setup::ensure(&[Group::Build, Group::Bench])?;
+    if kinds.contains(&Kind::Nodes) {
+        // etcd is among what the tests with real engines need.
+        setup::ensure(&[Group::E2e])?;
+    }
     ebpf::build()?;
     for kind in kinds {
         let name = kind
@@ -53,7 +59,9 @@ pub fn run(options: &Options) -> Result<()> {
         command.args(["run", "--quiet", "-p", "lb-tests", "--bin", "weir-bench", "--"]);
         match kind {
             Kind::Prog => drop(ebpf::build_bench()?),
-            Kind::Net | Kind::Update => drop(command.env("WEIR_BIN", agent::build(Profile::Release)?)),
+            Kind::Net | Kind::Update | Kind::Nodes => {
+                command.env("WEIR_BIN", agent::build(Profile::Release)?);
+            }
             Kind::Scale => {}
         }
         command.arg(name);

@@ -17,6 +17,7 @@ mod events;
 mod flows;
 mod humane;
 mod import;
+mod node;
 mod operate;
 mod rates;
 mod routes;
@@ -63,6 +64,9 @@ pub struct Cli {
 enum Command {
     /// Run the agent in the foreground
     Run(RunArgs),
+    /// Publish this node's containers to etcd, for balancers on other machines; needs no privileges but Docker's socket
+    #[command(after_help = node::HELP)]
+    Node(RunArgs),
     /// Show services, backends, sources and what was refused
     Status(StatusArgs),
     /// Take new flows away from a backend; its old flows go on
@@ -95,7 +99,7 @@ enum Command {
 const SELECTORS: &str = "A backend is named by its container name (web-1), service/name (web/web-1), \
 address:port (172.17.0.2:8080) or id (#17), as `weir status` shows them.";
 
-/// Arguments of `weir run`.
+/// Arguments of `weir run` and `weir node`.
 #[derive(Debug, Args)]
 pub struct RunArgs {
     /// The configuration file
@@ -196,6 +200,7 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
     let client = Client::new(socket.unwrap_or(Path::new(DEFAULT_SOCKET)));
     match &cli.command {
         Command::Run(args) => run::run(args, socket),
+        Command::Node(args) => node::node(args),
         Command::Detach(args) => run::detach(args, socket),
         Command::Check { config } => check::check(config, &mut io::stdout(), &mut io::stderr()),
         Command::Import(command) => block_on(import::run(command, &mut io::stdout(), &mut io::stderr())),

@@ -5,6 +5,7 @@ mod engine;
 mod errors;
 pub mod health;
 pub mod l7;
+mod node;
 mod raw;
 mod shared;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, Snat
 pub use engine::{Allowed, DockerConfig, Endpoint};
 pub use errors::{ConfigErrors, ConfigFault};
 pub use health::CheckPolicy;
+pub use node::{NodeConfig, NodeRule, NodesConfig, is_node_name};
 pub use shared::{DEFAULT_PREFIX, EtcdConfig, EtcdTls, Shared};
 
 /// Where Docker listens unless it was told otherwise.
@@ -63,6 +65,10 @@ pub struct Config {
     pub docker: Vec<DockerConfig>,
     /// The etcd source; `None`: the file is all there is.
     pub etcd: Option<EtcdConfig>,
+    /// This machine publishes its containers.
+    pub node: Option<NodeConfig>,
+    /// Containers that other machines publish are balanced.
+    pub nodes: Option<NodesConfig>,
     /// Status and metrics.
     pub admin: Admin,
     /// Longest wait for each source's first list.
@@ -261,6 +267,8 @@ impl Config {
             ("admin", self.admin != old.admin),
             ("bpf", self.bpf != old.bpf),
             ("etcd", self.etcd != old.etcd),
+            // Everything in it is followed; whether it is there is not.
+            ("nodes", self.nodes.is_some() != old.nodes.is_some()),
         ];
         changed
             .into_iter()

@@ -31,6 +31,8 @@ pub(super) struct RawConfig {
     pub(super) snat: RawSnat,
     pub(super) docker: RawEngines,
     pub(super) etcd: Given<RawEtcd>,
+    pub(super) node: Given<RawNode>,
+    pub(super) nodes: Given<RawNodes>,
     pub(super) admin: RawAdmin,
     pub(super) startup: RawStartup,
     pub(super) events: RawEvents,
@@ -190,6 +192,45 @@ pub(super) struct RawDocker {
     pub(super) allow_vips: Given<Strings>,
     pub(super) allow_ports: Given<Strings>,
     pub(super) allow_services: Given<Strings>,
+}
+
+/// `[node]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawNode {
+    pub(super) name: Given<String>,
+    pub(super) addresses: Given<Strings>,
+    pub(super) ttl: Given<String>,
+    pub(super) on_stop: Given<String>,
+}
+
+/// `[nodes]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawNodes {
+    pub(super) keep: Given<String>,
+    pub(super) allow_addresses: Given<Strings>,
+    pub(super) allow_vips: Given<Strings>,
+    pub(super) allow_ports: Given<Strings>,
+    pub(super) allow_services: Given<Strings>,
+    pub(super) node: BTreeMap<String, Spanned<RawNodeRule>>,
+}
+
+/// `[nodes.node.<name>]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawNodeRule {
+    pub(super) enabled: Given<bool>,
+    pub(super) allow_vips: Given<Strings>,
+    pub(super) allow_ports: Given<Strings>,
+    pub(super) allow_services: Given<Strings>,
+}
+
+/// What may be claimed, as three sections say it.
+pub(super) struct RawAllow<'r> {
+    pub(super) vips: &'r Given<Strings>,
+    pub(super) ports: &'r Given<Strings>,
+    pub(super) services: &'r Given<Strings>,
 }
 
 /// `[etcd]`.
@@ -363,6 +404,41 @@ fn cut(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<(String, bool)> {
     })?;
     table.remove(key.as_str());
     Some((key, unknown))
+}
+
+// === impl RawDocker, RawNodes, RawNodeRule ===
+
+impl RawDocker {
+    /// What may be claimed.
+    pub(super) fn allow(&self) -> RawAllow<'_> {
+        RawAllow {
+            vips: &self.allow_vips,
+            ports: &self.allow_ports,
+            services: &self.allow_services,
+        }
+    }
+}
+
+impl RawNodes {
+    /// What may be claimed.
+    pub(super) fn allow(&self) -> RawAllow<'_> {
+        RawAllow {
+            vips: &self.allow_vips,
+            ports: &self.allow_ports,
+            services: &self.allow_services,
+        }
+    }
+}
+
+impl RawNodeRule {
+    /// What may be claimed.
+    pub(super) fn allow(&self) -> RawAllow<'_> {
+        RawAllow {
+            vips: &self.allow_vips,
+            ports: &self.allow_ports,
+            services: &self.allow_services,
+        }
+    }
 }
 
 // === impl RawEngines ===

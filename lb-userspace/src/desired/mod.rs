@@ -126,6 +126,11 @@ impl Heard {
             Update::Put(object) => changed.extend(source.put(object)),
             Update::Remove(id) => changed.extend(source.remove(&id).map(|old| (Some(old), None))),
             Update::Freshness(freshness) => source.freshness = Some(freshness),
+            Update::End => {
+                let objects = std::mem::take(&mut source.objects).into_values();
+                changed.extend(objects.map(|old| (Some(old), None)));
+                self.sources.remove(&id);
+            }
             // Taken in above.
             Update::Verdicts(_) => {}
         }
@@ -161,9 +166,10 @@ impl Heard {
         }
     }
 
-    /// Every source's objects. The operator's file is not among them: it is always there to be read.
-    pub fn wishes(&self) -> BTreeMap<SourceId, Vec<Object>> {
-        let others = self.sources.iter().filter(|(id, _)| id.0 != OPERATOR_SOURCE);
+    /// The objects of these sources. The operator's file is not among them: it is always there to be read.
+    pub fn wishes(&self, of: &[SourceId]) -> BTreeMap<SourceId, Vec<Object>> {
+        let others = self.sources.iter();
+        let others = others.filter(|(id, _)| id.0 != OPERATOR_SOURCE && of.contains(id));
         others
             .map(|(id, source)| (id.clone(), source.objects.values().cloned().collect()))
             .collect()

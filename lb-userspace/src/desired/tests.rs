@@ -84,3 +84,15 @@ fn what_is_heard_again_changes_nothing() {
     assert!(!heard.has_backend_at(ip));
     assert_eq!(heard.take_touched(), [ip].into());
 }
+
+#[test]
+fn a_source_that_ends_takes_its_objects_and_its_name_along() {
+    let mut heard = Heard::default();
+    hear(&mut heard, "node:n1", Update::Put(object("a", 1, true)));
+    hear(&mut heard, "node:n2", Update::Put(object("b", 2, true)));
+    assert_eq!(hear(&mut heard, "node:n1", Update::End).len(), 1);
+    let names: Vec<String> = heard.sources().into_iter().map(|source| source.name).collect();
+    assert_eq!(names, ["node:n2"]);
+    let services = &heard.desired().services;
+    assert_eq!(services.values().next().unwrap().service.backends.len(), 1);
+}

@@ -9,16 +9,11 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 
-use super::{Change, EtcdError, NoEndpoint, Session, Snapshot, session::key};
+use super::{Change, EtcdError, Rounds, Session, Snapshot, session::key};
 use crate::config::EtcdConfig;
 
 /// Messages that may wait for a reader that is busy; then the watch waits, too.
 const WAITING: usize = 256;
-/// First wait after every endpoint has failed.
-const FIRST_BACKOFF: Duration = Duration::from_millis(250);
-/// Longest wait between two rounds.
-const LAST_BACKOFF: Duration = Duration::from_secs(5);
-
 /// What is heard of etcd.
 #[derive(Debug)]
 pub enum Heard {
@@ -75,44 +70,20 @@ struct Follower {
 
 impl Follower {
     async fn run(self) -> ReaderGone {
-        let endpoints = &self.config.endpoints;
-        // Nodes shall not all be with the first one.
-        let mut at = fastrand::usize(..endpoints.len().max(1));
-        let mut backoff = FIRST_BACKOFF;
-        let mut faults: Vec<(String, EtcdError)> = Vec::new();
-        loop {
-            let Some(endpoint) = endpoints.get(at % endpoints.len().max(1)) else {
-                // A configuration has at least one.
-                return ReaderGone;
-            };
+        let mut rounds = Rounds::new(&self.config);
+        while let Some(endpoint) = rounds.endpoint() {
             let started = Instant::now();
-            let Err(end) = self.session(endpoint).await;
-            let fault = match end {
-                End::ReaderGone => return ReaderGone,
-                End::Fault(fault) => fault,
+            let Err(end) = self.session(&endpoint).await;
+            let End::Fault(fault) = end else {
+                return ReaderGone;
             };
-            tracing::debug!(endpoint, %fault, "etcd: on to the next endpoint");
-            let lasted = started.elapsed() > LAST_BACKOFF;
-            if lasted {
-                (backoff, faults) = (FIRST_BACKOFF, Vec::new());
-            }
-            if !matches!(fault, EtcdError::Compacted(_)) {
-                at += 1;
-            }
-            faults.retain(|(of, _)| of != endpoint);
-            faults.push((endpoint.clone(), fault));
-            let all_failed = faults.len() == endpoints.len();
-            let told = NoEndpoint(std::mem::take(&mut faults));
-            if self.tell(Heard::Lost(told.to_string())).await.is_err() {
+            let (told, wait) = rounds.ended(fault, started.elapsed());
+            if self.tell(Heard::Lost(told)).await.is_err() {
                 return ReaderGone;
             }
-            faults = told.0;
-            if all_failed && !lasted {
-                // Half fixed, half by chance: many nodes must not knock in step.
-                sleep(backoff.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
-                backoff = LAST_BACKOFF.min(backoff * 2);
-            }
+            sleep(wait).await;
         }
+        ReaderGone
     }
 
     async fn tell(&self, heard: Heard) -> Result<(), ReaderGone> {

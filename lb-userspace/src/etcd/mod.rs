@@ -5,11 +5,15 @@
 //! [`Store`] for single questions, [`follow`] for whoever wants to know of every change under a prefix.
 
 mod follow;
+mod lease;
+mod rounds;
 mod session;
 
 use std::{fmt, path::PathBuf, time::Duration};
 
 pub use follow::{Heard, follow};
+pub use lease::{Lease, Step};
+pub use rounds::Rounds;
 pub use session::{Change, Key, Session, Snapshot};
 
 use crate::{
@@ -35,6 +39,9 @@ pub enum EtcdError {
     /// Changes since the last read have been compacted away.
     #[error("what changed since revision {0} has been compacted")]
     Compacted(i64),
+    /// No further answer.
+    #[error("{0}: the endpoint closed the connection")]
+    Closed(&'static str),
     /// The watch has ended.
     #[error("the watch has ended: {0}")]
     Ended(String),

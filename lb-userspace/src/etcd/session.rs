@@ -29,6 +29,8 @@ pub struct Key {
     pub created: i64,
     /// Revision of the store when it last changed.
     pub revision: i64,
+    /// The lease that it lives under; 0: none.
+    pub lease: i64,
 }
 
 /// Everything under a prefix at one revision.
@@ -53,9 +55,9 @@ pub enum Change {
 
 /// A connection with one endpoint.
 pub struct Session {
-    client: Client,
-    kv: KvClient,
-    timeout: Duration,
+    pub(super) client: Client,
+    pub(super) kv: KvClient,
+    pub(super) timeout: Duration,
 }
 
 // === impl Session ===
@@ -148,10 +150,7 @@ impl Session {
         let options = GetOptions::new().with_revision(revision);
         match within(self.timeout, "reading the past", self.kv.get(name, Some(options))).await {
             Ok(answer) => Ok(answer.kvs().first().map(key)),
-            Err(EtcdError::Refused {
-                source: etcd_client::Error::GRpcStatus(status),
-                ..
-            }) if i32::from(status.code()) == OUT_OF_RANGE => Ok(None),
+            Err(fault) if status_of(&fault) == Some(OUT_OF_RANGE) => Ok(None),
             Err(fault) => Err(fault),
         }
     }
@@ -218,6 +217,7 @@ pub(super) fn key(kv: &etcd_client::KeyValue) -> Key {
         text: String::from_utf8_lossy(kv.value()).into_owned(),
         created: kv.create_revision(),
         revision: kv.mod_revision(),
+        lease: kv.lease(),
     }
 }
 
@@ -230,7 +230,19 @@ fn after_prefix(prefix: &str) -> Vec<u8> {
     end
 }
 
-async fn within<T>(
+/// gRPC's status, if that is what the endpoint answered.
+pub(super) fn status_of(fault: &EtcdError) -> Option<i32> {
+    match fault {
+        EtcdError::Refused {
+            source: etcd_client::Error::GRpcStatus(status),
+            ..
+        } => Some(status.code().into()),
+        _ => None,
+    }
+}
+
+/// An answer within the deadline.
+pub(super) async fn within<T>(
     limit: Duration,
     what: &'static str,
     work: impl Future<Output = Result<T, etcd_client::Error>>,

@@ -5,6 +5,7 @@ pub mod etcd;
 pub mod file;
 pub mod interlock;
 pub mod labels;
+pub mod nodes;
 
 use std::time::SystemTime;
 
@@ -48,6 +49,8 @@ pub enum Update {
     Remove(String),
     /// The connection's state changed, or a sign of life came.
     Freshness(Freshness),
+    /// The source is no more, and all its objects with it.
+    End,
     /// Which backends are fit: from the health checks, which own no objects.
     Verdicts(Vec<Verdict>),
 }

@@ -122,9 +122,9 @@ fn service(vip: &str, port: u16, backends: impl IntoIterator<Item = u8>) -> Stri
 }
 
 /// The committed rings, entry by entry, with backends for ids.
-type Rings = BTreeMap<ServiceAddress, Vec<SocketAddr>>;
+pub(super) type Rings = BTreeMap<ServiceAddress, Vec<SocketAddr>>;
 
-fn rings(weir: &Weir<'_>) -> Result<Rings> {
+pub(super) fn rings(weir: &Weir<'_>) -> Result<Rings> {
     let dump = weir.dump()?;
     let address = |id: &u32| {
         let backend = dump.backends.get(id).context("a ring names an unknown backend")?;

@@ -172,6 +172,7 @@ mod tests {
             text: "listen = \"80\"\n".into(),
             created: 3,
             revision: 42,
+            lease: 0,
         };
         let read = format!("{}{}", heading(&key), key.text);
         assert_eq!(split(&read), (Some(42), key.text.clone()));

@@ -57,6 +57,7 @@ impl Desk {
             // A new key is the youngest.
             created: old.map_or(i64::MAX, |key| key.created),
             revision: i64::MAX,
+            lease: 0,
         }));
         keys
     }

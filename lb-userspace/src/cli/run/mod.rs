@@ -31,6 +31,15 @@ pub(super) fn run(args: &RunArgs, socket: Option<&Path>) -> anyhow::Result<Exit>
             return Ok(Exit::BadConfig);
         }
     };
+    if config.interfaces.is_empty() {
+        writeln!(
+            io::stderr(),
+            "weir: {}: is the file of a node that publishes its containers: run `weir node`, or name `interfaces` to balance \
+             here, too",
+            args.config.display()
+        )?;
+        return Ok(Exit::BadConfig);
+    }
     if let Some(socket) = socket {
         config.admin.socket = socket.to_owned();
     }
@@ -112,7 +121,7 @@ impl Files {
     }
 }
 
-fn log_to_stderr(args: &RunArgs) -> anyhow::Result<()> {
+pub(super) fn log_to_stderr(args: &RunArgs) -> anyhow::Result<()> {
     let filter = EnvFilter::try_new(&args.log).with_context(|| {
         format!(
             "--log {:?} is no filter; write it as info, debug or weir=debug",

@@ -170,6 +170,10 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         let etcd = source::etcd::spawn(etcd, recalled, config, shared_to, inbox, stop.clone());
         tasks.spawn(async { etcd.await.context("etcd source") });
     }
+    if let Some((etcd, recalled)) = source::nodes::recall(&first) {
+        let nodes = source::nodes::spawn(etcd, recalled, config.clone(), inbox_to.clone(), stop.clone());
+        tasks.spawn(async { nodes.await.context("nodes source") });
+    }
     let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
     tasks.spawn(async { docker.await.context("docker source") });
     let look = Arc::new(Notify::new());
@@ -262,8 +266,10 @@ where
 fn sources(config: &Config) -> Vec<SourceId> {
     let engines = config.docker.iter().map(DockerConfig::source);
     let etcd = config.etcd.as_ref().map(|_| source::etcd::SOURCE.to_owned());
+    let nodes = config.nodes.as_ref().map(|_| source::nodes::SOURCE.to_owned());
     engines
         .chain(etcd)
+        .chain(nodes)
         .chain([source::file::SOURCE.to_owned()])
         .map(SourceId)
         .collect()

@@ -11,7 +11,7 @@ use toml::Spanned;
 use super::{
     super::{
         Allowed, DEFAULT_DOCKER_ENDPOINT, DEFAULT_LIVENESS, DEFAULT_RESYNC, DockerConfig, Endpoint, Policy,
-        raw::{RawDocker, RawEngines},
+        raw::{RawAllow, RawDocker, RawEngines},
         value::{self, ValueError},
     },
     Check,
@@ -84,15 +84,15 @@ fn docker(
         resync: check.text_or(&key("resync"), &raw.resync, DEFAULT_RESYNC, &interval),
         liveness: check.text_or(&key("liveness"), &raw.liveness, DEFAULT_LIVENESS, &interval),
         keep: check.text_or(&key("keep"), &raw.keep, None, |text| interval(text).map(Some)),
-        allow: allowed(check, at, raw, policy),
+        allow: allowed(check, at, &raw.allow(), policy),
     };
     let enabled = raw.enabled.as_ref().is_none_or(|flag| *flag.get_ref());
     enabled.then_some(docker)
 }
 
-/// What the engine's containers may claim.
-fn allowed(check: &mut Check<'_>, at: &str, raw: &RawDocker, policy: &Policy) -> Allowed {
-    let vips = raw.allow_vips.as_ref().map(|list| {
+/// What the containers of an engine or a node may claim; `at` is the section for messages.
+pub(super) fn allowed(check: &mut Check<'_>, at: &str, raw: &RawAllow<'_>, policy: &Policy) -> Allowed {
+    let vips = raw.vips.as_ref().map(|list| {
         let mut addresses = Vec::new();
         for text in &list.get_ref().0 {
             match policy.choose_vip(Some(text)) {
@@ -106,11 +106,11 @@ fn allowed(check: &mut Check<'_>, at: &str, raw: &RawDocker, policy: &Policy) ->
         addresses
     });
     let ports = raw
-        .allow_ports
+        .ports
         .as_ref()
         .map(|list| check.list(&format!("{at}.allow-ports"), Some(list), value::listen));
     let services = raw
-        .allow_services
+        .services
         .as_ref()
         .map(|list| check.list(&format!("{at}.allow-services"), Some(list), name_pattern));
     Allowed {

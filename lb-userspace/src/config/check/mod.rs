@@ -4,6 +4,7 @@ mod docker;
 mod etcd;
 mod health;
 mod l7;
+mod node;
 mod sections;
 mod services;
 pub(super) mod shared;
@@ -30,11 +31,20 @@ pub(super) fn check(path: &Path, text: &str, shared: Arc<Shared>) -> Result<Conf
     let policy = shared::joined(&raw, &own, &shared);
     let config = Config {
         path: path.to_owned(),
-        interfaces: sections::interfaces(&mut check, raw.interfaces.as_ref()),
+        // A node that publishes its containers balances nothing by itself.
+        interfaces: match (&raw.interfaces, &raw.node) {
+            (None, Some(_)) => Vec::new(),
+            (given, _) => sections::interfaces(&mut check, given.as_ref()),
+        },
         limits: sections::limits(&mut check, &raw.limits),
         snat: sections::snat(&mut check, &raw.snat),
         docker: docker::engines(&mut check, &raw.docker, &policy),
         etcd: raw.etcd.as_ref().map(|given| etcd::etcd(&mut check, given)),
+        node: raw.node.as_ref().map(|given| node::node(&mut check, given)),
+        nodes: raw
+            .nodes
+            .as_ref()
+            .map(|given| node::nodes(&mut check, given, &policy)),
         admin: sections::admin(&mut check, &raw.admin),
         startup_wait: check.text_or(
             "startup.wait",
@@ -56,6 +66,7 @@ pub(super) fn check(path: &Path, text: &str, shared: Arc<Shared>) -> Result<Conf
         text: text.into(),
         shared,
     };
+    node::together(&mut check, &config, &raw.node, &raw.nodes);
     check.end(path, config)
 }
 

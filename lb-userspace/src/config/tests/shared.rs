@@ -114,3 +114,64 @@ fn a_service_of_its_own_text_is_judged_as_one_of_the_file() {
     }
     assert_eq!(keys.len(), 6, "{errors}");
 }
+
+#[test]
+fn nodes_publish_and_balancers_read() {
+    let etcd = "[etcd]\nendpoints = \"http://127.0.0.1:1\"\n";
+    // A node has no interfaces to balance on.
+    let config = parse(&format!(
+        "[node]\nname = \"docker-7.example.com\"\naddresses = \"192.0.2.7\"\n{etcd}"
+    ))
+    .unwrap();
+    let node = config.node.unwrap();
+    assert_eq!(
+        (node.name.as_str(), node.ttl),
+        ("docker-7.example.com", Duration::from_secs(15))
+    );
+    assert!(!node.withdraw && config.nodes.is_none() && config.interfaces.is_empty());
+    let rules = "[nodes]\nallow-ports = \"80\"\nallow-services = \"a\"\n[nodes.node.n1]\nallow-services = \"b\"\n\
+                 [nodes.node.n2]\nenabled = false\n";
+    let nodes = parse(&format!("{NODE}{etcd}{rules}")).unwrap().nodes.unwrap();
+    assert_eq!(nodes.keep, Duration::from_secs(60));
+    assert!(nodes.reads("n1") && !nodes.reads("n2") && nodes.reads("n3"));
+    let (one, other) = (nodes.allowed("n1"), nodes.allowed("n3"));
+    assert!(one.service("b") && !one.service("a") && other.service("a"));
+    assert!(!one.port(81, crate::model::Protocol::Tcp), "the list for all");
+
+    for (text, fault) in [
+        ("[node]\n".to_owned(), "etcd: is missing"),
+        (format!("{NODE}[nodes]\n"), "etcd: is missing"),
+        (
+            format!("[node]\nname = \"a/b\"\n{etcd}"),
+            "not the name of a node",
+        ),
+        (
+            format!("[node]\nname = \"a\"\nttl = \"5s\"\n{etcd}"),
+            "three times `etcd.timeout`",
+        ),
+        (
+            format!("[node]\nname = \"a\"\nttl = \"1s\"\n{etcd}timeout = \"300ms\"\n"),
+            "at least",
+        ),
+        (
+            format!("[node]\nname = \"a\"\n{etcd}[docker]\nenabled = false\n"),
+            "publishes one engine",
+        ),
+        (
+            format!("{NODE}{etcd}[nodes.node.\"a/b\"]\n"),
+            "not the name of a node",
+        ),
+        (
+            format!("{NODE}{etcd}[nodes]\nallow-vips = \"none\"\n"),
+            "nodes.allow-vips",
+        ),
+        (
+            format!("{NODE}{etcd}[nodes]\nallow-addresses = \"10.0.0.1/8\"\n"),
+            "bits set",
+        ),
+    ] {
+        let errors = parse(&text).unwrap_err().to_string();
+        assert!(errors.contains(fault), "{text}: {errors}");
+        assert!(errors.contains(": 1 fault\n"), "{text}: {errors}");
+    }
+}

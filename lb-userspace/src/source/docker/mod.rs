@@ -7,6 +7,7 @@
 pub mod container;
 mod engine;
 mod events;
+mod outlet;
 pub(crate) mod signal;
 mod site;
 
@@ -25,16 +26,20 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Freshness, Message, SourceId, Update, labels::Site};
+use super::{Freshness, Message, SourceId};
 use crate::config::{Config, DockerConfig};
 use container::Container;
 use engine::{Engine, EngineError};
 use events::{Action, Cache, Event, Kind};
+pub use outlet::Heard;
+use outlet::{Gone, Outlet};
 
 /// First wait after a failure: an engine that restarts is back within a second.
 const FIRST_BACKOFF: Duration = Duration::from_millis(250);
 /// Longest wait between two tries.
 const LAST_BACKOFF: Duration = Duration::from_secs(15);
+/// Facts that may wait for a reader that is busy.
+const WAITING: usize = 256;
 /// Within this time from the connection an engine has repeated the old events that it was asked for.
 const REPLAY: Duration = Duration::from_secs(5);
 /// Signs of life are passed on no more often than this.
@@ -56,8 +61,11 @@ pub fn spawn(
             let now = config.borrow_and_update().clone();
             for engine in &now.docker {
                 if known.insert(engine.source()) {
-                    let source = Source::new(engine.source(), config.clone(), inbox.clone());
-                    sources.spawn(source.run());
+                    let to = Outlet::Wishes {
+                        inbox: inbox.clone(),
+                        view: None,
+                    };
+                    sources.spawn(Source::new(engine.source(), config.clone(), to).run());
                 }
             }
             if config.changed().await.is_err() {
@@ -71,8 +79,19 @@ pub fn spawn(
     })
 }
 
-/// Nobody listens any more.
-struct InboxGone;
+/// Hears the engine of this source and says what its containers are. Ends when the receiver is dropped.
+pub fn facts(source: String, config: watch::Receiver<Arc<Config>>) -> mpsc::Receiver<Heard> {
+    let (to, receiver) = mpsc::channel(WAITING);
+    let gone = to.clone();
+    let source = Source::new(source, config, Outlet::Facts(to));
+    tokio::spawn(async move {
+        tokio::select! {
+            () = gone.closed() => {}
+            () = source.run() => {}
+        }
+    });
+    receiver
+}
 
 /// Why a connection ended.
 enum End {
@@ -81,7 +100,7 @@ enum End {
     /// Docker cannot be heard.
     Lost(EngineError),
     /// Nobody listens any more.
-    InboxGone,
+    Gone,
 }
 
 impl From<EngineError> for End {
@@ -90,9 +109,9 @@ impl From<EngineError> for End {
     }
 }
 
-impl From<InboxGone> for End {
-    fn from(InboxGone: InboxGone) -> Self {
-        Self::InboxGone
+impl From<Gone> for End {
+    fn from(Gone: Gone) -> Self {
+        Self::Gone
     }
 }
 
@@ -101,7 +120,7 @@ struct Source {
     /// Its name.
     name: SourceId,
     config: watch::Receiver<Arc<Config>>,
-    inbox: mpsc::Sender<Message>,
+    to: Outlet,
     cache: Cache,
     freshness: Freshness,
     /// Since when the engine is not heard.
@@ -114,11 +133,11 @@ struct Source {
 type Inspected = (String, u64, Result<Option<Container>, EngineError>);
 
 impl Source {
-    fn new(name: String, config: watch::Receiver<Arc<Config>>, inbox: mpsc::Sender<Message>) -> Self {
+    fn new(name: String, config: watch::Receiver<Arc<Config>>, to: Outlet) -> Self {
         Self {
             name: SourceId(name),
             config,
-            inbox,
+            to,
             cache: Cache::default(),
             freshness: Freshness {
                 connected: false,
@@ -143,7 +162,7 @@ impl Source {
             let config = self.config.borrow_and_update().clone();
             let Some(docker) = self.section(&config) else {
                 self.cache = Cache::default();
-                let silent = self.send(Update::Reset(Vec::new())).await.is_err();
+                let silent = self.send(Heard::List(Vec::new())).await.is_err();
                 if silent || self.config.changed().await.is_err() {
                     return;
                 }
@@ -152,7 +171,7 @@ impl Source {
             let listed_before = self.freshness.last_full_read;
             match self.session(config, &docker).await {
                 End::Renew => backoff = FIRST_BACKOFF,
-                End::InboxGone => return,
+                End::Gone => return,
                 End::Lost(error) => {
                     if self.freshness.last_full_read != listed_before {
                         backoff = FIRST_BACKOFF;
@@ -165,11 +184,7 @@ impl Source {
                     }
                     self.freshness.connected = false;
                     self.freshness.fault = fault;
-                    if self
-                        .send(Update::Freshness(self.freshness.clone()))
-                        .await
-                        .is_err()
-                    {
+                    if self.send(Heard::Freshness(self.freshness.clone())).await.is_err() {
                         return;
                     }
                     let Ok(left) = self.give_up(docker.keep).await else {
@@ -184,7 +199,7 @@ impl Source {
     }
 
     /// Gives the engine's containers up if it was not heard for longer than they are kept; the time left until then.
-    async fn give_up(&mut self, keep: Option<Duration>) -> Result<Duration, InboxGone> {
+    async fn give_up(&mut self, keep: Option<Duration>) -> Result<Duration, Gone> {
         let since = *self.silent_since.get_or_insert_with(Instant::now);
         let Some(keep) = keep.filter(|_| !self.given_up) else {
             return Ok(Duration::MAX);
@@ -198,18 +213,14 @@ impl Source {
                 ?keep,
                 "Docker was not heard for so long: its containers drain"
             );
-            self.send(Update::Reset(Vec::new())).await?;
+            self.send(Heard::List(Vec::new())).await?;
             return Ok(Duration::MAX);
         }
         Ok(left)
     }
 
-    async fn send(&self, update: Update) -> Result<(), InboxGone> {
-        let message = Message {
-            source: self.name.clone(),
-            update,
-        };
-        self.inbox.send(message).await.map_err(|_| InboxGone)
+    async fn send(&self, heard: Heard) -> Result<(), Gone> {
+        self.to.tell(&self.name, heard).await
     }
 
     /// One connection, from the first question to the time of the next complete list.
@@ -222,7 +233,7 @@ impl Source {
 
     async fn converse(&mut self, config: &mut Arc<Config>, docker: &DockerConfig) -> Result<(), End> {
         let engine = Engine::connect(&docker.endpoint).await?;
-        let mut site = site::site(config, docker);
+        self.to.see(site::site(config, docker), &config.policy);
         let mut stream = pin!(engine.events());
         self.cache.begin_listing();
         let mut listing = Some(engine.clone().list().boxed());
@@ -255,7 +266,7 @@ impl Source {
                                 (id, ticket, answer)
                             }.boxed());
                         }
-                        action => self.tell(action, &site, config).await?,
+                        action => self.tell(action).await?,
                     }
                 }
                 Some((id, ticket, answer)) = inspections.next() => {
@@ -268,7 +279,7 @@ impl Source {
                         }
                         answer => {
                             let action = self.cache.on_inspected(&id, ticket, answer?);
-                            self.tell(action, &site, config).await?;
+                            self.tell(action).await?;
                         }
                     }
                 }
@@ -277,7 +288,7 @@ impl Source {
                     let list = list?;
                     self.cache.finish_listing(list.containers, &list.unclear);
                     self.freshness.last_full_read = Some(SystemTime::now());
-                    self.send(Update::Reset(self.cache.objects(&site, &config.policy))).await?;
+                    self.send(Heard::List(self.cache.containers())).await?;
                     self.tell_freshness().await?;
                     told = heard;
                 }
@@ -286,14 +297,14 @@ impl Source {
                     heard = Instant::now();
                 }
                 changed = self.config.changed() => {
-                    changed.map_err(|_| End::InboxGone)?;
+                    changed.map_err(|_| End::Gone)?;
                     *config = self.config.borrow_and_update().clone();
                     if self.section(config).as_ref() != Some(docker) {
                         return Ok(());
                     }
-                    site = site::site(config, docker);
+                    self.to.see(site::site(config, docker), &config.policy);
                     if listing.is_none() {
-                        self.send(Update::Reset(self.cache.objects(&site, &config.policy))).await?;
+                        self.send(Heard::List(self.cache.containers())).await?;
                     }
                 }
                 () = sleep_until(quiet), if ping.is_none() && listing.is_none() => {
@@ -309,19 +320,19 @@ impl Source {
     }
 
     /// Passes on what an event came to.
-    async fn tell(&self, action: Action, site: &Site, config: &Config) -> Result<(), InboxGone> {
+    async fn tell(&self, action: Action) -> Result<(), Gone> {
         match action {
-            Action::Put(id) => match self.cache.object(&id, site, &config.policy) {
-                Some(object) => self.send(Update::Put(object)).await,
+            Action::Put(id) => match self.cache.container(&id) {
+                Some(container) => self.send(Heard::Put(Box::new(container.clone()))).await,
                 None => Ok(()),
             },
-            Action::Remove(id) => self.send(Update::Remove(id)).await,
+            Action::Remove(id) => self.send(Heard::Remove(id)).await,
             Action::Ignore | Action::Inspect { .. } => Ok(()),
         }
     }
 
     /// Docker was heard just now.
-    async fn tell_freshness(&mut self) -> Result<(), InboxGone> {
+    async fn tell_freshness(&mut self) -> Result<(), Gone> {
         if !self.freshness.connected {
             tracing::info!(source = self.name.0, "Docker is heard");
         }
@@ -330,7 +341,7 @@ impl Source {
         self.freshness.connected = true;
         self.freshness.fault = None;
         self.freshness.last_heard = Some(SystemTime::now());
-        self.send(Update::Freshness(self.freshness.clone())).await
+        self.send(Heard::Freshness(self.freshness.clone())).await
     }
 }
 

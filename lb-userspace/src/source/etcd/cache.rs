@@ -6,7 +6,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::mirror::Mirror;
+use serde::{Serialize, de::DeserializeOwned};
+
 use crate::config::Config;
 
 /// The file cannot be read or written.
@@ -24,11 +25,11 @@ pub fn path(config: &Config) -> PathBuf {
     named.unwrap_or_else(|| config.admin.socket.with_file_name("etcd.json"))
 }
 
-/// Reads it. Nothing, if there is none or it is of other keys.
+/// Reads it. Nothing, if there is none or it is of other keys than `ours` tells.
 ///
 /// # Errors
 /// It is there and cannot be read.
-pub fn recall(path: &Path, root: &str) -> Result<Option<Mirror>, CacheError> {
+pub fn recall<T: DeserializeOwned>(path: &Path, ours: impl Fn(&T) -> bool) -> Result<Option<T>, CacheError> {
     let fault = |source| CacheError {
         path: path.to_owned(),
         operation: "reading",
@@ -38,15 +39,15 @@ pub fn recall(path: &Path, root: &str) -> Result<Option<Mirror>, CacheError> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         other => other.map_err(fault)?,
     };
-    let mirror: Mirror = serde_json::from_slice(&text).map_err(|error| fault(error.into()))?;
-    Ok(Some(mirror).filter(|mirror| mirror.root() == root))
+    let kept = serde_json::from_slice(&text).map_err(|error| fault(error.into()))?;
+    Ok(Some(kept).filter(ours))
 }
 
 /// Writes it anew and renames it into place.
 ///
 /// # Errors
 /// It cannot be written; the old one is still there.
-pub fn keep(path: &Path, mirror: &Mirror) -> Result<(), CacheError> {
+pub fn keep(path: &Path, read: &impl Serialize) -> Result<(), CacheError> {
     let new = path.with_extension("new");
     let write = || {
         let mut file = fs::OpenOptions::new()
@@ -55,7 +56,7 @@ pub fn keep(path: &Path, mirror: &Mirror) -> Result<(), CacheError> {
             .truncate(true)
             .mode(0o600)
             .open(&new)?;
-        io::Write::write_all(&mut file, &serde_json::to_vec(mirror)?)?;
+        io::Write::write_all(&mut file, &serde_json::to_vec(read)?)?;
         file.sync_all()?;
         fs::rename(&new, path)
     };

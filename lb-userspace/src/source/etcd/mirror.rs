@@ -16,6 +16,8 @@ use crate::{
     config::{Config, ConfigErrors, Policy, Shared, StaticService},
     etcd::{Change, Key, Snapshot},
     model::{Rejection, ServiceAddress},
+    // Where the keys of nodes begin: not this source's.
+    node::facts::NODES,
     source::Object,
 };
 
@@ -23,9 +25,6 @@ use crate::{
 pub const CONFIG: &str = "config";
 /// Where the keys of services begin, below the prefix.
 pub const SERVICES: &str = "services/";
-
-/// Where the keys of nodes begin, below the prefix: not this source's.
-const NODES: &str = "nodes/";
 
 /// Our part of the store as of the last read.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -135,6 +134,19 @@ impl Mirror {
             }
         }
         self.settle();
+    }
+
+    /// Whether any of these changes is none of a node's.
+    pub fn concerns(&self, changes: &[Change]) -> bool {
+        let of_node = |change: &Change| {
+            let name = match change {
+                Change::Put(key) => &key.name,
+                Change::Delete { name, .. } => name,
+            };
+            let name = name.strip_prefix(&self.root);
+            name.is_some_and(|name| name.starts_with(NODES))
+        };
+        !changes.iter().all(of_node)
     }
 
     /// The name below the prefix of a key of ours.

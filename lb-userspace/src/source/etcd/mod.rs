@@ -54,7 +54,7 @@ pub fn recall(config: Config) -> (Config, Option<Recalled>) {
     let path = cache::path(&config);
     let mut mirror = Mirror::new(&etcd.prefix);
     let mut fault = None;
-    match cache::recall(&path, mirror.root()) {
+    match cache::recall(&path, |kept: &Mirror| kept.root() == mirror.root()) {
         Ok(Some(kept)) => mirror = kept,
         Ok(None) => {}
         Err(error) => {
@@ -149,6 +149,11 @@ impl Source {
                 self.mirror.reset(snapshot);
                 self.look_back(store).await;
                 self.freshness.last_full_read = Some(now);
+            }
+            // What nodes publish is under the same prefix, and it is much.
+            Heard::Changes(changes) if !self.mirror.concerns(&changes) => {
+                self.be_connected(now);
+                return Ok(());
             }
             Heard::Changes(changes) => self.mirror.change(changes),
             Heard::Alive => {

@@ -6,7 +6,7 @@ mod check;
 mod reach;
 mod refusal;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -14,13 +14,7 @@ use super::{
     container::{Container, RunState},
     signal,
 };
-use crate::{
-    config::Policy,
-    source::{
-        Object,
-        labels::{self, Site, is_ours},
-    },
-};
+use crate::source::labels::is_ours;
 
 /// Actions asked of Docker. `exec_*` is not among them: a HEALTHCHECK makes three of those each time.
 pub const ACTIONS: &[&str] = &[
@@ -268,17 +262,14 @@ impl Cache {
             .retain(|id, _| containers.contains_key(id) || asked.contains_key(id));
     }
 
-    /// What one container wishes.
-    pub fn object(&self, id: &str, site: &Site, policy: &Policy) -> Option<Object> {
-        labels::object(self.containers.get(id)?, site, policy)
+    /// One container.
+    pub fn container(&self, id: &str) -> Option<&Container> {
+        self.containers.get(id)
     }
 
-    /// What all containers wish.
-    pub fn objects(&self, site: &Site, policy: &Policy) -> Vec<Object> {
-        self.containers
-            .values()
-            .filter_map(|container| labels::object(container, site, policy))
-            .collect()
+    /// All containers.
+    pub fn containers(&self) -> Vec<Container> {
+        self.containers.values().cloned().collect()
     }
 }
 
