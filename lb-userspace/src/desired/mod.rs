@@ -302,6 +302,7 @@ impl Heard {
             last_heard: source.freshness.as_ref().and_then(|f| f.last_heard),
             last_full_read: source.freshness.as_ref().and_then(|f| f.last_full_read),
             fault: source.freshness.as_ref().and_then(|f| f.fault.clone()),
+            via: source.freshness.as_ref().and_then(|f| f.via.clone()),
             objects: source.objects.len(),
         };
         self.sources.iter().map(status).collect()

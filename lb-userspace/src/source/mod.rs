@@ -5,6 +5,8 @@ pub mod etcd;
 pub mod file;
 pub mod interlock;
 pub mod labels;
+mod link;
+pub mod swarm;
 
 use std::time::SystemTime;
 
@@ -51,7 +53,7 @@ pub enum Update {
 }
 
 /// How current a source is.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Freshness {
     /// Connected now.
     pub connected: bool,
@@ -61,6 +63,8 @@ pub struct Freshness {
     pub last_full_read: Option<SystemTime>,
     /// Why it is not connected, or what is wrong at the moment.
     pub fault: Option<String>,
+    /// Which of several endpoints is used.
+    pub via: Option<String>,
 }
 
 /// An update and where it is from; the inbox is `tokio::sync::mpsc::Sender<Message>`.

@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use super::{Files, translate};
 use crate::{
     admin::{Admin, Context, Kernel, Options as AdminOptions, tap},
-    config::{Config, DockerConfig},
+    config::{Config, DockerConfig, SwarmConfig},
     datapath::{
         Maps as _, Topology,
         attach::{Attacher, TcChoice},
@@ -169,8 +169,10 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         let etcd = source::etcd::spawn(etcd, recalled, config, shared_to, inbox, stop.clone());
         tasks.spawn(async { etcd.await.context("etcd source") });
     }
-    let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
+    let docker = source::docker::spawn(config.clone(), inbox_to.clone(), stop.clone());
     tasks.spawn(async { docker.await.context("docker source") });
+    let swarm = source::swarm::spawn(config, inbox_to.clone(), stop.clone());
+    tasks.spawn(async { swarm.await.context("swarm source") });
     let look = Arc::new(Notify::new());
     let file = source::file::spawn(config_to, shared, inbox_to, look.clone(), stop.clone());
     tasks.spawn(async { file.await.context("file source") });
@@ -260,8 +262,10 @@ where
 /// Sources that must have been read before anything is removed.
 fn sources(config: &Config) -> Vec<SourceId> {
     let engines = config.docker.iter().map(DockerConfig::source);
+    let swarms = config.swarm.iter().map(SwarmConfig::source);
     let etcd = config.etcd.as_ref().map(|_| source::etcd::SOURCE.to_owned());
     engines
+        .chain(swarms)
         .chain(etcd)
         .chain([source::file::SOURCE.to_owned()])
         .map(SourceId)

@@ -27,6 +27,15 @@ pub fn places(
         NetworkMode::Host => Ok(at(&site.node)),
         NetworkMode::Container(id) => Err(("network", Refusal::SharedNetwork(id.chars().take(12).collect()))),
         NetworkMode::None => Err(("network", Refusal::NoAddress)),
+        NetworkMode::Task { mesh, .. } => {
+            published(listen, port, container, site).map_err(|refusal| match refusal {
+                Refusal::Unpublished(port) => {
+                    let in_mesh = mesh.contains(&(port.port, port.protocol));
+                    ("port", Refusal::NotOnNode { port, in_mesh })
+                }
+                other => ("port", other),
+            })
+        }
         NetworkMode::Network(_) if site.remote => {
             published(listen, port, container, site).map_err(|refusal| ("port", refusal))
         }

@@ -34,6 +34,11 @@ pub enum Refusal {
     EveryPortRemote(Listen),
     #[error("port {0} is not published, and the engine is on another node")]
     Unpublished(Listen),
+    #[error(
+        "port {port} is {} on the nodes",
+        if *.in_mesh { "published in Swarm's ingress mesh, not" } else { "not published" }
+    )]
+    NotOnNode { port: Listen, in_mesh: bool },
     #[error("the container is on several networks ({})", .0.join(", "))]
     NetworkChoice(Vec<String>),
     #[error("the container is not on network `{network}`")]
@@ -76,6 +81,10 @@ impl Refusal {
             }
             Self::EveryPortRemote(_) => "name the ports, or run an agent on the container's node".into(),
             Self::Unpublished(_) => "publish it, or run an agent on the container's node".into(),
+            Self::NotOnNode { port, .. } => format!(
+                "publish it in mode host: `--publish mode=host,target={},protocol={}`, or `mode: host` in a stack file",
+                port.port, port.protocol
+            ),
             Self::NetworkChoice(known) => {
                 format!("set {prefix}network to one of: {}", known.join(", "))
             }
