@@ -7,6 +7,7 @@ mod faults;
 mod health;
 mod life;
 mod scale;
+mod swarm;
 mod voting;
 
 use std::collections::BTreeSet;

@@ -13,7 +13,7 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::{Duration, Instant, SystemTime},
 };
@@ -94,6 +94,10 @@ pub struct Reconciler {
     /// Passes in a row with a failed write.
     failures: u32,
     may_remove: bool,
+    /// Every source has been read.
+    all_read: bool,
+    /// Backends that were found serving and that nobody has wished for yet, until every source has been read.
+    unclaimed: BTreeSet<(ServiceAddress, SocketAddr)>,
     /// Some pass has programmed everything that was wished for then.
     settled: bool,
     started: Instant,
@@ -132,6 +136,8 @@ impl Reconciler {
             faults: Vec::new(),
             failures: 0,
             may_remove: false,
+            all_read: false,
+            unclaimed: BTreeSet::new(),
             settled: false,
             started: now,
             resync_at: now + options.resync_every,
@@ -146,6 +152,9 @@ impl Reconciler {
             for (backend, id) in &entry.live {
                 let serves = this.programmed.slots[id].record.state == backend_state::ACTIVE;
                 this.heard.adopt(*address, *backend, serves);
+                if serves {
+                    this.unclaimed.insert((*address, *backend));
+                }
             }
         }
         if let Some(path) = &this.options.drains {
@@ -188,6 +197,7 @@ impl Reconciler {
     pub fn pass(&mut self, clock: &dyn Fn() -> Instant) -> Option<Instant> {
         let now = clock();
         let changed = self.heard.refresh(SystemTime::now());
+        self.claim(&changed);
         self.ask_for_places(&changed, now);
         self.dirty.extend(changed);
         self.judge_sources(now);
@@ -207,6 +217,7 @@ impl Reconciler {
             sweep: &self.sweep,
             asked: &self.asked,
             may_remove: self.may_remove,
+            unclaimed: &self.unclaimed,
             now,
         };
         let dirty = std::mem::take(&mut self.dirty);
@@ -255,8 +266,24 @@ impl Reconciler {
     }
 
     /// Decides whether what nobody wishes may go.
+    /// What is wished for now may go when it no longer is.
+    fn claim(&mut self, changed: &BTreeSet<ServiceAddress>) {
+        if self.unclaimed.is_empty() {
+            return;
+        }
+        let services = &self.heard.desired().services;
+        for (address, wanted) in changed
+            .iter()
+            .filter_map(|address| services.get_key_value(address))
+        {
+            for backend in &wanted.service.backends {
+                self.unclaimed.remove(&(*address, backend.address));
+            }
+        }
+    }
+
     fn judge_sources(&mut self, now: Instant) {
-        if self.may_remove {
+        if self.all_read {
             return;
         }
         let silent: Vec<&str> = self
@@ -267,13 +294,17 @@ impl Reconciler {
             .map(|s| s.0.as_str())
             .collect();
         let over = now >= self.started + self.options.source_wait;
-        if silent.is_empty() || over {
-            if !silent.is_empty() {
-                warn!(sources = ?silent, "not read in time: what only they wish for drains now");
-            }
+        if !self.may_remove && over && !silent.is_empty() {
+            warn!(sources = ?silent, "not read in time: what may be theirs stays as it is until they are");
+        }
+        self.all_read = silent.is_empty();
+        if self.all_read {
+            self.unclaimed.clear();
+            self.heard.forget_adopted();
+        }
+        if self.all_read || (over && !self.may_remove) {
             self.may_remove = true;
             self.all_dirty = true;
-            self.heard.forget_adopted();
         }
     }
 

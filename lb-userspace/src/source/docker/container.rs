@@ -81,9 +81,18 @@ pub enum NetworkMode {
     Task {
         /// The service whose labels it has.
         service: String,
-        /// Ports that the service publishes through Swarm's own mesh, which ends on no particular task.
-        mesh: BTreeSet<(u16, Protocol)>,
+        /// Ports that the service publishes and that do not reach the task on its node.
+        elsewhere: BTreeMap<(u16, Protocol), Elsewhere>,
     },
+}
+
+/// Why a published port of a service does not reach a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Elsewhere {
+    /// It is published through Swarm's own mesh, which ends on no particular task.
+    Mesh,
+    /// Docker chose the port on the node, and Swarm does not tell which.
+    Untold,
 }
 
 /// An answer without an id: nothing can be kept under it.

@@ -27,11 +27,11 @@ pub fn places(
         NetworkMode::Host => Ok(at(&site.node)),
         NetworkMode::Container(id) => Err(("network", Refusal::SharedNetwork(id.chars().take(12).collect()))),
         NetworkMode::None => Err(("network", Refusal::NoAddress)),
-        NetworkMode::Task { mesh, .. } => {
+        NetworkMode::Task { elsewhere, .. } => {
             published(listen, port, container, site).map_err(|refusal| match refusal {
                 Refusal::Unpublished(port) => {
-                    let in_mesh = mesh.contains(&(port.port, port.protocol));
-                    ("port", Refusal::NotOnNode { port, in_mesh })
+                    let elsewhere = elsewhere.get(&(port.port, port.protocol)).copied();
+                    ("port", Refusal::NotOnNode { port, elsewhere })
                 }
                 other => ("port", other),
             })

@@ -24,6 +24,7 @@ use super::{
 };
 use crate::config::{Config, Endpoint, SwarmConfig};
 use manager::{Manager, ManagerError, Snapshot};
+use tasks::KnownPorts;
 
 /// Longest wait between two rounds of tries: leaders are elected within seconds.
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
@@ -74,6 +75,7 @@ struct Source {
     swarm: Option<String>,
     /// What was read last.
     snapshot: Option<Snapshot>,
+    ports: KnownPorts,
     /// What the inbox has been told; `None` before the first list.
     sent: Option<BTreeMap<String, Object>>,
 }
@@ -85,6 +87,7 @@ impl Source {
             link: Link::new(name, "the swarm", inbox),
             swarm: None,
             snapshot: None,
+            ports: KnownPorts::default(),
             sent: None,
         }
     }
@@ -181,7 +184,9 @@ impl Source {
                     (stale, next) = (reading.is_some(), Instant::now());
                 }
                 snapshot = ready(&mut reading) => {
-                    self.snapshot = Some(snapshot?);
+                    let mut snapshot = snapshot?;
+                    self.ports.complete(&mut snapshot);
+                    self.snapshot = Some(snapshot);
                     self.tell(swarm, &config).await?;
                     self.link.listed(Some(endpoint.to_string())).await?;
                     let gap = if std::mem::take(&mut stale) { SHORTEST_GAP } else { swarm.poll };

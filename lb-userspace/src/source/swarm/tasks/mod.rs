@@ -4,14 +4,14 @@
 //! reached on its node by the ports that the service publishes there; what those containers wish is put together.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     net::{IpAddr, SocketAddr},
 };
 
 use bollard::models::{
     EndpointPortConfig, EndpointPortConfigProtocolEnum as PortProtocol,
     EndpointPortConfigPublishModeEnum as PublishMode, Node, NodeSpecAvailabilityEnum as Availability,
-    NodeState, Service, Task, TaskState,
+    NodeState, PortStatus, Service, Task, TaskState,
 };
 
 use super::manager::Snapshot;
@@ -24,7 +24,7 @@ use crate::{
     source::{
         Object,
         docker::{
-            container::{Container, Health, NetworkMode, RunState, time},
+            container::{Container, Elsewhere, Health, NetworkMode, RunState, time},
             signal,
         },
         labels::{self, Site, is_ours},
@@ -75,6 +75,32 @@ pub fn objects(
         objects.extend(all.map(|object| (object.id.clone(), object)));
     }
     objects
+}
+
+/// The ports of running tasks. Swarm forgets them when its leader changes (the new one hears of the tasks again, not of
+/// their ports), though they stay what they are for as long as a task runs.
+#[derive(Debug, Default)]
+pub struct KnownPorts(BTreeMap<String, PortStatus>);
+
+impl KnownPorts {
+    /// Remembers what the tasks say, and says it for those that do not any more.
+    pub fn complete(&mut self, snapshot: &mut Snapshot) {
+        let mut known = BTreeMap::new();
+        for task in &mut snapshot.tasks {
+            let (Some(id), Some(status)) = (&task.id, &mut task.status) else {
+                continue;
+            };
+            let told = |status: &PortStatus| status.ports.as_ref().is_some_and(|ports| !ports.is_empty());
+            if !status.port_status.as_ref().is_some_and(told) {
+                status.port_status = self.0.remove(id);
+            }
+            if let Some(ports) = &status.port_status {
+                known.insert(id.clone(), ports.clone());
+            }
+        }
+        // Tasks that are gone never come back under their ids.
+        self.0 = known;
+    }
 }
 
 /// Whether a task runs and shall go on: it is told to stop before its container is.
@@ -157,22 +183,38 @@ fn leave(object: &mut Object, reason: &str) {
 fn container(service: &Service, task: &Task, node: &[IpAddr]) -> Container {
     let spec = service.spec.clone().unwrap_or_default();
     let status = task.status.clone().unwrap_or_default();
-    let on_node = status.port_status.and_then(|status| status.ports);
+    let wished = spec
+        .endpoint_spec
+        .and_then(|endpoint| endpoint.ports)
+        .unwrap_or_default();
+    let told = status
+        .port_status
+        .and_then(|status| status.ports)
+        .filter(|ports| !ports.is_empty());
     let mut published: BTreeMap<Port, Vec<SocketAddr>> = BTreeMap::new();
-    for config in on_node.iter().flatten() {
+    // What a task says of its ports is better than what its service wishes by now.
+    for config in told.as_ref().unwrap_or(&wished) {
         let outside = config.published_port.and_then(|port| u16::try_from(port).ok());
-        if let (Some(inside), Some(outside)) = (target(config), outside) {
+        if let (Some(inside), Some(outside), true) = (
+            target(config),
+            outside.filter(|port| *port > 0),
+            is_on_node(config),
+        ) {
             let places = published.entry(inside).or_default();
             places.extend(node.iter().map(|address| SocketAddr::new(*address, outside)));
         }
     }
-    let mesh: BTreeSet<Port> = spec
-        .endpoint_spec
-        .and_then(|endpoint| endpoint.ports)
+    let elsewhere: BTreeMap<Port, Elsewhere> = wished
         .iter()
-        .flatten()
-        .filter(|config| config.publish_mode != Some(PublishMode::HOST))
-        .filter_map(target)
+        .filter_map(|config| {
+            let why = if is_on_node(config) {
+                Elsewhere::Untold
+            } else {
+                Elsewhere::Mesh
+            };
+            Some((target(config)?, why))
+        })
+        .filter(|(inside, _)| !published.contains_key(inside))
         .collect();
     let own = task.spec.as_ref().and_then(|spec| spec.container_spec.as_ref());
     let checked = own
@@ -191,15 +233,19 @@ fn container(service: &Service, task: &Task, node: &[IpAddr]) -> Container {
         stopping: false,
         networks: BTreeMap::new(),
         exposed: match published.is_empty() {
-            true => mesh.clone(),
+            true => elsewhere.keys().copied().collect(),
             false => published.keys().copied().collect(),
         },
         network_mode: NetworkMode::Task {
             service: name(service).to_owned(),
-            mesh,
+            elsewhere,
         },
         published,
     }
+}
+
+fn is_on_node(config: &EndpointPortConfig) -> bool {
+    config.publish_mode == Some(PublishMode::HOST)
 }
 
 /// The port inside the container; SCTP is nothing to a balancer of TCP and UDP.
