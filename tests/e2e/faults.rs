@@ -7,6 +7,8 @@ use std::{
 };
 
 use anyhow::{Result, ensure};
+use bollard::query_parameters::{KillContainerOptions, StartContainerOptions, WaitContainerOptions};
+use futures_util::{StreamExt as _, future::try_join_all};
 use lb_tests::{
     docker::Engine,
     load::Load,
@@ -254,25 +256,24 @@ fn a_thousand_starts_and_stops_leave_what_docker_has_and_harm_nobody() -> Result
     load.await_more(100)?;
     let (begun, changes) = (Instant::now(), AtomicU32::new(0));
     let next = || changes.fetch_add(1, Ordering::Relaxed) < CHANGES;
-    std::thread::scope(|scope| -> Result<()> {
-        let hands: Vec<_> = (0..HANDS)
-            .map(|hand| {
-                let (engine, next) = (&engine, &next);
-                scope.spawn(move || -> Result<()> {
-                    let name = format!("churn-{hand}");
-                    while next() {
-                        engine.docker(&["kill", &name])?;
-                        if next() {
-                            engine.docker(&["start", &name])?;
-                        }
+    tokio::runtime::Runtime::new()?.block_on(async {
+        let api = engine.api()?.negotiate_version().await?;
+        let hands = (0..HANDS).map(|hand| {
+            let (api, next, name) = (&api, &next, format!("churn-{hand}"));
+            async move {
+                while next() {
+                    api.kill_container(&name, None::<KillContainerOptions>).await?;
+                    // A kill is done when the signal is sent; a container starts when it has ended.
+                    let mut ended = api.wait_container(&name, None::<WaitContainerOptions>);
+                    while ended.next().await.is_some() {}
+                    if next() {
+                        api.start_container(&name, None::<StartContainerOptions>).await?;
                     }
-                    Ok(())
-                })
-            })
-            .collect();
-        hands
-            .into_iter()
-            .try_for_each(|hand| hand.join().expect("no hand panics"))
+                }
+                anyhow::Ok(())
+            }
+        });
+        try_join_all(hands).await
     })?;
     let took = begun.elapsed();
     // Shown by --nocapture; what a machine reaches is its own affair.

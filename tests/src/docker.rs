@@ -233,6 +233,17 @@ impl Engine {
         command
     }
 
+    /// The engine's API, for what many processes of a command line would be too slow for.
+    pub fn api(&self) -> Result<bollard::Docker> {
+        let socket = self.path("docker.sock");
+        let limit = PATIENCE.as_secs();
+        Ok(bollard::Docker::connect_with_unix(
+            &socket.to_string_lossy(),
+            limit,
+            bollard::API_DEFAULT_VERSION,
+        )?)
+    }
+
     /// `docker WORDS`: what it printed, or its complaint.
     pub fn docker(&self, words: &[&str]) -> Result<String> {
         let output = self

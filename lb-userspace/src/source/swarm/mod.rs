@@ -5,9 +5,10 @@
 //! stopped, and drains. Loss of all managers, or of their leader, removes nothing.
 
 mod manager;
+mod ports;
 mod tasks;
 
-use std::{collections::BTreeMap, convert::Infallible, pin::pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, convert::Infallible, path::PathBuf, pin::pin, sync::Arc, time::Duration};
 
 use futures_util::{FutureExt as _, StreamExt as _};
 use tokio::{
@@ -24,7 +25,7 @@ use super::{
 };
 use crate::config::{Config, Endpoint, SwarmConfig};
 use manager::{Manager, ManagerError, Snapshot};
-use tasks::KnownPorts;
+use ports::KnownPorts;
 
 /// Longest wait between two rounds of tries: leaders are elected within seconds.
 const LAST_BACKOFF: Duration = Duration::from_secs(5);
@@ -76,18 +77,27 @@ struct Source {
     /// What was read last.
     snapshot: Option<Snapshot>,
     ports: KnownPorts,
+    /// Where they are kept: beside the agent's socket.
+    ports_file: PathBuf,
     /// What the inbox has been told; `None` before the first list.
     sent: Option<BTreeMap<String, Object>>,
 }
 
 impl Source {
     fn new(name: String, config: watch::Receiver<Arc<Config>>, inbox: mpsc::Sender<Message>) -> Self {
+        let file = format!("{}.json", name.replace(':', "-"));
+        let ports_file = config.borrow().admin.socket.with_file_name(file);
+        let ports = KnownPorts::recall(&ports_file).unwrap_or_else(|error| {
+            tracing::warn!(source = name, file = %ports_file.display(), %error, "ports that Swarm has forgotten are not known");
+            KnownPorts::default()
+        });
         Self {
             config,
             link: Link::new(name, "the swarm", inbox),
             swarm: None,
             snapshot: None,
-            ports: KnownPorts::default(),
+            ports,
+            ports_file,
             sent: None,
         }
     }
@@ -185,7 +195,7 @@ impl Source {
                 }
                 snapshot = ready(&mut reading) => {
                     let mut snapshot = snapshot?;
-                    self.ports.complete(&mut snapshot);
+                    self.remember(&mut snapshot);
                     self.snapshot = Some(snapshot);
                     self.tell(swarm, &config).await?;
                     self.link.listed(Some(endpoint.to_string())).await?;
@@ -204,6 +214,16 @@ impl Source {
                     reading = Some(manager.clone().read().boxed());
                 }
             }
+        }
+    }
+
+    /// Adds the ports that Swarm has forgotten.
+    fn remember(&mut self, snapshot: &mut Snapshot) {
+        if self.ports.complete(snapshot)
+            && let Err(error) = self.ports.keep(&self.ports_file)
+        {
+            let source = self.link.name();
+            tracing::warn!(source, file = %self.ports_file.display(), %error, "ports of tasks cannot be kept");
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
 use bollard::models::{
     EndpointPortConfig, EndpointPortConfigProtocolEnum as PortProtocol,
     EndpointPortConfigPublishModeEnum as PublishMode, Node, NodeSpecAvailabilityEnum as Availability,
-    NodeState, PortStatus, Service, Task, TaskState,
+    NodeState, Service, Task, TaskState,
 };
 
 use super::manager::Snapshot;
@@ -75,32 +75,6 @@ pub fn objects(
         objects.extend(all.map(|object| (object.id.clone(), object)));
     }
     objects
-}
-
-/// The ports of running tasks. Swarm forgets them when its leader changes (the new one hears of the tasks again, not of
-/// their ports), though they stay what they are for as long as a task runs.
-#[derive(Debug, Default)]
-pub struct KnownPorts(BTreeMap<String, PortStatus>);
-
-impl KnownPorts {
-    /// Remembers what the tasks say, and says it for those that do not any more.
-    pub fn complete(&mut self, snapshot: &mut Snapshot) {
-        let mut known = BTreeMap::new();
-        for task in &mut snapshot.tasks {
-            let (Some(id), Some(status)) = (&task.id, &mut task.status) else {
-                continue;
-            };
-            let told = |status: &PortStatus| status.ports.as_ref().is_some_and(|ports| !ports.is_empty());
-            if !status.port_status.as_ref().is_some_and(told) {
-                status.port_status = self.0.remove(id);
-            }
-            if let Some(ports) = &status.port_status {
-                known.insert(id.clone(), ports.clone());
-            }
-        }
-        // Tasks that are gone never come back under their ids.
-        self.0 = known;
-    }
 }
 
 /// Whether a task runs and shall go on: it is told to stop before its container is.

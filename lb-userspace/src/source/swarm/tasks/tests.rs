@@ -1,6 +1,6 @@
 use serde_json::{Value, json};
 
-use super::*;
+use super::{super::ports::KnownPorts, *};
 use crate::source::labels::tests::policy;
 
 /// What the API of Docker answers, as far as it matters here.
@@ -223,7 +223,7 @@ fn a_port_that_no_node_publishes_is_one_refusal_with_its_remedy() {
 #[test]
 fn ports_that_swarm_forgets_are_remembered_for_as_long_as_the_task_runs() {
     let mut known = KnownPorts::default();
-    let mut seen = |tasks: &[Value], host: u16| {
+    let seen = |known: &mut KnownPorts, tasks: &[Value], host: u16| {
         let services = [service("s1", web(), json!([port(8080, host, "host")]))];
         let mut snapshot = snapshot(&services, tasks, &[node("n1", "192.0.2.11")]);
         known.complete(&mut snapshot);
@@ -231,25 +231,36 @@ fn ports_that_swarm_forgets_are_remembered_for_as_long_as_the_task_runs() {
     };
     let mut forgotten = task("s1", 1, "n1", 32768);
     assert_eq!(
-        backends(&seen(&[forgotten.clone()], 0)),
+        backends(&seen(&mut known, &[forgotten.clone()], 0)),
         ["s1-name.1 192.0.2.11:32768 Active: running"]
     );
     for without in [json!({}), json!(null), json!({"Ports": []})] {
         forgotten["Status"]["PortStatus"] = without;
         assert_eq!(
-            backends(&seen(&[forgotten.clone()], 0)),
+            backends(&seen(&mut known, &[forgotten.clone()], 0)),
             ["s1-name.1 192.0.2.11:32768 Active: running"]
         );
     }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("swarm.json");
+    known.keep(&file).unwrap();
+    assert_eq!(KnownPorts::recall(&file).unwrap(), known);
+    assert_eq!(
+        KnownPorts::recall(&dir.path().join("none")).unwrap(),
+        KnownPorts::default()
+    );
     // It is gone, and with it what was known of it.
-    assert_eq!(backends(&seen(&[task("s1", 2, "n1", 32769)], 0)).len(), 1);
-    let refused = seen(&[forgotten.clone()], 0).rejections[0].to_string();
+    assert_eq!(
+        backends(&seen(&mut known, &[task("s1", 2, "n1", 32769)], 0)).len(),
+        1
+    );
+    let refused = seen(&mut known, &[forgotten.clone()], 0).rejections[0].to_string();
     for want in ["port 8080/tcp is published on the nodes, but", "--force"] {
         assert!(refused.contains(want), "{want}: {refused}");
     }
     // A port that the service names needs nobody's word.
     assert_eq!(
-        backends(&seen(&[forgotten], 8081)),
+        backends(&seen(&mut known, &[forgotten], 8081)),
         ["s1-name.1 192.0.2.11:8081 Active: running"]
     );
 }
