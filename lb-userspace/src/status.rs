@@ -125,6 +125,9 @@ pub struct SourceStatus {
     pub last_full_read: Option<SystemTime>,
     /// What is wrong.
     pub fault: Option<String>,
+    /// Which of several endpoints is used.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub via: Option<String>,
     /// Objects it told of.
     pub objects: usize,
 }

@@ -17,20 +17,44 @@ use serde_json::Value;
 use super::{await_serving, names, who_answers};
 
 /// Where Docker listens by TLS.
-const DOCKER_PORT: u16 = 2376;
+pub(super) const DOCKER_PORT: u16 = 2376;
 /// The port of the machine that a container is published at.
-const PUBLISHED: &str = "18080:8080";
+pub(super) const PUBLISHED: &str = "18080:8080";
+
+/// Options of an engine that listens at an address by TLS, with a certificate of its own.
+pub(super) fn tls(address: &str, authority: &Authority, files: &Path) -> Result<Vec<String>> {
+    let (cert, key) = (
+        files.join(format!("{address}.pem")),
+        files.join(format!("{address}.key")),
+    );
+    authority.certify("engine", address, 4096, &cert, &key)?;
+    Ok(vec![
+        format!("--host=tcp://{address}:{DOCKER_PORT}"),
+        "--tlsverify".into(),
+        format!("--tlscacert={}", files.join("ca.pem").display()),
+        format!("--tlscert={}", cert.display()),
+        format!("--tlskey={}", key.display()),
+    ])
+}
+
+/// An authority with its certificate, and a certificate and key for the agent, in `files`.
+pub(super) fn authority(files: &Path) -> Result<Authority> {
+    let authority = Authority::new(&files.join("ca.pem"))?;
+    let (cert, key) = (files.join("client.pem"), files.join("client.key"));
+    authority.certify("weir", "127.0.0.1", 4096, &cert, &key)?;
+    Ok(authority)
+}
 
 /// A machine with an engine of its own, one cable away from the node.
-struct Machine {
+pub(super) struct Machine {
     // Before its namespace.
-    engine: Engine,
-    _namespace: Namespace,
+    pub(super) engine: Engine,
+    pub(super) namespace: Namespace,
     address: String,
 }
 
 impl Machine {
-    fn new(site: &Site, number: u8, authority: &Authority, files: &Path) -> Result<Self> {
+    pub(super) fn new(site: &Site, number: u8, authority: &Authority, files: &Path) -> Result<Self> {
         let namespace = Namespace::new("machine")?;
         let (address, node) = (
             format!("203.0.113.{}", 4 * number + 2),
@@ -39,29 +63,18 @@ impl Machine {
         namespace.veth("eth0", &site.node, &format!("m{number}"))?;
         namespace.address("eth0", &format!("{address}/30"))?;
         site.node.address(&format!("m{number}"), &format!("{node}/30"))?;
-        let (cert, key) = (
-            files.join(format!("server{number}.pem")),
-            files.join(format!("server{number}.key")),
-        );
-        authority.certify("engine", &address, 4096, &cert, &key)?;
-        let tls = [
-            "--live-restore".to_owned(),
-            format!("--host=tcp://{address}:{DOCKER_PORT}"),
-            "--tlsverify".into(),
-            format!("--tlscacert={}", files.join("ca.pem").display()),
-            format!("--tlscert={}", cert.display()),
-            format!("--tlskey={}", key.display()),
-        ];
-        let engine = Engine::start(&namespace, &tls.each_ref().map(String::as_str))?;
+        let tls = tls(&address, authority, files)?;
+        let options: Vec<&str> = tls.iter().map(String::as_str).chain(["--live-restore"]).collect();
+        let engine = Engine::start(&namespace, &options)?;
         Ok(Self {
             engine,
-            _namespace: namespace,
+            namespace,
             address,
         })
     }
 
     /// Its section; `ca` is whom to trust.
-    fn section(&self, name: &str, files: &Path, ca: &str, more: &str) -> String {
+    pub(super) fn section(&self, name: &str, files: &Path, ca: &str, more: &str) -> String {
         let (files, address) = (files.display(), &self.address);
         format!(
             "[[docker]]\nname = \"{name}\"\nendpoint = \"tcp://{address}:{DOCKER_PORT}\"\n\
@@ -72,7 +85,7 @@ impl Machine {
 }
 
 /// What the status says of the source that hears an engine.
-fn source<'s>(status: &'s Value, engine: &str) -> Option<&'s Value> {
+pub(super) fn source<'s>(status: &'s Value, engine: &str) -> Option<&'s Value> {
     let name = format!("docker:{engine}");
     let mut sources = status["sources"].as_array().into_iter().flatten();
     sources.find(|source| source["name"] == name.as_str())
@@ -83,14 +96,7 @@ fn engines_of_three_machines_live_and_die_by_themselves() -> Result<()> {
     let files = tempfile::tempdir()?;
     let files = files.path();
     let site = Site::new()?;
-    let authority = Authority::new(&files.join("ca.pem"))?;
-    authority.certify(
-        "weir",
-        "127.0.0.1",
-        4096,
-        &files.join("client.pem"),
-        &files.join("client.key"),
-    )?;
+    let authority = authority(files)?;
     let _stranger = Authority::new(&files.join("stranger.pem"))?;
     let local = Engine::start(&site.node, &[])?;
     let two = Machine::new(&site, 2, &authority, files)?;

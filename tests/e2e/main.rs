@@ -9,6 +9,7 @@ mod health;
 mod life;
 mod nodes;
 mod scale;
+mod swarm;
 mod voting;
 
 use std::collections::BTreeSet;

@@ -4,7 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use anyhow::Result;
 use lb_tests::{
-    netns::{Namespace, PassAll},
+    netns::{Attached, Namespace},
     packet::ToIp as _,
     weir::Weir,
 };
@@ -48,7 +48,7 @@ pub struct Lab {
     pub interfaces: &'static str,
     body: Body,
     switch: Namespace,
-    _programs: Vec<PassAll>,
+    _programs: Vec<Attached>,
 }
 
 pub const VIP4: &str = "198.51.100.1";

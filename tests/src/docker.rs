@@ -178,18 +178,28 @@ impl Engine {
     /// Ends the daemon by a signal (SIGTERM: it stops its containers unless it has `--live-restore`) and waits for it.
     pub fn stop(&mut self, signal: Signal) -> Result<()> {
         let mut daemon = self.daemon.take().context("the engine is not running")?;
-        let pid = std::fs::read_to_string(self.path("pid"))?;
-        let sent = self
-            .inside("kill")
-            .args(["-s", &signal.as_str()[3..], pid.trim()])
-            .status()?;
-        ensure!(sent.success(), "kill {}: {sent}", pid.trim());
+        self.signal(signal)?;
         ensure!(
             daemon.process.wait(PATIENCE)?.is_some(),
             "dockerd does not end:\n{}",
             daemon.log.text()
         );
         Ok(())
+    }
+
+    /// Sends the daemon a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        let pid = std::fs::read_to_string(self.path("pid"))?;
+        let sent = self
+            .inside("kill")
+            .args(["-s", &signal.as_str()[3..], pid.trim()])
+            .status()?;
+        ensure!(sent.success(), "kill {}: {sent}", pid.trim());
+        // `nsenter` stops with the daemon that it waits for, and goes on by itself alone.
+        match &self.daemon {
+            Some(daemon) if signal == Signal::SIGCONT => daemon.process.signal(signal),
+            _ => Ok(()),
+        }
     }
 
     fn import(&self) -> Result<()> {
@@ -227,6 +237,17 @@ impl Engine {
             .env_remove("DOCKER_CONTEXT")
             .env("DOCKER_HOST", self.endpoint());
         command
+    }
+
+    /// The engine's API, for what many processes of a command line would be too slow for.
+    pub fn api(&self) -> Result<bollard::Docker> {
+        let socket = self.path("docker.sock");
+        let limit = PATIENCE.as_secs();
+        Ok(bollard::Docker::connect_with_unix(
+            &socket.to_string_lossy(),
+            limit,
+            bollard::API_DEFAULT_VERSION,
+        )?)
     }
 
     /// `docker WORDS`: what it printed, or its complaint.

@@ -173,10 +173,43 @@ impl Namespace {
     }
 
     /// Attaches a program that passes everything. `XDP_TX` at one end of a veth needs a program at the other.
-    pub fn pass_all(&self, device: &str) -> Result<PassAll> {
+    pub fn pass_all(&self, device: &str) -> Result<Attached> {
+        self.attach(device, &[insn(MOV, 0, 0, 0, XDP_PASS), insn(EXIT, 0, 0, 0, 0)])
+    }
+
+    /// Attaches a program that drops what comes in by TCP over IPv4 from or to a port, without a word to anybody: the
+    /// ends of its connections do not learn that they are cut.
+    pub fn black_hole(&self, device: &str, port: u16) -> Result<Attached> {
+        let port = i32::from(port.to_be());
+        self.attach(
+            device,
+            &[
+                insn(LOAD_W, 2, 1, 0, 0),                          // r2 = data
+                insn(LOAD_W, 3, 1, 4, 0),                          // r3 = data_end
+                insn(MOV_REG, 4, 2, 0, 0),                         // r4 = r2 + Ethernet, IPv4 and ports
+                insn(ADD, 4, 0, 0, 14 + 20 + 4),                   //
+                insn(JGT_REG, 4, 3, 10, 0),                        // too short: pass
+                insn(LOAD_H, 4, 2, 12, 0),                         // EtherType
+                insn(JNE, 4, 0, 8, i32::from(0x0800_u16.to_be())), // not IPv4: pass
+                insn(LOAD_B, 4, 2, 23, 0),                         // protocol
+                insn(JNE, 4, 0, 6, 6),                             // not TCP: pass
+                insn(LOAD_H, 4, 2, 34, 0),                         // source port
+                insn(JEQ, 4, 0, 2, port),                          // ours: drop
+                insn(LOAD_H, 4, 2, 36, 0),                         // destination port
+                insn(JNE, 4, 0, 2, port),                          // not ours: pass
+                insn(MOV, 0, 0, 0, XDP_DROP),                      //
+                insn(EXIT, 0, 0, 0, 0),                            //
+                insn(MOV, 0, 0, 0, XDP_PASS),                      // pass
+                insn(EXIT, 0, 0, 0, 0),                            //
+            ],
+        )
+    }
+
+    /// Attaches an XDP program.
+    fn attach(&self, device: &str, code: &[u64]) -> Result<Attached> {
         let index = self.ifindex(device)?;
-        self.run(|| PassAll::attach(index))
-            .with_context(|| format!("{}: XDP_PASS on {device}", self.name))
+        self.run(|| Attached::new(index, code))
+            .with_context(|| format!("{}: XDP on {device}", self.name))
     }
 }
 
@@ -192,16 +225,37 @@ struct Request(libc::ifreq);
 // SAFETY: it points to two words of the caller, who waits for that thread.
 unsafe impl Send for Request {}
 
-/// An XDP program that passes everything, detached on drop.
+/// Verdicts of an XDP program (linux/bpf.h).
+const XDP_DROP: i32 = 1;
+const XDP_PASS: i32 = 2;
+/// Instructions of BPF (linux/bpf.h, linux/bpf_common.h).
+const LOAD_W: u8 = 0x61;
+const LOAD_H: u8 = 0x69;
+const LOAD_B: u8 = 0x71;
+const MOV: u8 = 0xb7;
+const MOV_REG: u8 = 0xbf;
+const ADD: u8 = 0x07;
+const JEQ: u8 = 0x15;
+const JNE: u8 = 0x55;
+const JGT_REG: u8 = 0x2d;
+const EXIT: u8 = 0x95;
+
+/// One instruction: operation, destination and source register, offset, immediate value.
+fn insn(operation: u8, destination: u8, source: u8, offset: i16, immediate: i32) -> u64 {
+    let mut bytes = [operation, source << 4 | destination, 0, 0, 0, 0, 0, 0];
+    bytes[2..4].copy_from_slice(&offset.to_ne_bytes());
+    bytes[4..8].copy_from_slice(&immediate.to_ne_bytes());
+    u64::from_ne_bytes(bytes)
+}
+
+/// An XDP program on a device, detached on drop.
 #[derive(Debug)]
-pub struct PassAll {
+pub struct Attached {
     _link: OwnedFd,
 }
 
-impl PassAll {
-    fn attach(ifindex: u32) -> Result<Self> {
-        // r0 = XDP_PASS; exit
-        let code: [u64; 2] = [0x0000_0002_0000_00b7, 0x95];
+impl Attached {
+    fn new(ifindex: u32, code: &[u64]) -> Result<Self> {
         let license = c"GPL";
         let mut load = [0u8; 72];
         load[0..4].copy_from_slice(&6u32.to_ne_bytes()); // BPF_PROG_TYPE_XDP

@@ -156,6 +156,7 @@ pub fn status() -> Status {
                 last_heard: Some(ago(1)),
                 last_full_read: Some(ago(130)),
                 fault: None,
+                via: None,
                 objects: 4,
             },
             SourceStatus {
@@ -164,6 +165,7 @@ pub fn status() -> Status {
                 last_heard: Some(ago(600)),
                 last_full_read: Some(ago(600)),
                 fault: Some("weir.toml does not parse".into()),
+                via: None,
                 objects: 1,
             },
         ],

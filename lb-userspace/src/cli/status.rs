@@ -193,7 +193,11 @@ fn sources(status: &Status, now: SystemTime) -> Table {
             grouped(source.objects as u64).into(),
             ago(source.last_heard).into(),
             ago(source.last_full_read).into(),
-            Cell::new(source.fault.clone().unwrap_or_default(), Tone::Bad),
+            match (&source.fault, &source.via) {
+                (Some(fault), _) => Cell::new(fault.clone(), Tone::Bad),
+                (None, Some(via)) => Cell::new(format!("via {via}"), Tone::Faint),
+                (None, None) => Cell::from(String::new()),
+            },
         ]);
     }
     table

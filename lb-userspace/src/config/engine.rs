@@ -1,6 +1,6 @@
-//! A Docker engine: where it listens, and what its containers may claim.
+//! Docker engines and swarms: where they listen, and what their containers may claim.
 
-use std::{net::IpAddr, path::PathBuf, time::Duration};
+use std::{fmt, net::IpAddr, path::PathBuf, time::Duration};
 
 use super::value::Listen;
 use crate::model::Protocol;
@@ -26,7 +26,24 @@ pub struct DockerConfig {
     pub allow: Allowed,
 }
 
-/// What the containers of one engine may claim: an absent list allows all that the policy does.
+/// One swarm and how to reach its managers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SwarmConfig {
+    /// Name among swarms; `None` for the only one of `[swarm]`.
+    pub name: Option<String>,
+    /// Where its managers listen, at least one: one is asked at a time, the next one when it cannot answer.
+    pub endpoints: Vec<Endpoint>,
+    /// Time from one complete list to the next: Swarm tells no events of tasks.
+    pub poll: Duration,
+    /// No answer for so long, and another manager is asked.
+    pub liveness: Duration,
+    /// How long its tasks serve on while no manager is heard; `None`: as long as it takes.
+    pub keep: Option<Duration>,
+    /// What its services may claim.
+    pub allow: Allowed,
+}
+
+/// What the containers of one engine or swarm may claim: an absent list allows all that the policy does.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Allowed {
     /// Addresses of these VIPs.
@@ -61,6 +78,30 @@ impl DockerConfig {
         match &self.name {
             Some(name) => format!("docker:{name}"),
             None => "docker".into(),
+        }
+    }
+}
+
+// === impl SwarmConfig ===
+
+impl SwarmConfig {
+    /// Name of the source that hears this swarm: `swarm`, or `swarm:<name>`.
+    pub fn source(&self) -> String {
+        match &self.name {
+            Some(name) => format!("swarm:{name}"),
+            None => "swarm".into(),
+        }
+    }
+}
+
+// === impl Endpoint ===
+
+/// As in the configuration.
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+            Self::Http(address) | Self::Tls { address, .. } => write!(f, "tcp://{address}"),
         }
     }
 }

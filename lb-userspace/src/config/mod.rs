@@ -25,7 +25,7 @@ use lb_common::limits;
 
 use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode, UnhealthyPolicy};
 
-pub use engine::{Allowed, DockerConfig, Endpoint};
+pub use engine::{Allowed, DockerConfig, Endpoint, SwarmConfig};
 pub use errors::{ConfigErrors, ConfigFault};
 pub use health::CheckPolicy;
 pub use node::{NodeConfig, NodeRule, NodesConfig, is_node_name};
@@ -38,6 +38,10 @@ pub const DEFAULT_RESYNC: Duration = Duration::from_secs(300);
 /// Silence of Docker after which it is asked for a sign of life: well under a minute, well above the rate at which
 /// a quiet engine would notice being asked.
 pub const DEFAULT_LIVENESS: Duration = Duration::from_secs(30);
+/// Time between two lists of a swarm's tasks: how late a task that is told to stop is noticed.
+pub const DEFAULT_POLL: Duration = Duration::from_secs(1);
+/// Longest wait for a swarm manager's answer. A leader's election takes two or three seconds, a busy manager one.
+pub const DEFAULT_SWARM_LIVENESS: Duration = Duration::from_secs(10);
 /// Wait for each source's first list before anything is removed: a Docker engine that starts with the node needs a
 /// few seconds.
 pub const DEFAULT_STARTUP_WAIT: Duration = Duration::from_secs(10);
@@ -63,6 +67,8 @@ pub struct Config {
     pub snat: Snat,
     /// Docker engines, by name.
     pub docker: Vec<DockerConfig>,
+    /// Swarms, by name.
+    pub swarm: Vec<SwarmConfig>,
     /// The etcd source; `None`: the file is all there is.
     pub etcd: Option<EtcdConfig>,
     /// This machine publishes its containers.

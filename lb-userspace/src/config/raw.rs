@@ -1,6 +1,6 @@
 //! The file as written. Unknown keys are refused; no value is judged here.
 
-use std::{collections::BTreeMap, fmt, ops::Range};
+use std::{collections::BTreeMap, fmt, marker::PhantomData, ops::Range};
 
 use serde::{
     Deserialize, Deserializer,
@@ -29,7 +29,8 @@ pub(super) struct RawConfig {
     pub(super) defaults: RawDefaults,
     pub(super) limits: RawLimits,
     pub(super) snat: RawSnat,
-    pub(super) docker: RawEngines,
+    pub(super) docker: OneOrMany<RawDocker>,
+    pub(super) swarm: Option<OneOrMany<RawSwarm>>,
     pub(super) etcd: Given<RawEtcd>,
     pub(super) node: Given<RawNode>,
     pub(super) nodes: Given<RawNodes>,
@@ -165,13 +166,13 @@ pub(super) struct RawSnat {
     pub(super) ports: Given<String>,
 }
 
-/// `[docker]`, or `[[docker]]` once for each engine.
+/// A section once, or once for each: `[docker]`, or `[[docker]]` for each engine.
 #[derive(Debug)]
-pub(super) enum RawEngines {
-    /// The one engine.
-    One(Box<RawDocker>),
+pub(super) enum OneOrMany<T> {
+    /// The only one.
+    One(Box<T>),
     /// Each with a name.
-    Named(Vec<Spanned<RawDocker>>),
+    Named(Vec<Spanned<T>>),
 }
 
 /// One engine.
@@ -226,11 +227,22 @@ pub(super) struct RawNodeRule {
     pub(super) allow_services: Given<Strings>,
 }
 
-/// What may be claimed, as three sections say it.
-pub(super) struct RawAllow<'r> {
-    pub(super) vips: &'r Given<Strings>,
-    pub(super) ports: &'r Given<Strings>,
-    pub(super) services: &'r Given<Strings>,
+/// One swarm.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawSwarm {
+    pub(super) name: Given<String>,
+    pub(super) enabled: Given<bool>,
+    pub(super) endpoints: Given<Strings>,
+    pub(super) tls_ca: Given<String>,
+    pub(super) tls_cert: Given<String>,
+    pub(super) tls_key: Given<String>,
+    pub(super) poll: Given<String>,
+    pub(super) liveness: Given<String>,
+    pub(super) keep: Given<String>,
+    pub(super) allow_vips: Given<Strings>,
+    pub(super) allow_ports: Given<Strings>,
+    pub(super) allow_services: Given<Strings>,
 }
 
 /// `[etcd]`.
@@ -406,75 +418,39 @@ fn cut(table: &mut DeTable<'_>, span: &Range<usize>) -> Option<(String, bool)> {
     Some((key, unknown))
 }
 
-// === impl RawDocker, RawNodes, RawNodeRule ===
+// === impl OneOrMany ===
 
-impl RawDocker {
-    /// What may be claimed.
-    pub(super) fn allow(&self) -> RawAllow<'_> {
-        RawAllow {
-            vips: &self.allow_vips,
-            ports: &self.allow_ports,
-            services: &self.allow_services,
-        }
-    }
-}
-
-impl RawNodes {
-    /// What may be claimed.
-    pub(super) fn allow(&self) -> RawAllow<'_> {
-        RawAllow {
-            vips: &self.allow_vips,
-            ports: &self.allow_ports,
-            services: &self.allow_services,
-        }
-    }
-}
-
-impl RawNodeRule {
-    /// What may be claimed.
-    pub(super) fn allow(&self) -> RawAllow<'_> {
-        RawAllow {
-            vips: &self.allow_vips,
-            ports: &self.allow_ports,
-            services: &self.allow_services,
-        }
-    }
-}
-
-// === impl RawEngines ===
-
-impl Default for RawEngines {
+impl<T: Default> Default for OneOrMany<T> {
     fn default() -> Self {
         Self::One(Box::default())
     }
 }
 
-impl<'de> Deserialize<'de> for RawEngines {
+impl<'de, T: DeserializeOwned> Deserialize<'de> for OneOrMany<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct OneOrMany;
+        struct Section<T>(PhantomData<T>);
 
-        impl<'de> Visitor<'de> for OneOrMany {
-            type Value = RawEngines;
+        impl<'de, T: DeserializeOwned> Visitor<'de> for Section<T> {
+            type Value = OneOrMany<T>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("the section [docker], or [[docker]] once for each engine")
+                f.write_str("a section in single brackets, or several in double ones, each with a name")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<RawEngines, A::Error> {
-                RawDocker::deserialize(MapAccessDeserializer::new(map))
-                    .map(|one| RawEngines::One(Box::new(one)))
+            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<Self::Value, A::Error> {
+                T::deserialize(MapAccessDeserializer::new(map)).map(|one| OneOrMany::One(Box::new(one)))
             }
 
-            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<RawEngines, A::Error> {
-                let mut engines = Vec::new();
+            fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Self::Value, A::Error> {
+                let mut all = Vec::new();
                 while let Some(item) = items.next_element()? {
-                    engines.push(item);
+                    all.push(item);
                 }
-                Ok(RawEngines::Named(engines))
+                Ok(OneOrMany::Named(all))
             }
         }
 
-        deserializer.deserialize_any(OneOrMany)
+        deserializer.deserialize_any(Section(PhantomData))
     }
 }
 

@@ -27,7 +27,7 @@ use crate::{
     health::{Key, Verdict},
     model::{Backend, BackendState, Rejection, Service, ServiceAddress, ServiceWish},
     route::Route,
-    source::{Freshness, Message, Object, SourceId, Update},
+    source::{Freshness, Message, Object, SourceId, Update, nodes},
     status::{Condition, SourceStatus},
 };
 
@@ -166,10 +166,11 @@ impl Heard {
         }
     }
 
-    /// The objects of these sources. The operator's file is not among them: it is always there to be read.
-    pub fn wishes(&self, of: &[SourceId]) -> BTreeMap<SourceId, Vec<Object>> {
+    /// The objects of the sources that have no other memory: not the operator's file, which is always there to be read, and
+    /// not nodes, which have a file of their own.
+    pub fn wishes(&self) -> BTreeMap<SourceId, Vec<Object>> {
         let others = self.sources.iter();
-        let others = others.filter(|(id, _)| id.0 != OPERATOR_SOURCE && of.contains(id));
+        let others = others.filter(|(id, _)| id.0 != OPERATOR_SOURCE && !nodes::is_node(id));
         others
             .map(|(id, source)| (id.clone(), source.objects.values().cloned().collect()))
             .collect()
@@ -345,6 +346,7 @@ impl Heard {
             last_heard: source.freshness.as_ref().and_then(|f| f.last_heard),
             last_full_read: source.freshness.as_ref().and_then(|f| f.last_full_read),
             fault: source.freshness.as_ref().and_then(|f| f.fault.clone()),
+            via: source.freshness.as_ref().and_then(|f| f.via.clone()),
             objects: source.objects.len(),
         };
         self.sources.iter().map(status).collect()

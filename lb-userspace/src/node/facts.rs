@@ -162,6 +162,8 @@ impl Facts {
                 NetworkMode::None => Network::None,
                 NetworkMode::Container(id) => Network::Container(id.clone()),
                 NetworkMode::Network(name) => Network::Named(name.clone()),
+                // The managers of a swarm tell of its tasks, to the balancers themselves.
+                NetworkMode::Task { .. } => return None,
             },
             networks: container.networks.clone(),
             exposed: container.exposed.iter().map(port).collect(),

@@ -1,6 +1,6 @@
 //! What becomes of the backends of one service: who serves, who drains, who is dead.
 
-use std::time::Instant;
+use std::{net::SocketAddr, time::Instant};
 
 use lb_common::{
     addr::Be16,
@@ -16,7 +16,7 @@ use super::{
 use crate::{
     datapath::{MapOp, Place},
     health::WHOLE,
-    model::{Backend, BackendState, Service},
+    model::{Backend, BackendState, Service, ServiceAddress},
 };
 
 /// What becomes of one backend.
@@ -76,22 +76,24 @@ impl Planner<'_> {
                 .binary_search_by_key(address, |b| b.address)
                 .is_ok()
         };
-        let gone: Vec<u32> = entry
-            .live
+        let measure = candidates
             .iter()
-            .filter(|(a, _)| !wished(a))
-            .map(|(_, id)| *id)
+            .find_map(|c| Some((c.about.weight, *entry.ring.counts.get(&c.id)?)));
+        let gone = entry.live.iter().filter(|(a, _)| !wished(a));
+        let gone: Vec<Candidate> = gone
+            .map(|(backend, id)| match self.may_go(service.address, *backend) {
+                true => self.leaving(*id),
+                // Its source may not have spoken yet: it keeps its share, in the measure of those that are known.
+                false => self.kept(*id, entry, measure),
+            })
             .collect();
-        if self.inputs.may_remove {
-            candidates.extend(gone.into_iter().map(|id| self.leaving(id)));
-        } else {
-            // Its source may not have spoken yet: it keeps its share, in the measure of those that are known.
-            let measure = candidates
-                .iter()
-                .find_map(|c| Some((c.about.weight, *entry.ring.counts.get(&c.id)?)));
-            candidates.extend(gone.into_iter().map(|id| self.kept(id, entry, measure)));
-        }
+        candidates.extend(gone);
         candidates
+    }
+
+    /// Whether a backend that nobody wishes may leave.
+    pub(super) fn may_go(&self, service: ServiceAddress, backend: SocketAddr) -> bool {
+        self.inputs.may_remove && !self.inputs.unclaimed.contains(&(service, backend))
     }
 
     fn candidate(&self, service: u32, id: u32, backend: &Backend, serves: bool, reach: Reached) -> Candidate {

@@ -18,7 +18,7 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -77,6 +77,9 @@ pub struct Inputs<'a> {
     pub asked: &'a BTreeMap<IpAddr, Instant>,
     /// Every source has been read (or waited for long enough): what nobody wishes may go.
     pub may_remove: bool,
+    /// Backends that served before this agent did, and that nobody has wished for since: they stay even then, while some
+    /// source has not been read.
+    pub unclaimed: &'a BTreeSet<(ServiceAddress, SocketAddr)>,
     /// Now.
     pub now: Instant,
 }

@@ -135,6 +135,7 @@ impl<'c> Dry<'c> {
                 sweep: &Sweep::default(),
                 asked: &BTreeMap::new(),
                 may_remove: true,
+                unclaimed: &BTreeSet::new(),
                 now: self.now,
             };
             let plan = plan(&self.programmed, &inputs, Scope::All);

@@ -34,11 +34,9 @@ impl Planner<'_> {
     /// those that served before count too.
     pub(super) fn listed(&self, entry: &Entry, service: &Service) -> usize {
         let wished = service.backends.len();
-        if self.inputs.may_remove {
-            return wished;
-        }
         let unheard = entry.live.iter().filter(|(address, id)| {
-            self.programmed.slots[id].record.state == backend_state::ACTIVE
+            !self.may_go(service.address, **address)
+                && self.programmed.slots[id].record.state == backend_state::ACTIVE
                 && service
                     .backends
                     .binary_search_by_key(address, |b| &b.address)

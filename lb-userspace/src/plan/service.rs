@@ -23,9 +23,16 @@ impl Planner<'_> {
         self.plan.rejections.entry(address).or_default();
         match self.inputs.desired.services.get(&address) {
             Some(wanted) => self.wanted(address, wanted),
-            None if self.inputs.may_remove => self.unwanted(address),
+            None if self.may_be_unwanted(address) => self.unwanted(address),
             None => {}
         }
+    }
+
+    /// Whether a service that nobody wishes may go: not with a backend whose source may not have spoken yet.
+    fn may_be_unwanted(&self, address: ServiceAddress) -> bool {
+        let entry = self.programmed.services.get(&address);
+        let mut live = entry.into_iter().flat_map(|entry| entry.live.keys());
+        self.inputs.may_remove && live.all(|backend| self.may_go(address, *backend))
     }
 
     /// A service that nobody wishes any more: no new flows at once, old ones go on until they end or the deadline.

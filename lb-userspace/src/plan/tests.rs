@@ -99,6 +99,7 @@ fn plan_now(
         },
         asked: &BTreeMap::new(),
         may_remove: true,
+        unclaimed: &BTreeSet::new(),
         now,
     };
     plan(programmed, &inputs, scope)

@@ -14,7 +14,7 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     path::PathBuf,
     time::{Duration, Instant, SystemTime},
 };
@@ -98,6 +98,10 @@ pub struct Reconciler {
     /// Passes in a row with a failed write.
     failures: u32,
     may_remove: bool,
+    /// Every source has been read.
+    all_read: bool,
+    /// Backends that were found serving and that nobody has wished for yet, until every source has been read.
+    unclaimed: BTreeSet<(ServiceAddress, SocketAddr)>,
     /// Some pass has programmed everything that was wished for then.
     settled: bool,
     started: Instant,
@@ -136,6 +140,8 @@ impl Reconciler {
             faults: Vec::new(),
             failures: 0,
             may_remove: false,
+            all_read: false,
+            unclaimed: BTreeSet::new(),
             settled: false,
             started: now,
             resync_at: now + options.resync_every,
@@ -146,10 +152,14 @@ impl Reconciler {
             options,
             policy,
         };
+        let mut found = BTreeSet::new();
         for (address, entry) in &this.programmed.services {
             for (backend, id) in &entry.live {
                 let serves = this.programmed.slots[id].record.state == backend_state::ACTIVE;
                 this.heard.adopt(*address, *backend, serves);
+                if serves {
+                    found.insert((*address, *backend));
+                }
             }
         }
         if let Some(path) = &this.options.drains {
@@ -163,24 +173,32 @@ impl Reconciler {
         {
             error!("{fault}");
         }
-        this.recall();
+        // Where nobody knows who wished for what, all of it may be a silent source's.
+        if !this.recall() {
+            this.unclaimed = found;
+        }
         Ok(this)
     }
 
-    /// Lets the last word of every source stand that still is one.
-    fn recall(&mut self) {
+    /// Lets the last word of every source stand that still is one. False: nothing is known of their last words.
+    fn recall(&mut self) -> bool {
         let Some(path) = &self.options.wishes else {
-            return;
+            return false;
         };
         match recollection::load(path) {
-            Ok(wishes) => {
+            Ok(None) => false,
+            Ok(Some(wishes)) => {
                 for (source, objects) in wishes {
                     if self.options.sources.contains(&source) {
                         self.heard.recall(&source, objects);
                     }
                 }
+                true
             }
-            Err(fault) => error!("{fault}"),
+            Err(fault) => {
+                error!("{fault}");
+                false
+            }
         }
     }
 
@@ -210,6 +228,7 @@ impl Reconciler {
     pub fn pass(&mut self, clock: &dyn Fn() -> Instant) -> Option<Instant> {
         let now = clock();
         let changed = self.heard.refresh(SystemTime::now());
+        self.claim(&changed);
         self.ask_for_places(&changed, now);
         self.dirty.extend(changed);
         self.judge_sources(now);
@@ -229,6 +248,7 @@ impl Reconciler {
             sweep: &self.sweep,
             asked: &self.asked,
             may_remove: self.may_remove,
+            unclaimed: &self.unclaimed,
             now,
         };
         let dirty = std::mem::take(&mut self.dirty);
@@ -276,9 +296,25 @@ impl Reconciler {
         }
     }
 
+    /// What is wished for now may go when it no longer is.
+    fn claim(&mut self, changed: &BTreeSet<ServiceAddress>) {
+        if self.unclaimed.is_empty() {
+            return;
+        }
+        let services = &self.heard.desired().services;
+        for (address, wanted) in changed
+            .iter()
+            .filter_map(|address| services.get_key_value(address))
+        {
+            for backend in &wanted.service.backends {
+                self.unclaimed.remove(&(*address, backend.address));
+            }
+        }
+    }
+
     /// Decides whether what nobody wishes may go.
     fn judge_sources(&mut self, now: Instant) {
-        if self.may_remove {
+        if self.all_read {
             return;
         }
         let silent: Vec<&str> = self
@@ -289,16 +325,17 @@ impl Reconciler {
             .map(|s| s.0.as_str())
             .collect();
         let over = now >= self.started + self.options.source_wait;
-        if silent.is_empty() || over {
-            if !silent.is_empty() {
-                warn!(
-                    sources = ?silent,
-                    "not read in time: what they last wished stands, and what nobody is known to wish drains now"
-                );
-            }
+        if !self.may_remove && over && !silent.is_empty() {
+            warn!(sources = ?silent, "not read in time: what they last wished, or may have, stays until they are");
+        }
+        self.all_read = silent.is_empty();
+        if self.all_read {
+            self.unclaimed.clear();
+            self.heard.forget_adopted();
+        }
+        if self.all_read || (over && !self.may_remove) {
             self.may_remove = true;
             self.all_dirty = true;
-            self.heard.forget_adopted();
         }
     }
 

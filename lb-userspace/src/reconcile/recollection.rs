@@ -139,8 +139,8 @@ fn save(path: &Path, wishes: &Recollection) -> Result<(), RecollectionError> {
     })
 }
 
-/// Reads the file. A missing one says nothing, and neither does a line that is none of ours: another version wrote it.
-pub(super) fn load(path: &Path) -> Result<Recollection, RecollectionError> {
+/// Reads the file; `None`: there is none. A line that is none of ours says nothing: another version wrote it.
+pub(super) fn load(path: &Path) -> Result<Option<Recollection>, RecollectionError> {
     let fault = |source| RecollectionError {
         path: path.into(),
         operation: "reading",
@@ -148,7 +148,7 @@ pub(super) fn load(path: &Path) -> Result<Recollection, RecollectionError> {
     };
     let file = match File::open(path) {
         Ok(file) => BufReader::new(file),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Recollection::new()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(fault(error)),
     };
     let mut wishes = Recollection::new();
@@ -157,7 +157,7 @@ pub(super) fn load(path: &Path) -> Result<Recollection, RecollectionError> {
             wishes.entry(source).or_default().push(object);
         }
     }
-    Ok(wishes)
+    Ok(Some(wishes))
 }
 
 #[cfg(test)]
@@ -187,7 +187,7 @@ mod tests {
     fn what_is_written_is_read_again_and_foreign_lines_say_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("wishes");
-        assert_eq!(load(&path).unwrap(), Recollection::new());
+        assert_eq!(load(&path).unwrap(), None);
         let wishes: Recollection = [
             (SourceId("docker:a".into()), vec![object("1"), object("2")]),
             (SourceId("docker:b".into()), vec![object("3")]),
@@ -200,7 +200,7 @@ mod tests {
             [b"{\"source\":\"docker\"}\n\xff\n".as_slice(), &text].concat(),
         )
         .unwrap();
-        assert_eq!(load(&path).unwrap(), wishes);
+        assert_eq!(load(&path).unwrap(), Some(wishes));
         let error = load(dir.path()).unwrap_err().to_string();
         assert!(error.contains("reading failed"), "{error}");
     }
@@ -218,6 +218,6 @@ mod tests {
         keeper.keep(2, || panic!("not due"));
         assert!(keeper.due(2).is_some_and(|at| at > Instant::now()));
         keeper.finish(2, || of("2")).await;
-        assert_eq!(load(&path).unwrap(), of("2"));
+        assert_eq!(load(&path).unwrap(), Some(of("2")));
     }
 }

@@ -67,8 +67,6 @@ pub async fn run(
     let clock = || tokio::time::Instant::now().into_std();
     let debounce = options.debounce;
     let wishes = options.wishes.clone();
-    // Only those are recalled; nodes have a file of their own.
-    let recalled = options.sources.clone();
     let policy = inputs.policy.borrow_and_update().clone();
     let mut reconciler = Reconciler::new(maps, options, policy, clock())?;
     reconciler.set_topology(&inputs.topology.borrow_and_update());
@@ -90,7 +88,7 @@ pub async fn run(
         tokio::select! {
             () = stop.cancelled() => {
                 let heard = &reconciler.heard;
-                keeper.finish(heard.version(), || heard.wishes(&recalled)).await;
+                keeper.finish(heard.version(), || heard.wishes()).await;
                 return Ok(());
             }
             // A closed channel only means that nobody will say more: what was said stands.
@@ -132,7 +130,7 @@ pub async fn run(
             let changes = reconciler.target_changes();
             outputs.targets.send_if_modified(|targets| changes.apply(targets));
         }
-        keeper.keep(reconciler.heard.version(), || reconciler.heard.wishes(&recalled));
+        keeper.keep(reconciler.heard.version(), || reconciler.heard.wishes());
         // Every wake-up may have changed something to tell.
         if status_at.get_or_insert(status_free.max(now)) <= &mut clock() {
             let surroundings = inputs.surroundings.borrow().clone();

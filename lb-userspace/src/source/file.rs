@@ -170,6 +170,7 @@ impl Follower {
             last_heard: now,
             last_full_read: now,
             fault,
+            via: None,
         };
         for update in [Update::Reset(objects), Update::Freshness(freshness)] {
             let message = Message {

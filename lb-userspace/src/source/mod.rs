@@ -5,7 +5,9 @@ pub mod etcd;
 pub mod file;
 pub mod interlock;
 pub mod labels;
+mod link;
 pub mod nodes;
+pub mod swarm;
 
 use std::time::SystemTime;
 
@@ -56,7 +58,7 @@ pub enum Update {
 }
 
 /// How current a source is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Freshness {
     /// Connected now.
     pub connected: bool,
@@ -66,6 +68,8 @@ pub struct Freshness {
     pub last_full_read: Option<SystemTime>,
     /// Why it is not connected, or what is wrong at the moment.
     pub fault: Option<String>,
+    /// Which of several endpoints is used.
+    pub via: Option<String>,
 }
 
 /// An update and where it is from; the inbox is `tokio::sync::mpsc::Sender<Message>`.

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use lb_tests::{
     guard::Guard,
-    netns::{Namespace, PassAll},
+    netns::{Attached, Namespace},
 };
 
 /// Servers.
@@ -32,7 +32,7 @@ pub struct Rig {
     pub directory: tempfile::TempDir,
     _backends: Vec<(Namespace, Guard)>,
     _switch: Namespace,
-    _programs: Vec<PassAll>,
+    _programs: Vec<Attached>,
 }
 
 /// Address of a server.

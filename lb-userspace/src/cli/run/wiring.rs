@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use super::{Files, translate};
 use crate::{
     admin::{Admin, Context, Kernel, Options as AdminOptions, tap},
-    config::{Config, DockerConfig},
+    config::{Config, DockerConfig, SwarmConfig},
     datapath::{
         Maps as _, Topology,
         attach::{Attacher, TcChoice},
@@ -174,8 +174,10 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         let nodes = source::nodes::spawn(etcd, recalled, config.clone(), inbox_to.clone(), stop.clone());
         tasks.spawn(async { nodes.await.context("nodes source") });
     }
-    let docker = source::docker::spawn(config, inbox_to.clone(), stop.clone());
+    let docker = source::docker::spawn(config.clone(), inbox_to.clone(), stop.clone());
     tasks.spawn(async { docker.await.context("docker source") });
+    let swarm = source::swarm::spawn(config, inbox_to.clone(), stop.clone());
+    tasks.spawn(async { swarm.await.context("swarm source") });
     let look = Arc::new(Notify::new());
     let file = source::file::spawn(config_to, shared, inbox_to, look.clone(), stop.clone());
     tasks.spawn(async { file.await.context("file source") });
@@ -265,9 +267,11 @@ where
 /// Sources that must have been read before anything is removed.
 fn sources(config: &Config) -> Vec<SourceId> {
     let engines = config.docker.iter().map(DockerConfig::source);
+    let swarms = config.swarm.iter().map(SwarmConfig::source);
     let etcd = config.etcd.as_ref().map(|_| source::etcd::SOURCE.to_owned());
     let nodes = config.nodes.as_ref().map(|_| source::nodes::SOURCE.to_owned());
     engines
+        .chain(swarms)
         .chain(etcd)
         .chain(nodes)
         .chain([source::file::SOURCE.to_owned()])

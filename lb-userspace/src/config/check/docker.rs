@@ -2,6 +2,7 @@
 
 use std::{
     net::IpAddr,
+    ops::Range,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -11,7 +12,7 @@ use toml::Spanned;
 use super::{
     super::{
         Allowed, DEFAULT_DOCKER_ENDPOINT, DEFAULT_LIVENESS, DEFAULT_RESYNC, DockerConfig, Endpoint, Policy,
-        raw::{RawAllow, RawDocker, RawEngines},
+        raw::{Given, OneOrMany, RawDocker, Strings},
         value::{self, ValueError},
     },
     Check,
@@ -21,38 +22,59 @@ use super::{
 const SHORTEST_INTERVAL: Duration = Duration::from_secs(1);
 
 /// All engines that are switched on.
-pub(super) fn engines(check: &mut Check<'_>, raw: &RawEngines, policy: &Policy) -> Vec<DockerConfig> {
+pub(super) fn engines(
+    check: &mut Check<'_>,
+    raw: &OneOrMany<RawDocker>,
+    policy: &Policy,
+) -> Vec<DockerConfig> {
+    each(
+        check,
+        "docker",
+        raw,
+        |raw| &raw.name,
+        |check, at, raw, name| docker(check, at, raw, name, policy),
+    )
+}
+
+/// The only one of a section, or each of several, which need names; `judge` is given what to call it in messages.
+pub(super) fn each<'t, R, C>(
+    check: &mut Check<'t>,
+    section: &str,
+    raw: &OneOrMany<R>,
+    name_of: impl Fn(&R) -> &Given<String>,
+    judge: impl Fn(&mut Check<'t>, &str, &R, Option<String>) -> Option<C>,
+) -> Vec<C> {
+    let key = format!("{section}.name");
     let named = match raw {
-        RawEngines::One(raw) => {
-            let name = raw
-                .name
+        OneOrMany::One(raw) => {
+            let name = name_of(raw)
                 .as_ref()
-                .and_then(|name| check.keep("docker.name", name.span(), value::name(name.get_ref())));
-            return docker(check, "docker", raw, name, policy).into_iter().collect();
+                .and_then(|name| check.keep(&key, name.span(), value::name(name.get_ref())));
+            return judge(check, section, raw, name).into_iter().collect();
         }
-        RawEngines::Named(named) => named,
+        OneOrMany::Named(named) => named,
     };
-    let mut engines: Vec<DockerConfig> = Vec::new();
+    let mut all: Vec<C> = Vec::new();
     let mut names: Vec<String> = Vec::new();
     for spanned in named {
         let raw = spanned.get_ref();
-        let Some(given) = &raw.name else {
-            let remedy = "give each of several engines a name of its own";
-            check.missing("docker.name", Some(spanned.span()), remedy);
+        let Some(given) = name_of(raw) else {
+            let remedy = format!("give each [[{section}]] a name of its own");
+            check.missing(&key, Some(spanned.span()), &remedy);
             continue;
         };
-        let name = check.keep("docker.name", given.span(), value::name(given.get_ref()));
+        let name = check.keep(&key, given.span(), value::name(given.get_ref()));
         let Some(name) = name else { continue };
         if names.contains(&name) {
-            let fault = format!("another engine is named `{name}`");
-            check.fault("docker.name", Some(given.span()), fault, "rename one of them");
+            let fault = format!("another [[{section}]] is named `{name}`");
+            check.fault(key.as_str(), Some(given.span()), fault, "rename one of them");
             continue;
         }
         names.push(name.clone());
-        let key = format!("docker.{name}");
-        engines.extend(docker(check, &key, raw, Some(name), policy));
+        let at = format!("{section}.{name}");
+        all.extend(judge(check, &at, raw, Some(name)));
     }
-    engines
+    all
 }
 
 /// One engine; `at` is the section for messages.
@@ -64,7 +86,14 @@ fn docker(
     policy: &Policy,
 ) -> Option<DockerConfig> {
     let key = |key: &str| format!("{at}.{key}");
-    let endpoint = endpoint(check, at, raw);
+    let text = raw.endpoint.as_ref();
+    let endpoint = endpoint(
+        check,
+        &key("endpoint"),
+        text.map_or(DEFAULT_DOCKER_ENDPOINT, |text| text.get_ref()),
+        text.map(Spanned::span),
+        [&raw.tls_ca, &raw.tls_cert, &raw.tls_key],
+    );
     let remote = raw.remote.as_ref().is_some_and(|flag| *flag.get_ref());
     let node_addresses = check.list(&key("node-address"), raw.node_address.as_ref(), value::address);
     if let Some(flag) = raw
@@ -84,15 +113,25 @@ fn docker(
         resync: check.text_or(&key("resync"), &raw.resync, DEFAULT_RESYNC, &interval),
         liveness: check.text_or(&key("liveness"), &raw.liveness, DEFAULT_LIVENESS, &interval),
         keep: check.text_or(&key("keep"), &raw.keep, None, |text| interval(text).map(Some)),
-        allow: allowed(check, at, &raw.allow(), policy),
+        allow: allowed(
+            check,
+            at,
+            [&raw.allow_vips, &raw.allow_ports, &raw.allow_services],
+            policy,
+        ),
     };
     let enabled = raw.enabled.as_ref().is_none_or(|flag| *flag.get_ref());
     enabled.then_some(docker)
 }
 
-/// What the containers of an engine or a node may claim; `at` is the section for messages.
-pub(super) fn allowed(check: &mut Check<'_>, at: &str, raw: &RawAllow<'_>, policy: &Policy) -> Allowed {
-    let vips = raw.vips.as_ref().map(|list| {
+/// What containers may claim, by the lists of VIPs, ports and services.
+pub(super) fn allowed(
+    check: &mut Check<'_>,
+    at: &str,
+    [vips, ports, services]: [&Given<Strings>; 3],
+    policy: &Policy,
+) -> Allowed {
+    let vips = vips.as_ref().map(|list| {
         let mut addresses = Vec::new();
         for text in &list.get_ref().0 {
             match policy.choose_vip(Some(text)) {
@@ -105,12 +144,10 @@ pub(super) fn allowed(check: &mut Check<'_>, at: &str, raw: &RawAllow<'_>, polic
         }
         addresses
     });
-    let ports = raw
-        .ports
+    let ports = ports
         .as_ref()
         .map(|list| check.list(&format!("{at}.allow-ports"), Some(list), value::listen));
-    let services = raw
-        .services
+    let services = services
         .as_ref()
         .map(|list| check.list(&format!("{at}.allow-services"), Some(list), name_pattern));
     Allowed {
@@ -129,26 +166,22 @@ fn name_pattern(text: &str) -> Result<String, ValueError> {
     }
 }
 
-fn endpoint(check: &mut Check<'_>, at: &str, raw: &RawDocker) -> Endpoint {
-    let key = format!("{at}.endpoint");
-    let span = raw.endpoint.as_ref().map(Spanned::span);
-    let text = raw
-        .endpoint
-        .as_ref()
-        .map_or(DEFAULT_DOCKER_ENDPOINT, |text| text.get_ref());
-    let files = [&raw.tls_ca, &raw.tls_cert, &raw.tls_key].map(|given| given.as_ref().map(Spanned::get_ref));
+/// Where an engine listens: `key` and `span` are for messages, `files` are CA, certificate and key.
+pub(super) fn endpoint(
+    check: &mut Check<'_>,
+    key: &str,
+    text: &str,
+    span: Option<Range<usize>>,
+    files: [&Given<String>; 3],
+) -> Endpoint {
+    let files = files.map(|given| given.as_ref().map(Spanned::get_ref));
     if let Some(path) = text.strip_prefix("unix://") {
         if !Path::new(path).is_absolute() {
             let fault = format!("`{text}` has no absolute path");
-            check.fault(
-                key.as_str(),
-                span,
-                fault,
-                format!("write `{DEFAULT_DOCKER_ENDPOINT}`"),
-            );
+            check.fault(key, span, fault, format!("write `{DEFAULT_DOCKER_ENDPOINT}`"));
         } else if files.iter().any(Option::is_some) {
             check.fault(
-                at,
+                key,
                 span,
                 "tls files for a Unix socket",
                 "remove tls-ca, tls-cert and tls-key",
@@ -163,12 +196,7 @@ fn endpoint(check: &mut Check<'_>, at: &str, raw: &RawDocker) -> Endpoint {
         .filter(|rest| has_port(rest));
     let Some(address) = address else {
         let fault = format!("`{text}` is not an endpoint");
-        check.fault(
-            key.as_str(),
-            span,
-            fault,
-            "write `unix:///path` or `tcp://host:port`",
-        );
+        check.fault(key, span, fault, "write `unix:///path` or `tcp://host:port`");
         return Endpoint::Unix(PathBuf::new());
     };
     let address = address.to_owned();
@@ -184,7 +212,7 @@ fn endpoint(check: &mut Check<'_>, at: &str, raw: &RawDocker) -> Endpoint {
         }
         _ => {
             check.fault(
-                key.as_str(),
+                key,
                 span,
                 "an engine on the network must prove who it is, and so must we",
                 "use tcp:// and set all of tls-ca, tls-cert and tls-key",

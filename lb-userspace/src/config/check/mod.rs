@@ -8,6 +8,7 @@ mod node;
 mod sections;
 mod services;
 pub(super) mod shared;
+mod swarm;
 
 use std::{fmt, ops::Range, path::Path, sync::Arc};
 
@@ -39,6 +40,7 @@ pub(super) fn check(path: &Path, text: &str, shared: Arc<Shared>) -> Result<Conf
         limits: sections::limits(&mut check, &raw.limits),
         snat: sections::snat(&mut check, &raw.snat),
         docker: docker::engines(&mut check, &raw.docker, &policy),
+        swarm: swarm::swarms(&mut check, raw.swarm.as_ref(), &policy),
         etcd: raw.etcd.as_ref().map(|given| etcd::etcd(&mut check, given)),
         node: raw.node.as_ref().map(|given| node::node(&mut check, given)),
         nodes: raw

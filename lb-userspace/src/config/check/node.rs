@@ -54,7 +54,12 @@ pub(super) fn node(check: &mut Check<'_>, given: &Spanned<RawNode>) -> NodeConfi
 
 pub(super) fn nodes(check: &mut Check<'_>, given: &Spanned<RawNodes>, policy: &Policy) -> NodesConfig {
     let raw = given.get_ref();
-    let allow = docker::allowed(check, "nodes", &raw.allow(), policy);
+    let allow = docker::allowed(
+        check,
+        "nodes",
+        [&raw.allow_vips, &raw.allow_ports, &raw.allow_services],
+        policy,
+    );
     let addresses = raw
         .allow_addresses
         .as_ref()
@@ -73,7 +78,12 @@ pub(super) fn nodes(check: &mut Check<'_>, given: &Spanned<RawNodes>, policy: &P
             continue;
         }
         let raw = rule.get_ref();
-        let own = docker::allowed(check, &at, &raw.allow(), policy);
+        let own = docker::allowed(
+            check,
+            &at,
+            [&raw.allow_vips, &raw.allow_ports, &raw.allow_services],
+            policy,
+        );
         let rule = NodeRule {
             enabled: raw.enabled.as_ref().is_none_or(|flag| *flag.get_ref()),
             // A list of its own takes the place of the one for all.

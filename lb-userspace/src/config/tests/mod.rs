@@ -141,6 +141,7 @@ fn the_example_shows_the_defaults_and_every_key_is_documented() {
         "[limits]",
         "[snat]",
         "[docker]",
+        "[swarm]",
         "[etcd]",
         "[node]",
         "[nodes]",

@@ -77,12 +77,41 @@ pub enum NetworkMode {
     Container(String),
     /// On networks; this is the one that it was created with.
     Network(String),
+    /// A task of a Swarm service: reached by the ports that are published on its node.
+    Task {
+        /// The service whose labels it has.
+        service: String,
+        /// Ports that the service publishes and that do not reach the task on its node.
+        elsewhere: BTreeMap<(u16, Protocol), Elsewhere>,
+    },
+}
+
+/// Why a published port of a service does not reach a task.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Elsewhere {
+    /// It is published through Swarm's own mesh, which ends on no particular task.
+    Mesh,
+    /// Docker chose the port on the node, and Swarm does not tell which.
+    Untold,
 }
 
 /// An answer without an id: nothing can be kept under it.
 #[derive(Debug, thiserror::Error)]
 #[error("Docker's answer about a container has no id; is this endpoint really a Docker engine?")]
 pub struct NoId;
+
+impl Container {
+    /// Who carries its labels, for people: `container web-1 (3f2a9c012345)`, or `service web` of a Swarm.
+    pub fn label_holder(&self) -> String {
+        match &self.network_mode {
+            NetworkMode::Task { service, .. } => format!("service {service}"),
+            _ => {
+                let short: String = self.id.chars().take(12).collect();
+                format!("container {} ({short})", self.name)
+            }
+        }
+    }
+}
 
 impl TryFrom<ContainerInspectResponse> for Container {
     type Error = NoId;
@@ -186,7 +215,7 @@ fn published(ports: PortMap) -> BTreeMap<(u16, Protocol), Vec<SocketAddr>> {
 }
 
 /// Docker's RFC 3339 times; its zero time (year 1) and absent ones are the epoch.
-fn time(text: Option<&str>) -> SystemTime {
+pub fn time(text: Option<&str>) -> SystemTime {
     text.and_then(|text| text.parse::<jiff::Timestamp>().ok())
         .map(SystemTime::from)
         .filter(|time| *time > SystemTime::UNIX_EPOCH)

@@ -51,7 +51,7 @@ pub enum EngineError {
     Clock(String),
 }
 
-fn asking(question: &'static str) -> impl Fn(Error) -> EngineError + Copy {
+pub(in crate::source) fn asking(question: &'static str) -> impl Fn(Error) -> EngineError + Copy {
     move |source| EngineError::Docker { question, source }
 }
 
@@ -66,6 +66,35 @@ impl EngineError {
             }
         )
     }
+}
+
+/// Connects and agrees on an API version.
+pub(in crate::source) async fn dial(endpoint: &Endpoint) -> Result<Docker, EngineError> {
+    let docker = match endpoint {
+        Endpoint::Unix(path) => {
+            Docker::connect_with_unix(&path.to_string_lossy(), REQUEST_TIMEOUT_S, API_DEFAULT_VERSION)
+        }
+        Endpoint::Http(address) => Docker::connect_with_http(
+            &format!("tcp://{address}"),
+            REQUEST_TIMEOUT_S,
+            API_DEFAULT_VERSION,
+        ),
+        Endpoint::Tls {
+            address,
+            ca,
+            cert,
+            key,
+        } => Docker::connect_with_ssl(
+            &format!("tcp://{address}"),
+            key,
+            cert,
+            ca,
+            REQUEST_TIMEOUT_S,
+            API_DEFAULT_VERSION,
+        ),
+    };
+    let docker = docker.map_err(asking("connect"))?;
+    docker.negotiate_version().await.map_err(asking("version"))
 }
 
 /// The complete list.
@@ -88,31 +117,7 @@ pub struct Engine {
 impl Engine {
     /// Connects, agrees on an API version and reads the engine's clock.
     pub async fn connect(endpoint: &Endpoint) -> Result<Self, EngineError> {
-        let docker = match endpoint {
-            Endpoint::Unix(path) => {
-                Docker::connect_with_unix(&path.to_string_lossy(), REQUEST_TIMEOUT_S, API_DEFAULT_VERSION)
-            }
-            Endpoint::Http(address) => Docker::connect_with_http(
-                &format!("tcp://{address}"),
-                REQUEST_TIMEOUT_S,
-                API_DEFAULT_VERSION,
-            ),
-            Endpoint::Tls {
-                address,
-                ca,
-                cert,
-                key,
-            } => Docker::connect_with_ssl(
-                &format!("tcp://{address}"),
-                key,
-                cert,
-                ca,
-                REQUEST_TIMEOUT_S,
-                API_DEFAULT_VERSION,
-            ),
-        };
-        let docker = docker.map_err(asking("connect"))?;
-        let docker = docker.negotiate_version().await.map_err(asking("version"))?;
+        let docker = dial(endpoint).await?;
         let info = docker.info().await.map_err(asking("info"))?;
         let text = info.system_time.unwrap_or_default();
         let time: jiff::Timestamp = text.parse().map_err(|_| EngineError::Clock(text))?;

@@ -8,6 +8,7 @@ use crate::{
     source::{
         Freshness, Message, SourceId, Update,
         labels::{self, Site},
+        link::{self, Gone},
     },
 };
 
@@ -23,9 +24,6 @@ pub enum Heard {
     /// The connection's state changed, or a sign of life came.
     Freshness(Freshness),
 }
-
-/// Nobody listens any more.
-pub(super) struct Gone;
 
 /// Who is told.
 pub(super) enum Outlet {
@@ -48,9 +46,20 @@ impl Outlet {
             *view = Some(Box::new((site, policy.clone())));
         }
     }
+}
 
-    /// Passes on what was heard.
-    pub(super) async fn tell(&self, source: &SourceId, heard: Heard) -> Result<(), Gone> {
+impl link::Outlet for Outlet {
+    type Said = Heard;
+
+    fn nothing() -> Heard {
+        Heard::List(Vec::new())
+    }
+
+    fn freshness(freshness: Freshness) -> Heard {
+        Heard::Freshness(freshness)
+    }
+
+    async fn say(&self, source: &SourceId, heard: Heard) -> Result<(), Gone> {
         let (inbox, view) = match self {
             Self::Facts(to) => return to.send(heard).await.map_err(|_| Gone),
             Self::Wishes { inbox, view } => (inbox, view.as_ref()),

@@ -87,6 +87,7 @@ pub fn spawn(
             last_heard: recalled.mirror.read,
             last_full_read: recalled.mirror.read,
             fault: recalled.fault,
+            via: None,
         },
         lost: false,
         mirror: recalled.mirror,

@@ -140,10 +140,9 @@ pub(super) struct Refused<'c> {
 
 impl Refused<'_> {
     pub(super) fn note(&mut self, label: &str, fault: &impl fmt::Display, remedy: String) {
-        let short: String = self.container.id.chars().take(12).collect();
         self.rejections.push(Rejection {
             source: self.source.into(),
-            object: format!("container {} ({short}): label {label}", self.container.name),
+            object: format!("{}: label {label}", self.container.label_holder()),
             fault: fault.to_string(),
             remedy,
         });
@@ -371,8 +370,15 @@ fn container_port(listen: Listen, named: Option<u16>, container: &Container) -> 
     match exposed.as_slice() {
         [only] => Ok(*only),
         several if several.contains(&listen.port) => Ok(listen.port),
-        // A container in the node's network exposes nothing to Docker: it listens where it says.
-        [] if container.network_mode == NetworkMode::Host => Ok(listen.port),
+        // A container in the node's network exposes nothing to Docker: it listens where it says. A task whose service
+        // publishes nothing is refused for that.
+        [] if matches!(
+            container.network_mode,
+            NetworkMode::Host | NetworkMode::Task { .. }
+        ) =>
+        {
+            Ok(listen.port)
+        }
         _ => Err(Refusal::Port {
             exposed: exposed
                 .into_iter()

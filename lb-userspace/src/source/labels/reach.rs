@@ -27,6 +27,15 @@ pub fn places(
         NetworkMode::Host => Ok(at(&site.node)),
         NetworkMode::Container(id) => Err(("network", Refusal::SharedNetwork(id.chars().take(12).collect()))),
         NetworkMode::None => Err(("network", Refusal::NoAddress)),
+        NetworkMode::Task { elsewhere, .. } => {
+            published(listen, port, container, site).map_err(|refusal| match refusal {
+                Refusal::Unpublished(port) => {
+                    let elsewhere = elsewhere.get(&(port.port, port.protocol)).copied();
+                    ("port", Refusal::NotOnNode { port, elsewhere })
+                }
+                other => ("port", other),
+            })
+        }
         NetworkMode::Network(_) if site.remote => {
             published(listen, port, container, site).map_err(|refusal| ("port", refusal))
         }

@@ -9,6 +9,7 @@ use crate::{
         value::{self, Listen, ValueError},
     },
     model::ServiceAddress,
+    source::docker::container::Elsewhere,
 };
 
 /// Why a service is refused. `Display` is the fault, [`Refusal::remedy`] what to do.
@@ -34,6 +35,18 @@ pub enum Refusal {
     EveryPortRemote(Listen),
     #[error("port {0} is not published, and the engine is on another node")]
     Unpublished(Listen),
+    #[error(
+        "port {port} is {}",
+        match .elsewhere {
+            None => "not published on the nodes",
+            Some(Elsewhere::Mesh) => "published in Swarm's ingress mesh, not on the nodes",
+            Some(Elsewhere::Untold) => "published on the nodes, but Swarm does not tell at which port",
+        }
+    )]
+    NotOnNode {
+        port: Listen,
+        elsewhere: Option<Elsewhere>,
+    },
     #[error("the container is on several networks ({})", .0.join(", "))]
     NetworkChoice(Vec<String>),
     #[error("the container is not on network `{network}`")]
@@ -76,6 +89,16 @@ impl Refusal {
             }
             Self::EveryPortRemote(_) => "name the ports, or run an agent on the container's node".into(),
             Self::Unpublished(_) => "publish it, or run an agent on the container's node".into(),
+            Self::NotOnNode {
+                elsewhere: Some(Elsewhere::Untold),
+                ..
+            } => {
+                "name the port (`published=`), or have new tasks made: `docker service update --force`".into()
+            }
+            Self::NotOnNode { port, .. } => format!(
+                "publish it in mode host: `--publish mode=host,target={},protocol={}`, or `mode: host` in a stack file",
+                port.port, port.protocol
+            ),
             Self::NetworkChoice(known) => {
                 format!("set {prefix}network to one of: {}", known.join(", "))
             }

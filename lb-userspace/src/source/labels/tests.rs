@@ -9,7 +9,7 @@ use crate::{
     source::docker::signal,
 };
 
-pub(super) fn policy() -> Policy {
+pub(crate) fn policy() -> Policy {
     let vip = |name: &str, addresses: &[&str]| Vip {
         name: name.into(),
         addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),

@@ -35,6 +35,11 @@ pub const SOURCE: &str = "nodes";
 /// Signs of life of nodes are passed on, and changes are kept for the next start, no more often than this.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
+/// Whether this source is a node.
+pub fn is_node(source: &SourceId) -> bool {
+    source.0.starts_with("node:")
+}
+
 /// What was read last, and where it is kept.
 #[derive(Debug)]
 pub struct Recalled {
@@ -80,6 +85,7 @@ pub fn spawn(
             last_heard: recalled.registry.read,
             last_full_read: recalled.registry.read,
             fault: recalled.fault,
+            via: None,
         },
         listed: false,
         lost: false,
@@ -264,6 +270,7 @@ impl Source {
             last_heard: self.registry.read.filter(|_| !node.is_lost()),
             last_full_read: self.freshness.last_full_read,
             fault,
+            via: None,
         }
     }
 
