@@ -176,6 +176,11 @@ const METRICS: &[Definition] = &[
         "When the source last gave a sign of life, seconds since 1970; absent before the first.",
     ),
     gauge(
+        "weir_source_last_full_read_seconds",
+        &["source"],
+        "When the source's last complete list was read, seconds since 1970; absent before the first.",
+    ),
+    gauge(
         "weir_source_objects",
         &["source"],
         "Objects that the source told of.",
@@ -507,6 +512,9 @@ fn agent(samples: &mut Samples, status: &Status) {
         samples.add("weir_source_objects", &labels, source.objects as f64);
         if let Some(heard) = source.last_heard {
             samples.add("weir_source_last_heard_seconds", &labels, unix(heard));
+        }
+        if let Some(read) = source.last_full_read {
+            samples.add("weir_source_last_full_read_seconds", &labels, unix(read));
         }
         let refused = status
             .rejections

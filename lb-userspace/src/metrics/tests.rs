@@ -45,6 +45,7 @@ fn values_are_those_of_status_and_counters() {
         r#"weir_route_upstreams{host="vote.example.com",path="/shop",state="draining"} 1"#,
         r#"weir_rejections{source="docker"} 1"#,
         r#"weir_source_last_heard_seconds{source="docker"} 1767225599"#,
+        r#"weir_source_last_full_read_seconds{source="docker"} 1767225470"#,
         "weir_commit_duration_seconds 0.00125",
         r#"weir_backend_condition{service="web",service_address="10.0.0.1:80/tcp",backend="web-3",address="172.17.0.4:8080",by="check"} 0"#,
         r#"weir_checks_total{result="impossible"} 1"#,

@@ -45,7 +45,7 @@ struct Place {
 }
 
 /// Nodes by their ids; one that cannot be reached is an object of its own, refused.
-type Places<'s> = BTreeMap<&'s str, Result<Place, Object>>;
+type Places<'s> = BTreeMap<&'s str, Result<Place, Box<Object>>>;
 
 /// What all services wish, by their ids; with them the nodes whose tasks cannot be reached.
 pub fn objects(
@@ -248,23 +248,25 @@ fn task_name(service: &Service, task: &Task) -> String {
 }
 
 /// Where a node is and whether it stays, or why that is not known.
-fn place(node: &Node, source: &str, allow: &Allowed) -> Result<Place, Object> {
+fn place(node: &Node, source: &str, allow: &Allowed) -> Result<Place, Box<Object>> {
     let host = hostname(node);
-    let refuse = |fault: String| Object {
-        id: node.id.clone().unwrap_or_default(),
-        name: host.to_owned(),
-        created: time(node.created_at.as_deref()),
-        services: Vec::new(),
-        routes: Vec::new(),
-        rejections: vec![Rejection {
-            source: source.to_owned(),
-            object: format!("node {host}"),
-            fault,
-            remedy: format!(
-                "say where its published ports are reached: \
+    let refuse = |fault: String| {
+        Box::new(Object {
+            id: node.id.clone().unwrap_or_default(),
+            name: host.to_owned(),
+            created: time(node.created_at.as_deref()),
+            services: Vec::new(),
+            routes: Vec::new(),
+            rejections: vec![Rejection {
+                source: source.to_owned(),
+                object: format!("node {host}"),
+                fault,
+                remedy: format!(
+                    "say where its published ports are reached: \
                  `docker node update --label-add {NODE_ADDRESS}=192.0.2.12 {host}`"
-            ),
-        }],
+                ),
+            }],
+        })
     };
     let availability = node.spec.as_ref().and_then(|spec| spec.availability);
     let state = node.status.as_ref().and_then(|status| status.state);
