@@ -1,0 +1,1 @@
+//! Weir's L7 shim.
