@@ -17,10 +17,10 @@ const DEFAULT_SOCKET: &str = "/run/weir/l7.sock";
 #[command(name = "weir-l7", bin_name = "weir l7", version, after_help = HELP)]
 pub struct Cli {
     /// The socket on which the agent tells its routes
-    #[arg(long, env = "WEIR_L7_SOCKET", default_value = DEFAULT_SOCKET, value_name = "PATH")]
-    pub socket: PathBuf,
+    #[arg(long, env = "WEIR_L7_AGENT", default_value = DEFAULT_SOCKET, value_name = "SOCKET")]
+    pub agent: PathBuf,
     /// Serve the routes of this file (JSON) instead of an agent's; SIGHUP reads it again
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["socket", "state"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["agent", "state"])]
     pub routes: Option<PathBuf>,
     /// Keep the last good state in this file, and begin with it
     #[arg(long, env = "WEIR_L7_STATE", value_name = "FILE")]

@@ -65,7 +65,7 @@ async fn shim(cli: &Cli) -> Result<()> {
                 info!(routes = last.routes.len(), "beginning with what was heard last");
                 states.send_replace(Some(last));
             }
-            let socket = cli.socket.clone();
+            let socket = cli.agent.clone();
             tokio::task::spawn_local(async move {
                 let publish = |state: &State| {
                     states.send_replace(Some(state.clone()));

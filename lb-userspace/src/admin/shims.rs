@@ -14,14 +14,13 @@ use std::{
 use axum::{
     Router,
     body::{Body, Bytes},
-    extract::{Query, State as With},
+    extract::State as With,
     http::header,
     response::{IntoResponse, Response},
     routing::get,
 };
 use futures_util::{StreamExt, stream};
 use lb_route::{ALIVE_EVERY, Message, SOCKET_NAME, State, Upstream, WATCH_PATH};
-use serde::Deserialize;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -62,17 +61,11 @@ struct Origin {
     stop: CancellationToken,
 }
 
-/// What a shim says of itself.
-#[derive(Debug, Default, Deserialize)]
-struct Who {
-    cluster: Option<String>,
-}
-
 /// A stream to one shim.
 struct Telling {
     origin: Origin,
     told: Option<State>,
-    _listener: Listener,
+    listener: Listener,
 }
 
 // === impl Shims ===
@@ -119,10 +112,10 @@ impl Shims {
     }
 }
 
-async fn watch_routes(With(origin): With<Origin>, Query(who): Query<Who>) -> Response {
+async fn watch_routes(With(origin): With<Origin>) -> Response {
     let stop = origin.stop.clone();
     let telling = Telling {
-        _listener: origin.connected.enter(who.cluster),
+        listener: origin.connected.enter(),
         origin,
         told: None,
     };
@@ -167,6 +160,7 @@ impl Telling {
                 settings: self.origin.config.borrow_and_update().l7.clone(),
             }
         };
+        self.listener.serves(&state.settings.cluster);
         let message = match &self.told {
             None => Some(Message::Full(state.clone())),
             Some(told) => state.since(told),
@@ -186,11 +180,11 @@ fn knows_its_routes(status: &Status) -> bool {
 // === impl Connected ===
 
 impl Connected {
-    fn enter(&self, cluster: Option<String>) -> Listener {
+    fn enter(&self) -> Listener {
         let mut listeners = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         listeners.next += 1;
         let id = listeners.next;
-        listeners.clusters.insert(id, cluster);
+        listeners.clusters.insert(id, None);
         Listener {
             connected: self.clone(),
             id,
@@ -207,6 +201,14 @@ impl Connected {
                 route.waiting_for = None;
             }
         }
+    }
+}
+
+impl Listener {
+    /// It serves the routes of this cluster, and those of none.
+    fn serves(&self, cluster: &Option<String>) {
+        let mut listeners = self.connected.0.lock().unwrap_or_else(PoisonError::into_inner);
+        listeners.clusters.insert(self.id, cluster.clone());
     }
 }
 
@@ -242,8 +244,7 @@ mod tests {
 
         let (seen, mut messages) = tokio::sync::mpsc::unbounded_channel::<Message>();
         let client = Client::new(&Shims::path(&admin));
-        let call = format!("{WATCH_PATH}?cluster=east");
-        let following = tokio::spawn(async move { client.follow(&call, |m| seen.send(m).is_ok()).await });
+        let following = tokio::spawn(async move { client.follow(WATCH_PATH, |m| seen.send(m).is_ok()).await });
         // Not read yet: nothing is told, and so nothing is taken off.
         while connected.0.lock().unwrap().clusters.is_empty() {
             tokio::task::yield_now().await;

@@ -16,6 +16,7 @@ mod events;
 mod flows;
 mod humane;
 mod import;
+mod l7;
 mod operate;
 mod rates;
 mod routes;
@@ -87,6 +88,8 @@ enum Command {
     /// Translate the configuration of another balancer
     #[command(subcommand)]
     Import(import::ImportCommand),
+    /// Serve HTTP by the routes: the L7 shim, a process without privileges
+    L7(l7::L7Args),
     /// Take the datapath off the node: programs, maps and addresses; ends every flow. The agent must be stopped
     Detach(DetachArgs),
 }
@@ -196,6 +199,7 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
     match &cli.command {
         Command::Run(args) => run::run(args, socket),
         Command::Detach(args) => run::detach(args, socket),
+        Command::L7(args) => l7::become_shim(args, socket),
         Command::Check { config } => check::check(config, &mut io::stdout(), &mut io::stderr()),
         Command::Import(command) => import::run(command, &mut io::stdout(), &mut io::stderr()),
         Command::Status(args) => call(watch::status(&client, args)),
@@ -291,6 +295,7 @@ mod tests {
             panic!("not a status")
         };
         assert_eq!(args.watch, Some(Duration::from_secs(2)));
+        assert!(parse("weir l7 --help").is_ok() && parse("weir l7 --http 127.0.0.1:0 --routes x").is_ok());
         let cli = parse("weir flows --socket /tmp/x --limit 3").unwrap();
         assert_eq!(cli.socket.as_deref(), Some(Path::new("/tmp/x")));
         for wrong in [
