@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use lb_route::{Balance, BackendState};
+use lb_route::{BackendState, Balance};
 
 use crate::served::{Served, Target};
 
@@ -98,17 +98,20 @@ pub fn pick(route: &Served, asked: Asked, tried: &Tried) -> Option<usize> {
     let fit = |place: usize, target: &Target| {
         target.state == BackendState::Active && target.weight > 0 && !tried.has(place)
     };
-    let steady = |place: usize, target: &Target| fit(place, target) && !target.upstream.is_shunned(asked.now_ms);
+    let steady =
+        |place: usize, target: &Target| fit(place, target) && !target.upstream.is_shunned(asked.now_ms);
     if let Some(cookie) = asked.cookie {
         let mut targets = route.targets.iter().enumerate();
-        if let Some((place, _)) = targets.find(|(place, t)| t.upstream.cookie == cookie && steady(*place, t)) {
+        if let Some((place, _)) = targets.find(|(place, t)| t.upstream.cookie == cookie && steady(*place, t))
+        {
             return Some(place);
         }
     }
     choose(route, asked, &steady)
         .or_else(|| choose(route, asked, &fit))
         .or_else(|| {
-            let draining = |(place, t): &(usize, &Target)| t.state == BackendState::Draining && !tried.has(*place);
+            let draining =
+                |(place, t): &(usize, &Target)| t.state == BackendState::Draining && !tried.has(*place);
             let mut targets = route.targets.iter().enumerate();
             targets.find(draining).map(|(place, _)| place)
         })
@@ -214,7 +217,16 @@ mod tests {
     #[test]
     fn all_ways_keep_to_weights_and_states() {
         for balance in [Balance::RoundRobin, Balance::ClientIp, Balance::LeastConnections] {
-            let route = served(balance, &[(3, "active"), (1, "active"), (9, "unready"), (0, "active"), (9, "draining")]);
+            let route = served(
+                balance,
+                &[
+                    (3, "active"),
+                    (1, "active"),
+                    (9, "unready"),
+                    (0, "active"),
+                    (9, "draining"),
+                ],
+            );
             let mut counts = BTreeMap::new();
             for client in 0..4000 {
                 let place = pick(&route, asked(client, None), &Tried::default()).unwrap();
@@ -230,8 +242,14 @@ mod tests {
 
     #[test]
     fn a_client_stays_when_others_go() {
-        let before = served(Balance::ClientIp, &[(1, "active"), (1, "active"), (1, "active"), (1, "active")]);
-        let after = served(Balance::ClientIp, &[(1, "active"), (1, "active"), (1, "active"), (1, "unready")]);
+        let before = served(
+            Balance::ClientIp,
+            &[(1, "active"), (1, "active"), (1, "active"), (1, "active")],
+        );
+        let after = served(
+            Balance::ClientIp,
+            &[(1, "active"), (1, "active"), (1, "active"), (1, "unready")],
+        );
         for client in 0..1000 {
             let first = pick(&before, asked(client, None), &Tried::default()).unwrap();
             let second = pick(&after, asked(client, None), &Tried::default()).unwrap();
@@ -241,7 +259,10 @@ mod tests {
 
     #[test]
     fn cookies_hold_while_their_upstream_serves() {
-        let route = served(Balance::RoundRobin, &[(1, "active"), (1, "active"), (1, "draining")]);
+        let route = served(
+            Balance::RoundRobin,
+            &[(1, "active"), (1, "active"), (1, "draining")],
+        );
         let cookie = |place: usize| Some(route.targets[place].upstream.cookie);
         for _ in 0..5 {
             assert_eq!(pick(&route, asked(1, cookie(1)), &Tried::default()), Some(1));
@@ -252,7 +273,10 @@ mod tests {
 
     #[test]
     fn what_was_tried_or_is_shunned_comes_last() {
-        let route = served(Balance::RoundRobin, &[(1, "active"), (1, "active"), (1, "draining")]);
+        let route = served(
+            Balance::RoundRobin,
+            &[(1, "active"), (1, "active"), (1, "draining")],
+        );
         let mut tried = Tried::default();
         route.targets[0].upstream.shun(5);
         assert_eq!(pick(&route, asked(1, None), &tried), Some(1));

@@ -42,7 +42,8 @@ pub struct Cli {
     pub log: String,
 }
 
-const HELP: &str = "Signals: SIGTERM and SIGINT stop after what is under way has ended; a second one stops at once.
+const HELP: &str =
+    "Signals: SIGTERM and SIGINT stop after what is under way has ended; a second one stops at once.
 The log is written to standard error, the log of requests ([l7] access-log) to standard output.";
 
 /// Runs the command line of this process.
@@ -82,10 +83,25 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-        let cli = Cli::try_parse_from(["weir-l7", "--routes", "r.json", "--http", "127.0.0.1:0", "--http", "[::1]:80"]);
+        let cli = Cli::try_parse_from([
+            "weir-l7",
+            "--routes",
+            "r.json",
+            "--http",
+            "127.0.0.1:0",
+            "--http",
+            "[::1]:80",
+        ]);
         assert_eq!(cli.unwrap().http.len(), 2);
-        for wrong in [&["--workers", "0"][..], &["--http", "80"], &["--routes", "a", "--state", "b"]] {
-            assert!(Cli::try_parse_from([&["weir-l7"][..], wrong].concat()).is_err(), "{wrong:?}");
+        for wrong in [
+            &["--workers", "0"][..],
+            &["--http", "80"],
+            &["--routes", "a", "--state", "b"],
+        ] {
+            assert!(
+                Cli::try_parse_from([&["weir-l7"][..], wrong].concat()).is_err(),
+                "{wrong:?}"
+            );
         }
     }
 }

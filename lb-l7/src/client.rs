@@ -4,8 +4,8 @@
 use std::{
     io,
     pin::Pin,
-    sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
     sync::Arc,
+    sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
     task::{Context, Poll},
 };
 
@@ -186,7 +186,12 @@ pub struct ClientIo {
 impl ClientIo {
     /// Reads `prefix` first.
     pub fn new(transport: Transport, prefix: Bytes, stage: Arc<Stage>, clock: Arc<Clock>) -> Self {
-        Self { transport, prefix, stage, clock }
+        Self {
+            transport,
+            prefix,
+            stage,
+            clock,
+        }
     }
 }
 
@@ -202,7 +207,11 @@ fn give(prefix: &mut Bytes, buf: &mut ReadBuf<'_>) {
 }
 
 impl AsyncRead for Prefixed {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         if !self.prefix.is_empty() {
             give(&mut self.prefix, buf);
             return Poll::Ready(Ok(()));
@@ -311,7 +320,10 @@ mod tests {
         stage.end(20_000);
         assert!(!stage.is_late(80_000, &timeouts) && stage.is_late(80_001, &timeouts));
         stage.heard(|| 30_000);
-        assert!(stage.is_late(40_001, &timeouts), "a header does not take that long");
+        assert!(
+            stage.is_late(40_001, &timeouts),
+            "a header does not take that long"
+        );
         stage.heard(|| 40_000);
         assert!(stage.is_late(40_001, &timeouts), "not even byte by byte");
         let h2 = Stage::new(0);

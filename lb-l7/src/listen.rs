@@ -50,8 +50,12 @@ pub struct ListenError {
 
 fn remedy(error: &io::Error) -> &'static str {
     match error.kind() {
-        io::ErrorKind::AddrInUse => "another program has the port: stop it, or choose another one (`http-port`, `https-port`, `listen` of [l7])",
-        io::ErrorKind::PermissionDenied => "ports below 1024 need CAP_NET_BIND_SERVICE, as deploy/weir-l7.service gives it",
+        io::ErrorKind::AddrInUse => {
+            "another program has the port: stop it, or choose another one (`http-port`, `https-port`, `listen` of [l7])"
+        }
+        io::ErrorKind::PermissionDenied => {
+            "ports below 1024 need CAP_NET_BIND_SERVICE, as deploy/weir-l7.service gives it"
+        }
         io::ErrorKind::AddrNotAvailable => "no device of this node has the address",
         _ => "see `listen` of [l7]",
     }
@@ -75,7 +79,10 @@ impl Sockets {
     /// # Errors
     /// See [`ListenError`].
     pub fn add(&mut self, place: Place, workers: usize) -> Result<(), ListenError> {
-        let fail = |source| ListenError { place: place.address, source };
+        let fail = |source| ListenError {
+            place: place.address,
+            source,
+        };
         let mut address = place.address;
         let mut sockets = Vec::with_capacity(workers);
         for _ in 0..workers {
@@ -92,7 +99,13 @@ impl Sockets {
             address = bound.as_socket().unwrap_or(address);
             sockets.push(socket);
         }
-        self.0.push((Place { address, tls: place.tls }, sockets));
+        self.0.push((
+            Place {
+                address,
+                tls: place.tls,
+            },
+            sockets,
+        ));
         Ok(())
     }
 
@@ -179,19 +192,38 @@ mod tests {
 
     #[test]
     fn every_worker_has_a_socket_at_the_same_port() {
-        let place = Place { address: "127.0.0.1:0".parse().unwrap(), tls: false };
+        let place = Place {
+            address: "127.0.0.1:0".parse().unwrap(),
+            tls: false,
+        };
         let sockets = Sockets::bind(&[place], 3).unwrap();
         let (bound, all) = &sockets.0[0];
         assert!(bound.address.port() != 0);
-        assert!(all.iter().all(|s| s.local_addr().unwrap().as_socket() == Some(bound.address)));
-        assert_eq!(sockets.share(2, &Arc::default()).iter().map(Vec::len).collect::<Vec<_>>(), [2, 1]);
+        assert!(
+            all.iter()
+                .all(|s| s.local_addr().unwrap().as_socket() == Some(bound.address))
+        );
+        assert_eq!(
+            sockets
+                .share(2, &Arc::default())
+                .iter()
+                .map(Vec::len)
+                .collect::<Vec<_>>(),
+            [2, 1]
+        );
     }
 
     #[test]
     fn a_port_of_another_program_is_named_with_a_remedy() {
         let other = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        let place = Place { address: other.local_addr().unwrap(), tls: false };
+        let place = Place {
+            address: other.local_addr().unwrap(),
+            tls: false,
+        };
         let error = Sockets::bind(&[place], 1).unwrap_err().to_string();
-        assert!(error.contains(&place.address.to_string()) && error.contains("another program"), "{error}");
+        assert!(
+            error.contains(&place.address.to_string()) && error.contains("another program"),
+            "{error}"
+        );
     }
 }

@@ -89,7 +89,10 @@ impl Log {
         std::thread::Builder::new()
             .name("access-log".into())
             .spawn(move || write_all(&queue))?;
-        Ok(Self { lines, lost: AtomicU64::new(0) })
+        Ok(Self {
+            lines,
+            lost: AtomicU64::new(0),
+        })
     }
 
     /// What has to be remembered of a request from its header, if it is logged at all.
@@ -147,7 +150,9 @@ fn write_all(queue: &Receiver<String>) {
 }
 
 fn text(headers: &HeaderMap, name: &HeaderName) -> String {
-    let value = headers.get(name).map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
+    let value = headers
+        .get(name)
+        .map(|value| String::from_utf8_lossy(value.as_bytes()).into_owned());
     value.unwrap_or_default()
 }
 
@@ -160,9 +165,19 @@ impl Line {
         }
         let time = Timestamp::try_from(self.when).map_or_else(
             |_| "-".to_owned(),
-            |t| t.to_zoned(TimeZone::UTC).strftime("%d/%b/%Y:%H:%M:%S %z").to_string(),
+            |t| {
+                t.to_zoned(TimeZone::UTC)
+                    .strftime("%d/%b/%Y:%H:%M:%S %z")
+                    .to_string()
+            },
         );
-        let dash = |text: &str| if text.is_empty() { "-".to_owned() } else { escaped(text) };
+        let dash = |text: &str| {
+            if text.is_empty() {
+                "-".to_owned()
+            } else {
+                escaped(text)
+            }
+        };
         let mut line = format!(
             "{} - - [{time}] \"{} {} {:?}\" {} {} \"{}\" \"{}\" {} {} {:.3}",
             self.client.ip(),
@@ -256,7 +271,10 @@ mod tests {
         );
         let json: serde_json::Value = serde_json::from_str(&line(AccessLog::Json).to_text()).unwrap();
         assert_eq!(json["user_agent"], "x\" 200 \"y\tz");
-        assert_eq!((json["ms"].as_f64(), json["upstream"].as_str()), (Some(1.5), Some("c1")));
+        assert_eq!(
+            (json["ms"].as_f64(), json["upstream"].as_str()),
+            (Some(1.5), Some("c1"))
+        );
     }
 
     #[test]

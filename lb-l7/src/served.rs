@@ -169,7 +169,11 @@ impl Registry {
         for route in state.routes.iter().filter(ours) {
             let served = Arc::new(self.served(route, &mut seen, now_ms));
             for host in std::iter::once(&route.host).chain(&route.aliases) {
-                entries.push((host.clone(), route.path.clone(), Action::Serve(Arc::clone(&served))));
+                entries.push((
+                    host.clone(),
+                    route.path.clone(),
+                    Action::Serve(Arc::clone(&served)),
+                ));
             }
             for redirect in &route.settings.redirects {
                 if let Some((host, path)) = host_and_path(&redirect.from) {
@@ -206,18 +210,25 @@ impl Registry {
     ) -> Served {
         let address = route.address();
         let workers = self.workers;
-        let stats = self.routes.entry(address.clone()).or_insert_with(|| Arc::new(Shards::new(workers)));
+        let stats = self
+            .routes
+            .entry(address.clone())
+            .or_insert_with(|| Arc::new(Shards::new(workers)));
         let stats = Arc::clone(stats);
         let mut targets = Vec::with_capacity(route.upstreams.len());
         for upstream in &route.upstreams {
             let key = (address.clone(), upstream.address);
             let entry = match self.known.get(&key) {
-                Some(known) if known.entry.name == upstream.name && known.entry.changed.0 == upstream.state => {
+                Some(known)
+                    if known.entry.name == upstream.name && known.entry.changed.0 == upstream.state =>
+                {
                     Arc::clone(&known.entry)
                 }
                 known => {
                     // Another container with the address of an earlier one has numbers and connections of its own.
-                    let same = known.filter(|known| known.entry.name == upstream.name).map(|k| &k.entry);
+                    let same = known
+                        .filter(|known| known.entry.name == upstream.name)
+                        .map(|k| &k.entry);
                     let id = same.map_or(self.next, |entry| entry.id);
                     self.next += u64::from(same.is_none());
                     Arc::new(UpstreamEntry {
@@ -232,29 +243,52 @@ impl Registry {
                 }
             };
             if upstream.state == BackendState::Draining {
-                let fate = Fate { since_ms: now_ms, drain: upstream.drain };
+                let fate = Fate {
+                    since_ms: now_ms,
+                    drain: upstream.drain,
+                };
                 self.fates.entry(entry.id).or_insert(fate);
             } else {
                 self.fates.remove(&entry.id);
             }
-            let known = Known { entry: Arc::clone(&entry), drain: upstream.drain };
+            let known = Known {
+                entry: Arc::clone(&entry),
+                drain: upstream.drain,
+            };
             if let Some(old) = self.known.insert(key.clone(), known)
                 && old.entry.id != entry.id
             {
-                self.fates.entry(old.entry.id).or_insert(Fate { since_ms: now_ms, drain: old.drain });
+                self.fates.entry(old.entry.id).or_insert(Fate {
+                    since_ms: now_ms,
+                    drain: old.drain,
+                });
             }
             seen.insert(key);
-            targets.push(Target { upstream: entry, weight: upstream.weight, state: upstream.state });
+            targets.push(Target {
+                upstream: entry,
+                weight: upstream.weight,
+                state: upstream.state,
+            });
         }
         let weights: Vec<u32> = targets
             .iter()
-            .map(|t| if t.state == BackendState::Active { t.weight } else { 0 })
+            .map(|t| {
+                if t.state == BackendState::Active {
+                    t.weight
+                } else {
+                    0
+                }
+            })
             .collect();
         let rewritten = route.settings.rewrite && route.path != WHOLE_HOST;
         Served {
             name: address.to_string(),
             host: route.host.clone(),
-            prefix: if rewritten { route.path.as_str().into() } else { "".into() },
+            prefix: if rewritten {
+                route.path.as_str().into()
+            } else {
+                "".into()
+            },
             settings: route.settings.clone(),
             schedule: balance::schedule(&weights),
             targets,
@@ -268,7 +302,10 @@ impl Registry {
         self.known.retain(|key, known| {
             let stays = seen.contains(key);
             if !stays {
-                let fate = Fate { since_ms: now_ms, drain: known.drain };
+                let fate = Fate {
+                    since_ms: now_ms,
+                    drain: known.drain,
+                };
                 fates.entry(known.entry.id).or_insert(fate);
             }
             stays
@@ -288,7 +325,14 @@ fn host_and_path(from: &str) -> Option<(String, String)> {
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let host = host::normal(authority)?.into_owned();
     let path = path.trim_end_matches('/');
-    Some((host, if path.is_empty() { WHOLE_HOST.into() } else { path.into() }))
+    Some((
+        host,
+        if path.is_empty() {
+            WHOLE_HOST.into()
+        } else {
+            path.into()
+        },
+    ))
 }
 
 #[cfg(test)]
@@ -304,7 +348,10 @@ pub(crate) mod tests {
             host: "a".into(),
             aliases: BTreeSet::new(),
             path: "/".into(),
-            settings: RouteSettings { balance, ..RouteSettings::default() },
+            settings: RouteSettings {
+                balance,
+                ..RouteSettings::default()
+            },
             upstreams: upstreams
                 .iter()
                 .enumerate()
@@ -339,11 +386,24 @@ pub(crate) mod tests {
         assert!(first.fates.is_empty());
         let drained = registry.serving(&with("one", "draining"), 10);
         assert_eq!(id(&first), id(&drained));
-        assert_eq!(drained.routes[0].targets[0].upstream.stats.sum(|s| &s.answers[1]), 1);
-        assert_eq!(drained.fates[&id(&first)], Fate { since_ms: 10, drain: Duration::from_millis(500) });
+        assert_eq!(
+            drained.routes[0].targets[0].upstream.stats.sum(|s| &s.answers[1]),
+            1
+        );
+        assert_eq!(
+            drained.fates[&id(&first)],
+            Fate {
+                since_ms: 10,
+                drain: Duration::from_millis(500)
+            }
+        );
         let other = registry.serving(&with("two", "active"), 20);
         assert_ne!(id(&other), id(&first));
-        assert_eq!(other.fates[&id(&first)].since_ms, 10, "the deadline does not move");
+        assert_eq!(
+            other.fates[&id(&first)].since_ms,
+            10,
+            "the deadline does not move"
+        );
         let gone = registry.serving(&state("{}"), 30);
         assert_eq!(gone.fates.len(), 2);
         assert!(registry.serving(&state("{}"), 10_000_000).fates.is_empty());

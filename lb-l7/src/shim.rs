@@ -124,7 +124,9 @@ async fn shim(cli: &Cli) -> Result<()> {
     stop.asked().await;
     let patience = shared.serving.borrow().settings.timeouts.drain;
     info!("stopping; what is under way may go on for {patience:?}");
-    shared.phase.send_replace(Phase::Draining(Instant::now() + patience));
+    shared
+        .phase
+        .send_replace(Phase::Draining(Instant::now() + patience));
     let ended = tokio::task::spawn_blocking(move || threads.into_iter().for_each(|t| drop(t.join())));
     tokio::select! {
         _ = ended => info!("stopped"),
@@ -150,8 +152,16 @@ fn places(cli: &Cli, settings: &L7) -> Vec<Place> {
             .collect::<Vec<_>>()
     };
     let own = !cli.http.is_empty() || !cli.https.is_empty();
-    let http = if own { cli.http.clone() } else { configured(settings.http_port) };
-    let https = if own { cli.https.clone() } else { configured(settings.https_port) };
+    let http = if own {
+        cli.http.clone()
+    } else {
+        configured(settings.http_port)
+    };
+    let https = if own {
+        cli.https.clone()
+    } else {
+        configured(settings.https_port)
+    };
     let plain = http.into_iter().map(|address| Place { address, tls: false });
     let tls = https.into_iter().map(|address| Place { address, tls: true });
     plain.chain(tls).collect()
@@ -187,7 +197,10 @@ fn start(index: usize, sockets: Vec<Nascent>, shared: Arc<Shared>) -> Result<Joi
             .enable_all()
             .build_local(LocalOptions::default())?;
         runtime.block_on(async {
-            let listeners = sockets.into_iter().map(Nascent::adopt).collect::<std::io::Result<_>>()?;
+            let listeners = sockets
+                .into_iter()
+                .map(Nascent::adopt)
+                .collect::<std::io::Result<_>>()?;
             Worker::new(index, shared).run(listeners).await;
             Ok(())
         })

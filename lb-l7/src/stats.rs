@@ -127,7 +127,10 @@ mod tests {
         shards.of(0).took(500);
         shards.of(0).took(501);
         shards.of(0).took(u64::MAX / 2);
-        assert_eq!((shards.of(0).latency[0].get(), shards.of(0).latency[1].get()), (1, 1));
+        assert_eq!(
+            (shards.of(0).latency[0].get(), shards.of(0).latency[1].get()),
+            (1, 1)
+        );
         assert_eq!(shards.of(0).latency[BOUNDS_US.len()].get(), 1);
         shards.of(0).begin();
         shards.of(0).begin();

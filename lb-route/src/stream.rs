@@ -55,10 +55,15 @@ impl State {
         }
         let known: BTreeMap<RouteAddress, &Route> = old.routes.iter().map(|r| (r.address(), r)).collect();
         let now: BTreeMap<RouteAddress, &Route> = self.routes.iter().map(|r| (r.address(), r)).collect();
-        let changed = now.iter().filter(|(address, route)| known.get(address) != Some(route));
+        let changed = now
+            .iter()
+            .filter(|(address, route)| known.get(address) != Some(route));
         Some(Message::Change {
             put: changed.map(|(_, route)| (*route).clone()).collect(),
-            remove: known.into_keys().filter(|address| !now.contains_key(address)).collect(),
+            remove: known
+                .into_keys()
+                .filter(|address| !now.contains_key(address))
+                .collect(),
         })
     }
 

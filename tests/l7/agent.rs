@@ -38,15 +38,26 @@ impl Agent {
         let (token, admin) = (stop.clone(), folder.join("weir.sock"));
         let (bound, is_bound) = std::sync::mpsc::channel();
         let thread = std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+                .unwrap();
             runtime.block_on(async {
                 let shims = Shims::bind(&admin).unwrap();
                 bound.send(()).unwrap();
-                shims.serve(status_of, config_of, Connected::default(), token).await.unwrap();
+                shims
+                    .serve(status_of, config_of, Connected::default(), token)
+                    .await
+                    .unwrap();
             });
         });
         is_bound.recv().unwrap();
-        Self { status, config, stop, thread: Some(thread) }
+        Self {
+            status,
+            config,
+            stop,
+            thread: Some(thread),
+        }
     }
 
     /// Tells other routes.

@@ -26,30 +26,77 @@ fn rig(settings: serde_json::Value) -> Rig {
     let origin = Origin::start();
     let agent = Agent::start(folder.path(), &settings, &json!([route("a", &[origin.address])]));
     let shim = Shim::start(folder.path());
-    Rig { origin, shim, _agent: agent, _folder: folder }
+    Rig {
+        origin,
+        shim,
+        _agent: agent,
+        _folder: folder,
+    }
 }
 
 /// Requests that are refused, and after which the connection is of no use.
 const REFUSED: &[(&str, &str)] = &[
-    ("two lengths", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!"),
-    ("two lengths in one line", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 6\r\n\r\nhello!"),
-    ("a signed length", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +5\r\n\r\nhello"),
-    ("a negative length", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n"),
-    ("a length in hex", "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0x5\r\n\r\nhello"),
-    ("an unknown coding", "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n"),
-    ("chunked, then another", "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n"),
-    ("chunked in HTTP/1.0", "POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
-    ("a space before the colon", "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n"),
-    ("a folded line", "GET / HTTP/1.1\r\nHost: a\r\nX: 1\r\n Transfer-Encoding: chunked\r\n\r\n"),
-    ("a line without a name", "GET / HTTP/1.1\r\nHost: a\r\n: x\r\n\r\n"),
+    (
+        "two lengths",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello!",
+    ),
+    (
+        "two lengths in one line",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5, 6\r\n\r\nhello!",
+    ),
+    (
+        "a signed length",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: +5\r\n\r\nhello",
+    ),
+    (
+        "a negative length",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
+    ),
+    (
+        "a length in hex",
+        "POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0x5\r\n\r\nhello",
+    ),
+    (
+        "an unknown coding",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: xchunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+    ),
+    (
+        "chunked, then another",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    ),
+    (
+        "chunked in HTTP/1.0",
+        "POST / HTTP/1.0\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    ),
+    (
+        "a space before the colon",
+        "POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+    ),
+    (
+        "a folded line",
+        "GET / HTTP/1.1\r\nHost: a\r\nX: 1\r\n Transfer-Encoding: chunked\r\n\r\n",
+    ),
+    (
+        "a line without a name",
+        "GET / HTTP/1.1\r\nHost: a\r\n: x\r\n\r\n",
+    ),
     ("a zero byte", "GET / HTTP/1.1\r\nHost: a\r\nX: a\0b\r\n\r\n"),
-    ("a bare CR", "GET / HTTP/1.1\r\nHost: a\r\nX: a\rTransfer-Encoding: chunked\r\n\r\n"),
+    (
+        "a bare CR",
+        "GET / HTTP/1.1\r\nHost: a\r\nX: a\rTransfer-Encoding: chunked\r\n\r\n",
+    ),
     ("no host", "GET / HTTP/1.1\r\n\r\n"),
     ("two hosts", "GET / HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n"),
     ("a host with a path", "GET / HTTP/1.1\r\nHost: a/b\r\n\r\n"),
-    ("a host with a user", "GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n"),
+    (
+        "a host with a user",
+        "GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n",
+    ),
     ("a tunnel", "CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n"),
-    ("no HTTP", "\x16\x03\x01\x02\x00\x01\x00\x01\x7c\x03\x03 hello\r\n\r\n"),
+    (
+        "no HTTP",
+        "\x16\x03\x01\x02\x00\x01\x00\x01\x7c\x03\x03 hello\r\n\r\n",
+    ),
     ("an unknown version", "GET / HTTP/3.0\r\nHost: a\r\n\r\n"),
 ];
 
@@ -83,15 +130,27 @@ fn a_length_beside_chunks_does_not_reach_a_server() {
         assert!(wire.is_closed(), "and nothing behind them");
     }
     let seen = rig.origin.requests();
-    assert!(seen.iter().all(|r| !r.contains("content-length") && !r.contains("smuggled")), "{seen:?}");
+    assert!(
+        seen.iter()
+            .all(|r| !r.contains("content-length") && !r.contains("smuggled")),
+        "{seen:?}"
+    );
 }
 
 #[test]
 fn chunks_that_are_none_end_the_request() {
     let rig = rig(json!({}));
-    for body in ["5\r\nhello0\r\n\r\n", "zz\r\nhello\r\n0\r\n\r\n", "ffffffffffffffffff\r\n", "5 \n\rhello", "-1\r\n\r\n"] {
+    for body in [
+        "5\r\nhello0\r\n\r\n",
+        "zz\r\nhello\r\n0\r\n\r\n",
+        "ffffffffffffffffff\r\n",
+        "5 \n\rhello",
+        "-1\r\n\r\n",
+    ] {
         let mut wire = Wire::connect(rig.shim.address());
-        wire.send(format!("POST /length HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{body}"));
+        wire.send(format!(
+            "POST /length HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n{body}"
+        ));
         let answer = wire.answer();
         assert!((400..=502).contains(&answer.status), "{body:?}: {answer:?}");
         assert!(wire.is_closed(), "{body:?}");
@@ -141,7 +200,10 @@ fn silence_ends_connections() {
     slow.send("GET / HTTP/1.1\r\nHost: a\r\nX: ");
     let start = Instant::now();
     while slow.try_send("x").is_ok() {
-        assert!(start.elapsed() < Duration::from_secs(10), "a slow header is waited for");
+        assert!(
+            start.elapsed() < Duration::from_secs(10),
+            "a slow header is waited for"
+        );
         std::thread::yield_now();
     }
     // Between requests there is more time,
@@ -162,10 +224,16 @@ fn no_more_clients_are_served_at_a_time_than_allowed() {
     let rig = rig(json!({ "max_connections": 2 }));
     let address = rig.shim.address();
     let (mut first, mut second) = (Wire::connect(address), Wire::connect(address));
-    assert_eq!((first.get("a", "/").status, second.get("a", "/").status), (200, 200));
+    assert_eq!(
+        (first.get("a", "/").status, second.get("a", "/").status),
+        (200, 200)
+    );
     let mut third = Wire::connect(address);
     third.send("GET /third HTTP/1.1\r\nHost: a\r\n\r\n");
-    third.raw().set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    third
+        .raw()
+        .set_read_timeout(Some(Duration::from_millis(300)))
+        .unwrap();
     assert!(third.raw().peek(&mut [0]).is_err(), "it waits");
     drop(first);
     third.raw().set_read_timeout(Some(super::shim::PATIENCE)).unwrap();
@@ -200,12 +268,16 @@ fn a_server_is_not_asked_twice_for_what_may_not_be_repeated() {
     shim.await_states(3);
     wire.send("GET /1 HTTP/1.1\r\nHost: a\r\n\r\n");
     let (mut stream, _) = server.accept();
-    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").unwrap();
+    stream
+        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        .unwrap();
     assert_eq!(wire.answer().status, 200);
     drop(stream);
     wire.send("POST /2 HTTP/1.1\r\nHost: a\r\nContent-Length: 1\r\n\r\nx");
     let (mut stream, header) = server.accept();
     assert!(header.starts_with("POST /2"), "{header}");
-    stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n").unwrap();
+    stream
+        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        .unwrap();
     assert_eq!(wire.answer().status, 200);
 }

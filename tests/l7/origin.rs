@@ -69,7 +69,11 @@ impl Origin {
                 });
             }
         });
-        Self { address, seen, _runtime: runtime }
+        Self {
+            address,
+            seen,
+            _runtime: runtime,
+        }
     }
 
     pub fn name(&self) -> String {
@@ -85,10 +89,17 @@ fn full(text: impl Into<Bytes>) -> Body {
     Full::new(text.into()).map_err(|never| match never {}).boxed()
 }
 
-async fn serve(me: SocketAddr, seen: Arc<Seen>, mut request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+async fn serve(
+    me: SocketAddr,
+    seen: Arc<Seen>,
+    mut request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
     let mut shown = format!("{} {} {:?}\n", request.method(), request.uri(), request.version());
     for (name, value) in request.headers() {
-        shown.push_str(&format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
+        shown.push_str(&format!(
+            "{name}: {}\n",
+            String::from_utf8_lossy(value.as_bytes())
+        ));
     }
     seen.requests.lock().unwrap().push(shown.clone());
     let path = request.uri().path().to_owned();
@@ -96,7 +107,11 @@ async fn serve(me: SocketAddr, seen: Arc<Seen>, mut request: Request<Incoming>) 
         // Everything that it was sent, as it comes.
         "/echo" => return Ok(Response::new(request.into_body().boxed())),
         "/length" => {
-            let bytes = request.into_body().collect().await.map_or(0, |body| body.to_bytes().len());
+            let bytes = request
+                .into_body()
+                .collect()
+                .await
+                .map_or(0, |body| body.to_bytes().len());
             full(bytes.to_string())
         }
         "/headers" => full(shown),
@@ -105,7 +120,10 @@ async fn serve(me: SocketAddr, seen: Arc<Seen>, mut request: Request<Incoming>) 
             let mut trailers = HeaderMap::new();
             trailers.insert("x-sum", HeaderValue::from_static("42"));
             let sent = request.into_body().collect().await.ok();
-            let got = sent.as_ref().and_then(|body| body.trailers()).map(|t| format!("{t:?}"));
+            let got = sent
+                .as_ref()
+                .and_then(|body| body.trailers())
+                .map(|t| format!("{t:?}"));
             let parts = [
                 Ok(Frame::data(Bytes::from(got.unwrap_or_default()))),
                 Ok(Frame::trailers(trailers)),
@@ -136,10 +154,18 @@ async fn serve(me: SocketAddr, seen: Arc<Seen>, mut request: Request<Incoming>) 
         "/none" => *answer.status_mut() = StatusCode::NO_CONTENT,
         "/upgrade" => {
             *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-            answer.headers_mut().insert("connection", HeaderValue::from_static("upgrade"));
-            answer.headers_mut().insert("upgrade", HeaderValue::from_static("websocket"));
+            answer
+                .headers_mut()
+                .insert("connection", HeaderValue::from_static("upgrade"));
+            answer
+                .headers_mut()
+                .insert("upgrade", HeaderValue::from_static("websocket"));
         }
-        "/trailers" => drop(answer.headers_mut().insert("trailer", HeaderValue::from_static("x-sum"))),
+        "/trailers" => drop(
+            answer
+                .headers_mut()
+                .insert("trailer", HeaderValue::from_static("x-sum")),
+        ),
         _ => {}
     }
     Ok(answer)
@@ -160,6 +186,11 @@ impl Raw {
 
     /// The next connection, with the header of its first request read.
     pub fn accept(&self) -> (std::net::TcpStream, String) {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd as _;
+        let mut waiting = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        let patience = PollTimeout::try_from(super::shim::PATIENCE).unwrap();
+        assert_eq!(poll(&mut waiting, patience), Ok(1), "nobody connects");
         let (mut stream, _) = self.listener.accept().unwrap();
         stream.set_read_timeout(Some(super::shim::PATIENCE)).unwrap();
         let header = read_header(&mut stream);

@@ -20,9 +20,15 @@ fn hosts_aliases_wildcards_paths_and_the_default_lead_to_their_upstreams() {
     let origins: Vec<Origin> = (0..5).map(|_| Origin::start()).collect();
     let at = |index: usize| [origins[index].address];
     let routes = json!([
-        with(route("vote.example", &at(0)), json!({ "aliases": ["poll.example"] })),
+        with(
+            route("vote.example", &at(0)),
+            json!({ "aliases": ["poll.example"] })
+        ),
         route("*.example", &at(1)),
-        with(route("vote.example", &at(2)), json!({ "path": "/shop", "settings": { "rewrite": true } })),
+        with(
+            route("vote.example", &at(2)),
+            json!({ "path": "/shop", "settings": { "rewrite": true } })
+        ),
         with(route("vote.example", &at(3)), json!({ "path": "/shop/cart" })),
         with(route("plain.test", &at(0)), json!({ "path": "/only" })),
     ]);
@@ -41,10 +47,17 @@ fn hosts_aliases_wildcards_paths_and_the_default_lead_to_their_upstreams() {
         ("plain.test", "/only/this", 0),
     ] {
         let answer = get(address, host, path);
-        assert_eq!((answer.status, answer.text()), (200, origins[origin].name()), "{host}{path}");
+        assert_eq!(
+            (answer.status, answer.text()),
+            (200, origins[origin].name()),
+            "{host}{path}"
+        );
     }
     let seen = origins[2].requests();
-    assert!(seen[0].starts_with("GET / HTTP") && seen[1].starts_with("GET /a?b=c HTTP"), "{seen:?}");
+    assert!(
+        seen[0].starts_with("GET / HTTP") && seen[1].starts_with("GET /a?b=c HTTP"),
+        "{seen:?}"
+    );
     assert!(origins[3].requests()[0].starts_with("GET /shop/cart/1 "));
     let unknown = get(address, "nobody.test", "/");
     assert_eq!(unknown.status, 503);
@@ -70,7 +83,10 @@ fn requests_are_spread_as_the_route_says() {
     let routes = json!([
         route("turns", &all),
         weighted,
-        with(route("least", &all), settings(json!({ "balance": "least-connections" }))),
+        with(
+            route("least", &all),
+            settings(json!({ "balance": "least-connections" }))
+        ),
         with(route("client", &all), settings(json!({ "balance": "client-ip" }))),
         with(route("sticky", &all), settings(json!({ "sticky_cookie": "srv" }))),
     ]);
@@ -94,10 +110,21 @@ fn requests_are_spread_as_the_route_says() {
     assert_eq!(count("client", 20).len(), 1);
 
     let first = wire.get("sticky", "/");
-    let cookie = first.header("set-cookie").unwrap().split(';').next().unwrap().to_owned();
-    assert!(cookie.starts_with("srv=") && !cookie.contains("127.0.0.1"), "{cookie}");
+    let cookie = first
+        .header("set-cookie")
+        .unwrap()
+        .split(';')
+        .next()
+        .unwrap()
+        .to_owned();
+    assert!(
+        cookie.starts_with("srv=") && !cookie.contains("127.0.0.1"),
+        "{cookie}"
+    );
     for _ in 0..5 {
-        wire.send(format!("GET / HTTP/1.1\r\nHost: sticky\r\nCookie: a=b; {cookie}\r\n\r\n"));
+        wire.send(format!(
+            "GET / HTTP/1.1\r\nHost: sticky\r\nCookie: a=b; {cookie}\r\n\r\n"
+        ));
         let again = wire.answer();
         assert_eq!((again.text(), again.header("set-cookie")), (first.text(), None));
     }
@@ -130,9 +157,15 @@ fn redirects_are_answered_by_the_shim() {
     let folder = tempfile::tempdir().unwrap();
     let origin = Origin::start();
     let routes = json!([
-        with(route("secure", &[origin.address]), json!({ "settings": { "tls": { "serve": true, "only": true } } })),
-        with(route("new.example", &[origin.address]), json!({ "settings": { "redirects": [
-            { "from": "http://old.example", "to": "https://new.example" }] } })),
+        with(
+            route("secure", &[origin.address]),
+            json!({ "settings": { "tls": { "serve": true, "only": true } } })
+        ),
+        with(
+            route("new.example", &[origin.address]),
+            json!({ "settings": { "redirects": [
+            { "from": "http://old.example", "to": "https://new.example" }] } })
+        ),
     ]);
     let settings = json!({ "redirect_to_https": ["ucp.example"], "https_port": 8443 });
     let _agent = Agent::start(folder.path(), &settings, &routes);
@@ -143,7 +176,10 @@ fn redirects_are_answered_by_the_shim() {
         ("old.example", 302, "https://new.example/a?b"),
     ] {
         let answer = get(shim.address(), host, "/a?b");
-        assert_eq!((answer.status, answer.header("location")), (status, Some(location)));
+        assert_eq!(
+            (answer.status, answer.header("location")),
+            (status, Some(location))
+        );
     }
     assert!(origin.requests().is_empty());
 }
@@ -152,26 +188,50 @@ fn redirects_are_answered_by_the_shim() {
 fn curl_is_served() {
     let folder = tempfile::tempdir().unwrap();
     let origin = Origin::start();
-    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a.example", &[origin.address])]));
+    let _agent = Agent::start(
+        folder.path(),
+        &json!({}),
+        &json!([route("a.example", &[origin.address])]),
+    );
     let shim = Shim::start(folder.path());
     let url = format!("http://a.example:{}", shim.address().port());
     let resolve = format!("a.example:{}:127.0.0.1", shim.address().port());
     let curl = |words: &[&str]| {
-        let output = Command::new("curl").args(["-sS", "--resolve", &resolve]).args(words).output();
+        let output = Command::new("curl")
+            .args(["-sS", "--resolve", &resolve])
+            .args(words)
+            .output();
         let output = output.expect("curl");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         String::from_utf8(output.stdout).unwrap()
     };
     assert_eq!(curl(&[&format!("{url}/")]), origin.name());
-    assert_eq!(curl(&["--http2-prior-knowledge", &format!("{url}/")]), origin.name());
+    assert_eq!(
+        curl(&["--http2-prior-knowledge", &format!("{url}/")]),
+        origin.name()
+    );
     assert_eq!(curl(&["--http1.0", &format!("{url}/")]), origin.name());
     // 20 requests on each of some connections: the upstream sees few.
     let urls = format!("{url}/[1-20]");
     curl(&[&urls]);
-    let words = curl(&["-H", "Expect: 100-continue", "-d", "hello", &format!("{url}/echo")]);
+    let words = curl(&[
+        "-H",
+        "Expect: 100-continue",
+        "-d",
+        "hello",
+        &format!("{url}/echo"),
+    ]);
     assert_eq!(words, "hello");
     let connections = origin.seen.connections.load(std::sync::atomic::Ordering::SeqCst);
     assert!(connections <= 4, "{connections} connections for 24 requests");
-    let hosts: BTreeSet<bool> = origin.requests().iter().map(|r| r.contains("host: a.example")).collect();
+    let hosts: BTreeSet<bool> = origin
+        .requests()
+        .iter()
+        .map(|r| r.contains("host: a.example"))
+        .collect();
     assert_eq!(hosts, [true].into());
 }

@@ -64,7 +64,11 @@ impl Shim {
             to.lines.lock().unwrap().1 = true;
             to.more.notify_all();
         });
-        Self { process, log, reader: Some(reader) }
+        Self {
+            process,
+            log,
+            reader: Some(reader),
+        }
     }
 
     /// Waits until enough has been logged: `enough` gets all messages and their fields so far.
@@ -77,7 +81,11 @@ impl Shim {
                 return found;
             }
             let left = until.saturating_duration_since(Instant::now());
-            assert!(!left.is_zero() && !lines.1, "the shim has not logged {what}: {:#?}", lines.0);
+            assert!(
+                !left.is_zero() && !lines.1,
+                "the shim has not logged {what}: {:#?}",
+                lines.0
+            );
             lines = self.log.more.wait_timeout(lines, left).unwrap().0;
         }
     }
@@ -122,11 +130,6 @@ impl Shim {
     /// Waits until it ends.
     pub fn wait(&mut self) -> ExitStatus {
         self.process.wait(PATIENCE).unwrap().expect("the shim still runs")
-    }
-
-    /// Memory that it uses, bytes.
-    pub fn pid(&self) -> u32 {
-        self.process.pid()
     }
 }
 

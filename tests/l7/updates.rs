@@ -58,7 +58,10 @@ impl Load {
     fn more(&self, requests: usize) {
         let until = self.done.load(SeqCst) + requests;
         while self.done.load(SeqCst) < until {
-            assert!(self.clients.iter().all(|client| !client.is_finished()), "a client has failed");
+            assert!(
+                self.clients.iter().all(|client| !client.is_finished()),
+                "a client has failed"
+            );
             std::thread::yield_now();
         }
     }
@@ -66,7 +69,11 @@ impl Load {
     /// How many requests were answered, and what those got that failed.
     fn end(self) -> (usize, Vec<u16>) {
         self.stop.store(true, SeqCst);
-        let failed = self.clients.into_iter().flat_map(|client| client.join().unwrap()).collect();
+        let failed = self
+            .clients
+            .into_iter()
+            .flat_map(|client| client.join().unwrap())
+            .collect();
         (self.done.load(SeqCst), failed)
     }
 }
@@ -91,7 +98,10 @@ fn fifty_changes_under_load_fail_no_request() {
         load.more(20);
     }
     let (done, failed) = load.end();
-    assert!(done >= 1000 && failed.is_empty(), "{done} requests, of which failed {failed:?}");
+    assert!(
+        done >= 1000 && failed.is_empty(),
+        "{done} requests, of which failed {failed:?}"
+    );
 }
 
 #[test]
@@ -123,7 +133,11 @@ fn the_last_good_state_outlives_the_agent_and_the_shim() {
     assert_eq!(get(address, "a", "/").text(), first.name());
     drop(agent);
     shim.await_log("that the agent is gone", |lines| {
-        let said = |l: &serde_json::Value| l["message"].as_str().is_some_and(|m| m.contains("serving on by what"));
+        let said = |l: &serde_json::Value| {
+            l["message"]
+                .as_str()
+                .is_some_and(|m| m.contains("serving on by what"))
+        };
         lines.iter().any(said).then_some(())
     });
     assert_eq!(get(address, "a", "/").text(), first.name());
@@ -169,7 +183,11 @@ fn what_is_under_way_ends_before_the_shim_does() {
 fn settings_of_the_agent_are_followed() {
     let folder = tempfile::tempdir().unwrap();
     let origin = Origin::start();
-    let agent = Agent::start(folder.path(), &json!({ "max_body": 3 }), &json!([route("a", &[origin.address])]));
+    let agent = Agent::start(
+        folder.path(),
+        &json!({ "max_body": 3 }),
+        &json!([route("a", &[origin.address])]),
+    );
     let shim = Shim::start(folder.path());
     let post = || {
         let mut wire = Wire::connect(shim.address());

@@ -42,7 +42,10 @@ fn websockets_pass_and_end_when_their_upstream_has_to_go() {
     let agent = Agent::start(folder.path(), &json!({}), &both("active"));
     let shim = Shim::start(folder.path());
     let (mut a, mut b) = (Wire::connect(shim.address()), Wire::connect(shim.address()));
-    assert_eq!((open(&mut a, "a", "/upgrade"), open(&mut b, "b", "/upgrade")), (101, 101));
+    assert_eq!(
+        (open(&mut a, "a", "/upgrade"), open(&mut b, "b", "/upgrade")),
+        (101, 101)
+    );
     assert!(says_back(&mut a, "hello") && says_back(&mut b, "hello"));
     assert!(says_back(&mut a, &"long ".repeat(10_000)));
 
@@ -51,7 +54,10 @@ fn websockets_pass_and_end_when_their_upstream_has_to_go() {
     assert!(says_back(&mut b, "still here"));
     assert!(b.is_closed());
     let took = drained.elapsed();
-    assert!(took >= Duration::from_millis(350), "cut after {took:?}, before its deadline");
+    assert!(
+        took >= Duration::from_millis(350),
+        "cut after {took:?}, before its deadline"
+    );
     // An upstream that is no longer there at all has the drain time that it had.
     agent.routes(&json!([route("b", &[leaving.address])]));
     assert!(a.is_closed());
@@ -61,7 +67,10 @@ fn websockets_pass_and_end_when_their_upstream_has_to_go() {
 fn only_some_paths_may_become_websockets() {
     let folder = tempfile::tempdir().unwrap();
     let origin = Origin::start();
-    let routes = json!([with(route("a", &[origin.address]), json!({ "settings": { "websocket_endpoints": ["/ws"] } }))]);
+    let routes = json!([with(
+        route("a", &[origin.address]),
+        json!({ "settings": { "websocket_endpoints": ["/ws"] } })
+    )]);
     let _agent = Agent::start(folder.path(), &json!({}), &routes);
     let shim = Shim::start(folder.path());
     let mut wire = Wire::connect(shim.address());
@@ -69,5 +78,8 @@ fn only_some_paths_may_become_websockets() {
     assert_eq!(open(&mut wire, "a", "/upgrade"), 502);
     assert_eq!(open(&mut Wire::connect(shim.address()), "a", "/ws"), 200);
     let seen = origin.requests();
-    assert!(!seen[0].contains("upgrade: websocket") && seen[1].contains("upgrade: websocket"), "{seen:?}");
+    assert!(
+        !seen[0].contains("upgrade: websocket") && seen[1].contains("upgrade: websocket"),
+        "{seen:?}"
+    );
 }

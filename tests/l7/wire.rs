@@ -24,7 +24,10 @@ pub struct Answer {
 
 impl Answer {
     pub fn header(&self, name: &str) -> Option<&str> {
-        self.headers.iter().find(|(key, _)| key == name).map(|(_, value)| value.as_str())
+        self.headers
+            .iter()
+            .find(|(key, _)| key == name)
+            .map(|(_, value)| value.as_str())
     }
 
     pub fn text(&self) -> String {
@@ -38,7 +41,9 @@ impl Wire {
         stream.set_nodelay(true).unwrap();
         stream.set_read_timeout(Some(PATIENCE)).unwrap();
         stream.set_write_timeout(Some(PATIENCE)).unwrap();
-        Self { stream: BufReader::new(stream) }
+        Self {
+            stream: BufReader::new(stream),
+        }
     }
 
     pub fn send(&mut self, bytes: impl AsRef<[u8]>) {
@@ -90,7 +95,10 @@ impl Wire {
     /// The next answer to a request with this method.
     pub fn answer_to(&mut self, method: &str) -> Answer {
         let first = self.line();
-        let status = first.split(' ').nth(1).unwrap_or_else(|| panic!("no status line: {first:?}"));
+        let status = first
+            .split(' ')
+            .nth(1)
+            .unwrap_or_else(|| panic!("no status line: {first:?}"));
         let mut answer = Answer {
             status: status.parse().unwrap(),
             headers: self.headers(),

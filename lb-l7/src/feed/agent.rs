@@ -21,10 +21,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
 enum StreamError {
     #[error("nobody answers on {}: {source}; is the agent running, and is this user in the group weir-l7?", path.display())]
-    Connect {
-        path: PathBuf,
-        source: std::io::Error,
-    },
+    Connect { path: PathBuf, source: std::io::Error },
     #[error(transparent)]
     Http(#[from] hyper::Error),
     #[error("the agent answered {0}")]
@@ -64,10 +61,15 @@ async fn stream(
     heard: &mut bool,
 ) -> Result<std::convert::Infallible, StreamError> {
     let connect = UnixStream::connect(socket).await;
-    let io = connect.map_err(|source| StreamError::Connect { path: socket.into(), source })?;
+    let io = connect.map_err(|source| StreamError::Connect {
+        path: socket.into(),
+        source,
+    })?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(io)).await?;
     tokio::task::spawn_local(connection);
-    let request = Request::get(WATCH_PATH).header(header::HOST, "weir").body(Empty::<Bytes>::new());
+    let request = Request::get(WATCH_PATH)
+        .header(header::HOST, "weir")
+        .body(Empty::<Bytes>::new());
     let request = request.unwrap_or_else(|_| Request::new(Empty::new()));
     let answer = within(sender.send_request(request)).await??;
     if answer.status() != hyper::StatusCode::OK {
@@ -82,7 +84,11 @@ async fn stream(
         let searched = waiting.len();
         waiting.extend_from_slice(data);
         let mut from = searched;
-        while let Some(end) = waiting[from..].iter().position(|byte| *byte == b'\n').map(|at| from + at) {
+        while let Some(end) = waiting[from..]
+            .iter()
+            .position(|byte| *byte == b'\n')
+            .map(|at| from + at)
+        {
             let message: Message = serde_json::from_slice(&waiting[..end])?;
             waiting.advance(end + 1);
             from = 0;
@@ -102,5 +108,7 @@ async fn stream(
 }
 
 async fn within<T>(work: impl Future<Output = T>) -> Result<T, StreamError> {
-    tokio::time::timeout(SILENCE, work).await.map_err(|_| StreamError::Silence)
+    tokio::time::timeout(SILENCE, work)
+        .await
+        .map_err(|_| StreamError::Silence)
 }

@@ -37,8 +37,14 @@ pub struct Store(PathBuf);
 /// # Errors
 /// See [`StoreError`].
 pub fn read(path: &Path) -> Result<State, StoreError> {
-    let text = fs::read(path).map_err(|source| StoreError::Io { path: path.into(), source })?;
-    serde_json::from_slice(&text).map_err(|source| StoreError::Text { path: path.into(), source })
+    let text = fs::read(path).map_err(|source| StoreError::Io {
+        path: path.into(),
+        source,
+    })?;
+    serde_json::from_slice(&text).map_err(|source| StoreError::Text {
+        path: path.into(),
+        source,
+    })
 }
 
 impl Store {
@@ -64,10 +70,15 @@ impl Store {
     /// # Errors
     /// The file cannot be written.
     pub fn save(&self, state: &State) -> Result<(), StoreError> {
-        let fail = |source| StoreError::Io { path: self.0.clone(), source };
+        let fail = |source| StoreError::Io {
+            path: self.0.clone(),
+            source,
+        };
         let text = serde_json::to_vec(state).map_err(|e| fail(e.into()))?;
         let next = self.0.with_extension("next");
-        fs::write(&next, text).and_then(|()| fs::rename(&next, &self.0)).map_err(fail)
+        fs::write(&next, text)
+            .and_then(|()| fs::rename(&next, &self.0))
+            .map_err(fail)
     }
 }
 

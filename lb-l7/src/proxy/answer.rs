@@ -31,7 +31,10 @@ pub fn refusal(status: StatusCode, text: &'static str) -> Response<Reply> {
 /// A redirect. `to` without a path gets the path of the request.
 pub fn redirect(status: StatusCode, to: &str) -> Response<Reply> {
     let Ok(location) = HeaderValue::from_str(to) else {
-        return page(StatusCode::BAD_GATEWAY, "502 a redirect leads to what is no URL\n");
+        return page(
+            StatusCode::BAD_GATEWAY,
+            "502 a redirect leads to what is no URL\n",
+        );
     };
     let mut answer = Response::new(Reply::Empty);
     *answer.status_mut() = status;

@@ -34,6 +34,8 @@ pub enum BodyError {
 pub struct Upload {
     /// When its last part came.
     pub progress: Cell<Instant>,
+    /// Its client is waited for: the upstream cannot answer yet.
+    pub waits: Cell<bool>,
     /// Bytes so far.
     pub bytes: Cell<u64>,
     /// It was too large, or its client silent.
@@ -103,6 +105,7 @@ impl Upload {
     pub fn new() -> Self {
         Self {
             progress: Cell::new(Instant::now()),
+            waits: Cell::new(false),
             bytes: Cell::new(0),
             failed: Cell::new(None),
         }
@@ -130,7 +133,9 @@ impl Silence {
     fn poll_over(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let limit = self.limit;
         // Most bodies come at once: those never have a timer.
-        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        let timer = self
+            .timer
+            .get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
         if !self.waits {
             self.waits = true;
             timer.as_mut().reset(Instant::now() + limit);
@@ -152,11 +157,22 @@ impl Body for OutBody {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let Self::Client { incoming, upload, most, silence } = self.get_mut() else {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        let Self::Client {
+            incoming,
+            upload,
+            most,
+            silence,
+        } = self.get_mut()
+        else {
             return Poll::Ready(None);
         };
-        let Poll::Ready(frame) = Pin::new(incoming).poll_frame(cx) else {
+        let polled = Pin::new(incoming).poll_frame(cx);
+        upload.waits.set(polled.is_pending());
+        let Poll::Ready(frame) = polled else {
             ready!(silence.poll_over(cx));
             upload.failed.set(Some(Failed::Client));
             return Poll::Ready(Some(Err(BodyError::Silence(silence.limit))));
@@ -222,7 +238,10 @@ impl Body for Reply {
     type Data = Bytes;
     type Error = BodyError;
 
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let download = match self.get_mut() {
             Self::Empty => return Poll::Ready(None),
             Self::Own(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),

@@ -27,7 +27,9 @@ pub struct Exchange {
 
 impl std::fmt::Debug for Exchange {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Exchange").field("status", &self.status).finish_non_exhaustive()
+        f.debug_struct("Exchange")
+            .field("status", &self.status)
+            .finish_non_exhaustive()
     }
 }
 
@@ -121,7 +123,9 @@ impl Exchange {
     pub fn give_back(&self, mut link: Link, cx: &mut Context<'_>) {
         if !link.is_h2() && link.is_idle(cx) {
             link.is_used = true;
-            self.worker.pool.put(self.pool, link, self.worker.shared.clock.coarse_ms());
+            self.worker
+                .pool
+                .put(self.pool, link, self.worker.shared.clock.coarse_ms());
         }
     }
 

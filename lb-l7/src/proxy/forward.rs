@@ -59,8 +59,19 @@ struct Failure {
 }
 
 /// Sends a request on and makes the answer ready for the client.
-pub async fn forward(job: Job<'_>, mut parts: Parts, incoming: Incoming, mut exchange: Exchange) -> Response<Reply> {
-    let Job { worker, serving, client, route, .. } = job;
+pub async fn forward(
+    job: Job<'_>,
+    mut parts: Parts,
+    incoming: Incoming,
+    mut exchange: Exchange,
+) -> Response<Reply> {
+    let Job {
+        worker,
+        serving,
+        client,
+        route,
+        ..
+    } = job;
     exchange.routed(route);
     let most = serving.settings.max_body.unwrap_or(u64::MAX);
     if incoming.size_hint().lower() > most {
@@ -70,7 +81,11 @@ pub async fn forward(job: Job<'_>, mut parts: Parts, incoming: Incoming, mut exc
     let on_client = parts.extensions.remove::<OnUpgrade>();
     let asked = Asked {
         client: client.address.ip(),
-        cookie: route.settings.sticky_cookie.as_deref().and_then(|name| cookie(&parts.headers, name)),
+        cookie: route
+            .settings
+            .sticky_cookie
+            .as_deref()
+            .and_then(|name| cookie(&parts.headers, name)),
         worker: worker.index,
         now_ms: worker.shared.clock.coarse_ms(),
     };
@@ -127,7 +142,12 @@ async fn attempt(
     mut request: Request<OutBody>,
     upload: Option<&Upload>,
 ) -> Result<(Response<Incoming>, Link), Failure> {
-    let Job { worker, serving, route, .. } = job;
+    let Job {
+        worker,
+        serving,
+        route,
+        ..
+    } = job;
     let stats = upstream.stats.of(worker.index);
     loop {
         let mut link = match worker.pool.take(pool) {
@@ -136,7 +156,10 @@ async fn attempt(
                 let patience = serving.settings.timeouts.connect;
                 let tls = route.settings.upstream_tls;
                 let connector = &worker.shared.connector;
-                match connector.connect(upstream.address, tls, job.host, h2, patience).await {
+                match connector
+                    .connect(upstream.address, tls, job.host, h2, patience)
+                    .await
+                {
                     Ok(link) => {
                         stats.connections.add(1);
                         if let Some(shared) = link.share() {
@@ -148,7 +171,10 @@ async fn attempt(
                         tracing::debug!(route = route.name, upstream = upstream.name, address = %upstream.address, "no connection: {error}");
                         stats.connect_errors.add(1);
                         upstream.shun(worker.shared.clock.coarse_ms());
-                        return Err(Failure { fault: Fault::Connect, request: Some(request) });
+                        return Err(Failure {
+                            fault: Fault::Connect,
+                            request: Some(request),
+                        });
                     }
                 }
             }
@@ -160,7 +186,10 @@ async fn attempt(
             Some(Ok(answer)) => return Ok((answer, link)),
             None => {
                 stats.errors.add(1);
-                return Err(Failure { fault: Fault::Late, request: None });
+                return Err(Failure {
+                    fault: Fault::Late,
+                    request: None,
+                });
             }
             Some(Err(error)) => error,
         };
@@ -184,7 +213,10 @@ async fn attempt(
                 if again.is_some() {
                     upstream.shun(worker.shared.clock.coarse_ms());
                 }
-                return Err(Failure { fault: Fault::Broken, request: again });
+                return Err(Failure {
+                    fault: Fault::Broken,
+                    request: again,
+                });
             }
         }
     }
@@ -201,8 +233,13 @@ async fn in_time<T>(job: Job<'_>, upload: Option<&Upload>, exchange: impl Future
         if let Ok(answer) = tokio::time::timeout_at(deadline, exchange.as_mut()).await {
             return Some(answer);
         }
-        let sent = upload.map_or(begun, |upload| upload.progress.get().max(begun));
-        if sent + limit <= Instant::now() {
+        let now = Instant::now();
+        let sent = upload.map_or(begun, |upload| match upload.waits.get() {
+            // The client's silence has a limit of its own.
+            true => now,
+            false => upload.progress.get().max(begun),
+        });
+        if sent + limit <= now {
             return None;
         }
         deadline = sent + limit;
@@ -218,7 +255,12 @@ async fn finish(
     on_client: Option<OnUpgrade>,
     new_cookie: Option<u64>,
 ) -> Response<Reply> {
-    let Job { serving, client, route, .. } = job;
+    let Job {
+        serving,
+        client,
+        route,
+        ..
+    } = job;
     if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
         return match on_client {
             Some(on_client) => upgrade::begin(job.worker, answer, link, exchange, on_client),
@@ -240,7 +282,10 @@ async fn finish(
     if client.is_tls && route.settings.tls.only && serving.settings.hsts_s > 0 {
         let text = format!("max-age={}", serving.settings.hsts_s);
         if let Ok(value) = HeaderValue::from_str(&text) {
-            parts.headers.entry(header::STRICT_TRANSPORT_SECURITY).or_insert(value);
+            parts
+                .headers
+                .entry(header::STRICT_TRANSPORT_SECURITY)
+                .or_insert(value);
         }
     }
     let reply = if incoming.is_end_stream() {
@@ -265,11 +310,20 @@ fn own(mut exchange: Exchange, fault: Fault) -> Response<Reply> {
     let answer = match fault {
         Fault::None => {
             exchange.leaves_upstream();
-            answer::page(StatusCode::SERVICE_UNAVAILABLE, "503 no upstream of this host serves now\n")
+            answer::page(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "503 no upstream of this host serves now\n",
+            )
         }
         Fault::Connect => answer::page(StatusCode::BAD_GATEWAY, "502 no upstream could be reached\n"),
-        Fault::Broken => answer::page(StatusCode::BAD_GATEWAY, "502 the upstream gave no proper answer\n"),
-        Fault::Late => answer::page(StatusCode::GATEWAY_TIMEOUT, "504 the upstream gave no answer in time\n"),
+        Fault::Broken => answer::page(
+            StatusCode::BAD_GATEWAY,
+            "502 the upstream gave no proper answer\n",
+        ),
+        Fault::Late => answer::page(
+            StatusCode::GATEWAY_TIMEOUT,
+            "504 the upstream gave no answer in time\n",
+        ),
         Fault::TooLarge => answer::refusal(StatusCode::PAYLOAD_TOO_LARGE, "413 the body is too long\n"),
         Fault::Client => answer::refusal(StatusCode::REQUEST_TIMEOUT, "408 the body did not come\n"),
     };
@@ -302,8 +356,13 @@ fn is_grpc(headers: &HeaderMap) -> bool {
 
 /// The upstream that a cookie names.
 fn cookie(headers: &HeaderMap, name: &str) -> Option<u64> {
-    let lines = headers.get_all(header::COOKIE).iter().filter_map(|value| value.to_str().ok());
-    let mut pairs = lines.flat_map(|line| line.split(';')).filter_map(|pair| pair.trim().split_once('='));
+    let lines = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .filter_map(|value| value.to_str().ok());
+    let mut pairs = lines
+        .flat_map(|line| line.split(';'))
+        .filter_map(|pair| pair.trim().split_once('='));
     let value = pairs.find_map(|(key, value)| (key == name).then_some(value))?;
     u64::from_str_radix(value.trim_matches('"'), 16).ok()
 }
@@ -315,7 +374,10 @@ mod tests {
     #[test]
     fn cookies_are_found_among_others() {
         let mut headers = HeaderMap::new();
-        headers.append(header::COOKIE, HeaderValue::from_static("a=1; xroute=2;route=\"00ff\""));
+        headers.append(
+            header::COOKIE,
+            HeaderValue::from_static("a=1; xroute=2;route=\"00ff\""),
+        );
         headers.append(header::COOKIE, HeaderValue::from_static("route2=7"));
         assert_eq!(cookie(&headers, "route"), Some(255));
         assert_eq!(cookie(&headers, "route2"), Some(7));

@@ -89,13 +89,19 @@ fn choose(worker: &Worker, serving: &Serving, parts: &Parts, client: &Client) ->
         Err(request::Refused(status, text)) => return own(answer::refusal(status, text)),
     };
     if parts.method == Method::TRACE {
-        return own(answer::page(StatusCode::METHOD_NOT_ALLOWED, "405 TRACE is not answered\n"));
+        return own(answer::page(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "405 TRACE is not answered\n",
+        ));
     }
     let whole = parts.uri.path_and_query().map_or("/", |p| p.as_str());
     let action = match serving.table.find(&host, parts.uri.path()) {
         Found::This(action) => action,
         Found::NoPath => {
-            return own(answer::page(StatusCode::NOT_FOUND, "404 nothing is served at this path\n"));
+            return own(answer::page(
+                StatusCode::NOT_FOUND,
+                "404 nothing is served at this path\n",
+            ));
         }
         Found::NoHost => {
             return own(answer::page(

@@ -33,7 +33,10 @@ const fn bad(text: &'static str) -> Refused {
 /// There is none, there are several, they contradict each other, or it cannot be one.
 pub fn host(parts: &Parts) -> Result<Cow<'_, str>, Refused> {
     if parts.method == Method::CONNECT {
-        return Err(Refused(StatusCode::METHOD_NOT_ALLOWED, "405 this is no proxy for CONNECT\n"));
+        return Err(Refused(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "405 this is no proxy for CONNECT\n",
+        ));
     }
     let mut given = parts.headers.get_all(header::HOST).iter();
     let header = given.next();
@@ -41,7 +44,11 @@ pub fn host(parts: &Parts) -> Result<Cow<'_, str>, Refused> {
         return Err(bad("400 more than one Host\n"));
     }
     let header = match header {
-        Some(value) => Some(value.to_str().map_err(|_| bad("400 a Host that cannot be one\n"))?),
+        Some(value) => Some(
+            value
+                .to_str()
+                .map_err(|_| bad("400 a Host that cannot be one\n"))?,
+        ),
         None => None,
     };
     let named = |text: &'_ str| host::normal(text).map(Cow::into_owned);
@@ -68,7 +75,10 @@ pub fn host(parts: &Parts) -> Result<Cow<'_, str>, Refused> {
 }
 
 /// The protocol that a client wants to change to, if it may.
-pub fn upgrade(parts: &Parts, websocket_endpoints: &std::collections::BTreeSet<String>) -> Option<HeaderValue> {
+pub fn upgrade(
+    parts: &Parts,
+    websocket_endpoints: &std::collections::BTreeSet<String>,
+) -> Option<HeaderValue> {
     if parts.version != Version::HTTP_11 || !has_token(&parts.headers, &header::CONNECTION, "upgrade") {
         return None;
     }
@@ -218,11 +228,21 @@ mod tests {
     }
 
     fn client(is_trusted: bool) -> Client {
-        Client::new("192.0.2.7:4000".parse().unwrap(), false, is_trusted, crate::client::Stage::new(0))
+        Client::new(
+            "192.0.2.7:4000".parse().unwrap(),
+            false,
+            is_trusted,
+            crate::client::Stage::new(0),
+        )
     }
 
     fn text<'p>(parts: &'p Parts, name: &str) -> Vec<&'p str> {
-        parts.headers.get_all(name).iter().map(|v| v.to_str().unwrap()).collect()
+        parts
+            .headers
+            .get_all(name)
+            .iter()
+            .map(|v| v.to_str().unwrap())
+            .collect()
     }
 
     #[test]
@@ -230,16 +250,29 @@ mod tests {
         let get = |uri: &str| Request::builder().uri(uri);
         for (build, want) in [
             (get("/").header("host", "A.example:80"), Ok("a.example")),
-            (get("http://b.example/x").header("host", "a.example"), Ok("b.example")),
+            (
+                get("http://b.example/x").header("host", "a.example"),
+                Ok("b.example"),
+            ),
             (get("/").version(Version::HTTP_10), Ok("")),
-            (get("http://a.example/").version(Version::HTTP_2).header("host", "A.example"), Ok("a.example")),
+            (
+                get("http://a.example/")
+                    .version(Version::HTTP_2)
+                    .header("host", "A.example"),
+                Ok("a.example"),
+            ),
             (get("/"), Err(400)),
             (get("/").header("host", "a").header("host", "a"), Err(400)),
             (get("/").header("host", "a b"), Err(400)),
             (get("/").header("host", "a@b"), Err(400)),
             (get("/").header("host", ""), Err(400)),
             (get("http://u@b.example/"), Err(400)),
-            (get("http://a.example/").version(Version::HTTP_2).header("host", "b.example"), Err(400)),
+            (
+                get("http://a.example/")
+                    .version(Version::HTTP_2)
+                    .header("host", "b.example"),
+                Err(400),
+            ),
             (get("a:80").method("CONNECT"), Err(405)),
         ] {
             let parts = parts(build);
@@ -268,7 +301,15 @@ mod tests {
         let names: std::collections::BTreeSet<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
         assert_eq!(
             names.into_iter().collect::<Vec<_>>(),
-            ["cookie", "forwarded", "host", "te", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto"]
+            [
+                "cookie",
+                "forwarded",
+                "host",
+                "te",
+                "x-forwarded-for",
+                "x-forwarded-host",
+                "x-forwarded-proto"
+            ]
         );
         assert_eq!(text(&parts, "te"), ["trailers"]);
     }
@@ -290,7 +331,10 @@ mod tests {
         assert_eq!(text(&unknown, "x-forwarded-for"), ["192.0.2.7"]);
         assert_eq!(text(&unknown, "x-forwarded-proto"), ["http"]);
         assert_eq!(text(&unknown, "x-forwarded-host"), ["a.example:8080"]);
-        assert_eq!(text(&unknown, "forwarded"), ["for=192.0.2.7;host=\"a.example:8080\";proto=http"]);
+        assert_eq!(
+            text(&unknown, "forwarded"),
+            ["for=192.0.2.7;host=\"a.example:8080\";proto=http"]
+        );
         assert!(text(&unknown, "x-real-ip").is_empty());
         prepare(&mut known, "a.example", "", None, &client(true));
         assert_eq!(text(&known, "x-forwarded-for"), ["10.9.9.9, 192.0.2.7"]);
@@ -314,7 +358,11 @@ mod tests {
             prepare(&mut parts, "a.example", prefix, None, &client(false));
             assert_eq!(parts.uri.to_string(), want, "{uri}");
         }
-        let mut parts = parts(Request::builder().uri("http://b.example:81/").header("host", "a.example"));
+        let mut parts = parts(
+            Request::builder()
+                .uri("http://b.example:81/")
+                .header("host", "a.example"),
+        );
         prepare(&mut parts, "b.example", "", None, &client(false));
         assert_eq!(text(&parts, "host"), ["b.example:81"]);
     }
@@ -322,7 +370,12 @@ mod tests {
     #[test]
     fn websockets_are_upgrades_where_they_may_be() {
         let ask = |path: &str, to: &str| {
-            parts(Request::builder().uri(path).header("connection", "keep-alive, Upgrade").header("upgrade", to))
+            parts(
+                Request::builder()
+                    .uri(path)
+                    .header("connection", "keep-alive, Upgrade")
+                    .header("upgrade", to),
+            )
         };
         let any = Default::default();
         let some = ["/ws".to_owned(), "/chat/".to_owned()].into();
@@ -331,6 +384,12 @@ mod tests {
         assert!(upgrade(&ask("/ws/1", "websocket"), &some).is_some());
         assert!(upgrade(&ask("/chat", "websocket"), &some).is_some());
         assert!(upgrade(&ask("/x", "h2c"), &any).is_none());
-        assert!(upgrade(&parts(Request::builder().uri("/").header("upgrade", "websocket")), &any).is_none());
+        assert!(
+            upgrade(
+                &parts(Request::builder().uri("/").header("upgrade", "websocket")),
+                &any
+            )
+            .is_none()
+        );
     }
 }

@@ -44,7 +44,9 @@ pub fn begin(
     let (mut parts, _nothing) = answer.into_parts();
     let protocol = parts.headers.get(header::UPGRADE).cloned();
     super::request::strip_hop_by_hop(&mut parts.headers);
-    parts.headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    parts
+        .headers
+        .insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
     if let Some(protocol) = protocol {
         parts.headers.insert(header::UPGRADE, protocol);
     }

@@ -13,7 +13,11 @@ pub fn normal(text: &str) -> Option<Cow<'_, str>> {
         let end = text.find(']')?;
         let (host, rest) = text.split_at(end + 1);
         let inside = &host[1..end];
-        if inside.is_empty() || !inside.bytes().all(|b| b.is_ascii_hexdigit() || b == b':' || b == b'.') {
+        if inside.is_empty()
+            || !inside
+                .bytes()
+                .all(|b| b.is_ascii_hexdigit() || b == b':' || b == b'.')
+        {
             return None;
         }
         is_port(rest)?;
@@ -42,7 +46,8 @@ fn is_port(rest: &str) -> Option<()> {
         None if rest.is_empty() => return Some(()),
         None => return None,
     };
-    (port.is_empty() || (port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok())).then_some(())
+    (port.is_empty() || (port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok()))
+        .then_some(())
 }
 
 #[cfg(test)]
@@ -65,8 +70,24 @@ mod tests {
             assert_eq!(normal(text).as_deref(), Some(host), "{text}");
         }
         for text in [
-            "", ".", ":80", "a b", "a/b", "a@b", "a:b", "a:99999", "a:80:80", "[::1", "[]", "[::1]x", "a..b",
-            "ho\u{e9}t", "a,b", "a%20", "a\"b", "a<b",
+            "",
+            ".",
+            ":80",
+            "a b",
+            "a/b",
+            "a@b",
+            "a:b",
+            "a:99999",
+            "a:80:80",
+            "[::1",
+            "[]",
+            "[::1]x",
+            "a..b",
+            "ho\u{e9}t",
+            "a,b",
+            "a%20",
+            "a\"b",
+            "a<b",
         ] {
             assert_eq!(normal(text), None, "{text}");
         }

@@ -53,7 +53,10 @@ impl Client {
 
     /// The same, with a place.
     pub fn seated(self, seat: Seat) -> Self {
-        Self { _seat: Some(seat), ..self }
+        Self {
+            _seat: Some(seat),
+            ..self
+        }
     }
 
     /// How it came, as `X-Forwarded-Proto` has it.
@@ -94,7 +97,11 @@ impl Seat {
         worker.seats.set(worker.seats.get() + 1);
         worker.shared.clients.of(worker.index).begin();
         worker.shared.clients.of(worker.index).connections.add(1);
-        Self { worker: Rc::clone(worker), id, _place: place }
+        Self {
+            worker: Rc::clone(worker),
+            id,
+            _place: place,
+        }
     }
 }
 
@@ -119,8 +126,14 @@ mod tests {
         let client = Client::new("[2001:db8::1]:7".parse().unwrap(), true, false, Stage::new(0));
         for host in ["a", "a", "b:80"] {
             let element = client.forwarded(Some(&HeaderValue::from_static(host))).unwrap();
-            assert_eq!(element, format!("for=\"[2001:db8::1]\";host=\"{host}\";proto=https"));
+            assert_eq!(
+                element,
+                format!("for=\"[2001:db8::1]\";host=\"{host}\";proto=https")
+            );
         }
-        assert_eq!(client.forwarded(None).unwrap(), "for=\"[2001:db8::1]\";proto=https");
+        assert_eq!(
+            client.forwarded(None).unwrap(),
+            "for=\"[2001:db8::1]\";proto=https"
+        );
     }
 }

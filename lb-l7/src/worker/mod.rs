@@ -74,7 +74,8 @@ pub struct Worker {
     pub shared: Arc<Shared>,
     /// Idle connections to upstreams.
     pub pool: Pool,
-    serving: RefCell<Rc<Arc<Serving>>>,
+    /// The news, and what was taken over of them last.
+    serving: RefCell<(watch::Receiver<Arc<Serving>>, Rc<Arc<Serving>>)>,
     draining: Cell<bool>,
     next_client: Cell<u64>,
     clients: RefCell<HashMap<u64, Arc<Stage>>>,
@@ -88,7 +89,9 @@ pub struct Worker {
 impl Worker {
     /// The worker of this number.
     pub fn new(index: usize, shared: Arc<Shared>) -> Rc<Self> {
-        let serving = RefCell::new(Rc::new(Arc::clone(&shared.serving.borrow())));
+        let mut news = shared.serving.subscribe();
+        let first = Rc::new(Arc::clone(&news.borrow_and_update()));
+        let serving = RefCell::new((news, first));
         Rc::new(Self {
             index,
             shared,
@@ -102,9 +105,13 @@ impl Worker {
         })
     }
 
-    /// What is served now.
+    /// What is served now. Costs a look at a number unless it has changed.
     pub fn serving(&self) -> Rc<Arc<Serving>> {
-        Rc::clone(&self.serving.borrow())
+        let (news, last) = &mut *self.serving.borrow_mut();
+        if news.has_changed().unwrap_or(false) {
+            *last = Rc::new(Arc::clone(&news.borrow_and_update()));
+        }
+        Rc::clone(last)
     }
 
     /// Whether connections shall end.
@@ -124,7 +131,6 @@ impl Worker {
             .map(|listener| tokio::task::spawn_local(accept::accept(Rc::clone(&self), listener)))
             .collect();
         let sweeping = tokio::task::spawn_local(Rc::clone(&self).sweep());
-        let following = tokio::task::spawn_local(Rc::clone(&self).follow());
         let mut phase = self.shared.phase.subscribe();
         let deadline = loop {
             if let Phase::Draining(deadline) = *phase.borrow_and_update() {
@@ -135,7 +141,13 @@ impl Worker {
             }
         };
         self.draining.set(true);
-        self.tell(|stage| if stage.speaks_h2() { Word::Finish } else { Word::GoOn });
+        self.tell(|stage| {
+            if stage.speaks_h2() {
+                Word::Finish
+            } else {
+                Word::GoOn
+            }
+        });
         for task in accepting {
             // They take what waits in their queues, and end.
             let _a_panic_has_been_told = task.await;
@@ -144,18 +156,24 @@ impl Worker {
         if !self.emptied_by(farewell).await {
             self.tell(|_| Word::Finish);
             if !self.emptied_by(deadline).await {
-                tracing::warn!(worker = self.index, connections = self.seats.get(), "cut off at the deadline");
+                tracing::warn!(
+                    worker = self.index,
+                    connections = self.seats.get(),
+                    "cut off at the deadline"
+                );
                 self.tell(|_| Word::End);
             }
         }
         sweeping.abort();
-        following.abort();
     }
 
     /// Waits until no client is left; whether that was in time.
     async fn emptied_by(&self, deadline: Instant) -> bool {
         while self.seats.get() > 0 {
-            if tokio::time::timeout_at(deadline, self.emptied.notified()).await.is_err() {
+            if tokio::time::timeout_at(deadline, self.emptied.notified())
+                .await
+                .is_err()
+            {
                 return self.seats.get() == 0;
             }
         }
@@ -165,18 +183,6 @@ impl Worker {
     fn tell(&self, word: impl Fn(&Stage) -> Word) {
         for stage in self.clients.borrow().values() {
             stage.say(word(stage));
-        }
-    }
-
-    /// Takes over what is served.
-    async fn follow(self: Rc<Self>) {
-        let mut serving = self.shared.serving.subscribe();
-        loop {
-            let now = Arc::clone(&serving.borrow_and_update());
-            *self.serving.borrow_mut() = Rc::new(now);
-            if serving.changed().await.is_err() {
-                return;
-            }
         }
     }
 

@@ -105,7 +105,9 @@ impl Shims {
             connected,
             stop: stop.clone(),
         };
-        let calls = Router::new().route(WATCH_PATH, get(watch_routes)).with_state(origin);
+        let calls = Router::new()
+            .route(WATCH_PATH, get(watch_routes))
+            .with_state(origin);
         axum::serve(listener, calls)
             .with_graceful_shutdown(stop.cancelled_owned())
             .await
@@ -154,7 +156,10 @@ impl Telling {
             if !knows_its_routes(&status) {
                 return None;
             }
-            let routes = status.routes.iter().map(|r| r.route.with_upstreams(|u| Upstream::from(u)));
+            let routes = status
+                .routes
+                .iter()
+                .map(|r| r.route.with_upstreams(|u| Upstream::from(u)));
             State {
                 routes: routes.collect(),
                 settings: self.origin.config.borrow_and_update().l7.clone(),
@@ -173,7 +178,12 @@ impl Telling {
 /// Whether every source has been read: before that, a route that is not there may only not have been heard of yet, and a
 /// shim that was told so would take it off.
 fn knows_its_routes(status: &Status) -> bool {
-    let all_read = || status.sources.iter().all(|source| source.last_full_read.is_some());
+    let all_read = || {
+        status
+            .sources
+            .iter()
+            .all(|source| source.last_full_read.is_some())
+    };
     status.ready || (!status.sources.is_empty() && all_read())
 }
 
@@ -244,7 +254,8 @@ mod tests {
 
         let (seen, mut messages) = tokio::sync::mpsc::unbounded_channel::<Message>();
         let client = Client::new(&Shims::path(&admin));
-        let following = tokio::spawn(async move { client.follow(WATCH_PATH, |m| seen.send(m).is_ok()).await });
+        let following =
+            tokio::spawn(async move { client.follow(WATCH_PATH, |m| seen.send(m).is_ok()).await });
         // Not read yet: nothing is told, and so nothing is taken off.
         while connected.0.lock().unwrap().clusters.is_empty() {
             tokio::task::yield_now().await;

@@ -35,9 +35,16 @@ impl Tier {
     /// Arguments for `cargo test` that select its tests.
     pub fn selection(self) -> Vec<String> {
         let words = match self {
-            Self::Unit => ["lb-common", "lb-ebpf", "lb-route", "lb-l7", "lb-userspace", "xtask"]
-                .map(|p| ["-p", p])
-                .concat(),
+            Self::Unit => [
+                "lb-common",
+                "lb-ebpf",
+                "lb-route",
+                "lb-l7",
+                "lb-userspace",
+                "xtask",
+            ]
+            .map(|p| ["-p", p])
+            .concat(),
             _ => return vec!["-p".into(), "lb-tests".into(), "--test".into(), self.name()],
         };
         words.into_iter().map(Into::into).collect()

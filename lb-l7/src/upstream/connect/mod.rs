@@ -79,10 +79,16 @@ impl Connector {
             let Some(tls) = tls else {
                 return Ok(Link::new(UpstreamIo::Plain(stream), h2).await?);
             };
-            let config = if tls.verify { &self.verified } else { &self.unverified };
-            let name = ServerName::try_from(host.to_owned())
-                .unwrap_or_else(|_| ServerName::from(address.ip()));
-            let stream = TlsConnector::from(Arc::clone(config)).connect(name, stream).await?;
+            let config = if tls.verify {
+                &self.verified
+            } else {
+                &self.unverified
+            };
+            let name =
+                ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::from(address.ip()));
+            let stream = TlsConnector::from(Arc::clone(config))
+                .connect(name, stream)
+                .await?;
             let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
             Ok(Link::new(UpstreamIo::Tls(Box::new(stream)), h2).await?)
         };
