@@ -28,6 +28,8 @@ pub struct Serving {
     pub settings: L7,
     /// Where requests go.
     pub table: Table<Action>,
+    /// Where TLS goes that is not ended here, by server name.
+    pub passthrough: Table<Arc<Served>>,
     /// The routes in the table.
     pub routes: Vec<Arc<Served>>,
     /// Upstreams that take nothing new, or are gone, since their numbers still count: when, and how long what is upgraded
@@ -166,9 +168,13 @@ impl Registry {
         let mut seen = BTreeSet::new();
         let mut routes = Vec::new();
         let mut entries = Vec::new();
+        let mut passthrough = Vec::new();
         for route in state.routes.iter().filter(ours) {
             let served = Arc::new(self.served(route, &mut seen, now_ms));
             for host in std::iter::once(&route.host).chain(&route.aliases) {
+                if route.settings.tls.passthrough {
+                    passthrough.push((host.clone(), WHOLE_HOST.into(), Arc::clone(&served)));
+                }
                 entries.push((
                     host.clone(),
                     route.path.clone(),
@@ -197,6 +203,7 @@ impl Registry {
         Serving {
             settings: settings.clone(),
             table: Table::new(entries),
+            passthrough: Table::new(passthrough),
             routes,
             fates: self.fates.clone(),
         }

@@ -24,6 +24,7 @@ use crate::{
     log::Log,
     served::{Registry, Serving},
     stats::Shards,
+    tls,
     upstream::Connector,
     worker::{Phase, Shared, Worker},
 };
@@ -88,7 +89,9 @@ async fn shim(cli: &Cli) -> Result<()> {
     let mut registry = Registry::new(workers);
     let clock = Clock::new();
     let serving = registry.serving(&first, clock.coarse_ms());
+    let mut maker = tls::Maker::new();
     let shared = Arc::new(Shared {
+        tls: watch::Sender::new(Arc::new(maker.make(&first)?)),
         places: Arc::new(Semaphore::new(first.settings.max_connections as usize)),
         serving: watch::Sender::new(Arc::new(serving)),
         phase: watch::Sender::new(Phase::Serving),
@@ -108,6 +111,7 @@ async fn shim(cli: &Cli) -> Result<()> {
         .map(|(index, sockets)| start(index, sockets, Arc::clone(&shared)))
         .collect::<Result<_>>()?;
     tell(&first);
+    tokio::task::spawn_local(tls::follow(maker, state.clone(), shared.tls.clone()));
     let updating = tokio::task::spawn_local({
         let shared = Arc::clone(&shared);
         async move {

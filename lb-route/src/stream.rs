@@ -21,7 +21,7 @@ pub const SILENCE: Duration = Duration::from_secs(16);
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum Message {
     /// Everything: what was known before is forgotten.
-    Full(State),
+    Full(Box<State>),
     /// Routes that are new or have changed, whole, and routes that are gone.
     Change {
         /// New or changed.
@@ -51,7 +51,7 @@ impl State {
             return None;
         }
         if self.settings != old.settings {
-            return Some(Message::Full(self.clone()));
+            return Some(Message::Full(Box::new(self.clone())));
         }
         let known: BTreeMap<RouteAddress, &Route> = old.routes.iter().map(|r| (r.address(), r)).collect();
         let now: BTreeMap<RouteAddress, &Route> = self.routes.iter().map(|r| (r.address(), r)).collect();
@@ -70,7 +70,7 @@ impl State {
     /// Takes in a message.
     pub fn apply(&mut self, message: Message) {
         match message {
-            Message::Full(state) => *self = state,
+            Message::Full(state) => *self = *state,
             Message::Change { put, remove } => {
                 let routes = std::mem::take(&mut self.routes).into_iter();
                 let mut routes: BTreeMap<RouteAddress, Route> = routes.map(|r| (r.address(), r)).collect();

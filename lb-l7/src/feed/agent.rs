@@ -95,7 +95,7 @@ async fn stream(
             *heard = true;
             match (&mut state, message) {
                 (_, Message::Alive) => {}
-                (known, Message::Full(full)) => publish(known.insert(full)),
+                (known, Message::Full(full)) => publish(known.insert(*full)),
                 (Some(state), change) => {
                     state.apply(change);
                     publish(state);

@@ -116,6 +116,11 @@ fn choose(worker: &Worker, serving: &Serving, parts: &Parts, client: &Client) ->
         Action::StatusPage => own(crate::page::answer(&worker.shared, serving, parts)),
         Action::Serve(route) => {
             let tls = &route.settings.tls;
+            if tls.passthrough && client.is_tls {
+                // Its TLS was begun for another name.
+                let text = "421 ask for this host by its own connection\n";
+                return own(answer::page(StatusCode::MISDIRECTED_REQUEST, text));
+            }
             if (tls.only || tls.passthrough) && !is_secure(parts, client) {
                 return Choice::Answer(Some(Arc::clone(route)), to_https(serving, &host, whole));
             }

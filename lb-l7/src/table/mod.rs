@@ -59,6 +59,11 @@ impl<T> Table<T> {
         table
     }
 
+    /// Whether it leads nowhere.
+    pub fn is_empty(&self) -> bool {
+        self.exact.is_empty() && self.below.is_empty() && self.any.is_empty()
+    }
+
     /// What a request for this host (as [`host::normal`] makes it) and path leads to.
     ///
     /// A host that has no such path is looked for under the wildcards too.

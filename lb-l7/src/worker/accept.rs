@@ -13,12 +13,14 @@ use bytes::{Bytes, BytesMut};
 use hyper::{server::conn, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
+use tokio_rustls::TlsAcceptor;
 
 use super::{Client, Phase, Worker, client::Seat};
 use crate::{
-    client::{ClientIo, Stage, Transport, Word},
+    client::{ClientIo, Prefixed, Stage, Transport, Word},
     listen::Listener,
-    proxy,
+    proxy, proxy_protocol,
+    tls::{hello, passthrough},
     upstream::LocalExec,
 };
 
@@ -96,21 +98,58 @@ async fn connection(
     peer: SocketAddr,
     stage: Arc<Stage>,
     seat: Seat,
-    _tls: bool,
+    tls: bool,
 ) {
-    let serving = worker.serving();
-    let limit = serving.settings.timeouts.header;
+    let limit = worker.serving().settings.timeouts.header;
     let _small_answers_go_out_at_once = stream.set_nodelay(true);
-    let Ok(Ok(first)) = tokio::time::timeout(limit, first_bytes(&stream)).await else {
-        return;
-    };
-    let is_trusted = is_in(peer.ip(), &serving.settings.trusted_proxies);
-    drop(serving);
-    let client = Rc::new(Client::new(peer, false, is_trusted, Arc::clone(&stage)).seated(seat));
-    let is_h2 = first.starts_with(PREFACE);
+    // What fails before the first request is the client's fault, or its end: there is nobody to tell.
+    if let Ok(Ok(Some((client, io, is_h2)))) =
+        tokio::time::timeout(limit, begin(&worker, stream, peer, stage, seat, tls)).await
+    {
+        http(worker, client, io, is_h2).await;
+    }
+}
+
+/// What comes before HTTP. `None`: the connection is passed on as it is.
+async fn begin(
+    worker: &Rc<Worker>,
+    mut stream: TcpStream,
+    peer: SocketAddr,
+    stage: Arc<Stage>,
+    seat: Seat,
+    tls: bool,
+) -> io::Result<Option<(Rc<Client>, ClientIo, bool)>> {
+    let serving = worker.serving();
+    let mut address = peer;
+    if is_in(peer.ip(), &serving.settings.proxy_protocol) {
+        address = proxy_protocol::read(&mut stream, peer).await?;
+    }
+    let is_trusted = is_in(address.ip(), &serving.settings.trusted_proxies);
+    let client = Client::new(address, tls, is_trusted, Arc::clone(&stage)).seated(seat);
     let clock = Arc::clone(&worker.shared.clock);
-    let io = ClientIo::new(Transport::Plain(stream), first, stage, clock);
-    http(worker, client, io, is_h2).await;
+    if !tls {
+        let first = first_bytes(&stream).await?;
+        let is_h2 = first.starts_with(PREFACE);
+        let io = ClientIo::new(Transport::Plain(stream), first, stage, clock);
+        return Ok(Some((Rc::new(client), io, is_h2)));
+    }
+    let (first, name) = hello::read(&stream).await?;
+    if let Some(route) = passthrough::route(&serving, name.as_deref()) {
+        let (worker, route) = (Rc::clone(worker), Arc::clone(route));
+        tokio::task::spawn_local(async move {
+            passthrough::pass(&worker, &client, &route, stream, first).await;
+        });
+        return Ok(None);
+    }
+    let config = Arc::clone(&worker.shared.tls.borrow().config);
+    let prefixed = Prefixed {
+        prefix: first.freeze(),
+        stream,
+    };
+    let stream = TlsAcceptor::from(config).accept(prefixed).await?;
+    let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+    let io = ClientIo::new(Transport::Tls(Box::new(stream)), Bytes::new(), stage, clock);
+    Ok(Some((Rc::new(client), io, is_h2)))
 }
 
 /// Speaks HTTP with a client.

@@ -25,6 +25,7 @@ use crate::{
     log::Log,
     served::Serving,
     stats::{Shard, Shards},
+    tls::Tls,
     upstream::{Connector, Pool},
 };
 
@@ -40,6 +41,8 @@ pub struct Shared {
     pub serving: watch::Sender<Arc<Serving>>,
     /// Whether the process goes on.
     pub phase: watch::Sender<Phase>,
+    /// What TLS is served by.
+    pub tls: watch::Sender<Arc<Tls>>,
     /// Places for client connections.
     pub places: Arc<Semaphore>,
     /// The clock.
@@ -74,8 +77,7 @@ pub struct Worker {
     pub shared: Arc<Shared>,
     /// Idle connections to upstreams.
     pub pool: Pool,
-    /// The news, and what was taken over of them last.
-    serving: RefCell<(watch::Receiver<Arc<Serving>>, Rc<Arc<Serving>>)>,
+    serving: RefCell<News>,
     draining: Cell<bool>,
     next_client: Cell<u64>,
     clients: RefCell<HashMap<u64, Arc<Stage>>>,
@@ -84,14 +86,25 @@ pub struct Worker {
     emptied: tokio::sync::Notify,
 }
 
+/// What is served, counted by one worker alone: the counter of the [`Arc`] would be written by every worker for every
+/// request.
+pub type Snapshot = Rc<Arc<Serving>>;
+
+/// What is served, as it was looked at last.
+#[derive(Debug)]
+struct News {
+    news: watch::Receiver<Arc<Serving>>,
+    last: Snapshot,
+}
+
 // === impl Worker ===
 
 impl Worker {
     /// The worker of this number.
     pub fn new(index: usize, shared: Arc<Shared>) -> Rc<Self> {
         let mut news = shared.serving.subscribe();
-        let first = Rc::new(Arc::clone(&news.borrow_and_update()));
-        let serving = RefCell::new((news, first));
+        let last = Rc::new(Arc::clone(&news.borrow_and_update()));
+        let serving = RefCell::new(News { news, last });
         Rc::new(Self {
             index,
             shared,
@@ -106,8 +119,8 @@ impl Worker {
     }
 
     /// What is served now. Costs a look at a number unless it has changed.
-    pub fn serving(&self) -> Rc<Arc<Serving>> {
-        let (news, last) = &mut *self.serving.borrow_mut();
+    pub fn serving(&self) -> Snapshot {
+        let News { news, last } = &mut *self.serving.borrow_mut();
         if news.has_changed().unwrap_or(false) {
             *last = Rc::new(Arc::clone(&news.borrow_and_update()));
         }

@@ -167,7 +167,7 @@ impl Telling {
         };
         self.listener.serves(&state.settings.cluster);
         let message = match &self.told {
-            None => Some(Message::Full(state.clone())),
+            None => Some(Message::Full(Box::new(state.clone()))),
             Some(told) => state.since(told),
         };
         self.told = Some(state);
