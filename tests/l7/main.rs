@@ -9,10 +9,12 @@
 
 mod agent;
 mod bodies;
+mod http2;
 mod hygiene;
 mod origin;
 mod routing;
 mod shim;
+mod tls;
 mod updates;
 mod upgrades;
 mod wire;

@@ -251,11 +251,14 @@ impl<'n> Weir<'n> {
 
     /// Starts the L7 shim of this agent as an operator does, as a user without any capability.
     pub fn start_shim(&self) -> Result<Guard> {
-        use std::os::unix::fs::{PermissionsExt as _, chown};
+        use std::{
+            fs::Permissions,
+            os::unix::fs::{PermissionsExt as _, chown},
+        };
         const NOBODY: u32 = 65_534;
         // What the group weir-l7 and CAP_NET_BIND_SERVICE give on a machine.
         chown(self.socket().with_file_name("l7.sock"), None, Some(NOBODY))?;
-        std::fs::set_permissions(self.directory.path(), PermissionsExt::from_mode(0o755))?;
+        std::fs::set_permissions(self.directory.path(), Permissions::from_mode(0o755))?;
         self.namespace
             .sysctl("net.ipv4.ip_unprivileged_port_start", "80")?;
         let log = std::fs::File::options()
