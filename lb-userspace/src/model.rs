@@ -10,6 +10,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+pub use lb_route::BackendState;
 use serde::{Deserialize, Serialize};
 
 /// Layer-4 protocol of a service.
@@ -324,18 +325,6 @@ impl fmt::Display for CheckKind {
             Self::Https => "https",
         })
     }
-}
-
-/// Whether a backend may take new flows, as its source and the operator wish.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum BackendState {
-    /// Takes new flows.
-    Active,
-    /// Takes no new flows; old ones go on until they end or the drain deadline passes.
-    Draining,
-    /// Known, but not serving (starting, unhealthy, paused): takes no new flows, old ones go on without a deadline.
-    Unready,
 }
 
 /// A place that serves a service.

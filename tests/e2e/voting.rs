@@ -1,10 +1,21 @@
 //! The reference architecture's voting application: its Compose file, its labels, its scaling, through real Compose. Small
 //! programs of our own stand in for the five, under the names of their images.
 
-use std::{collections::BTreeSet, net::SocketAddr};
+use std::{
+    collections::BTreeSet,
+    io::{Read as _, Write as _},
+    net::{SocketAddr, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
+    time::{Duration, Instant},
+};
 
-use anyhow::{Context as _, Result, ensure};
-use lb_tests::{docker::Engine, site::Site, weir::Weir};
+use anyhow::{Context as _, Result, bail, ensure};
+use lb_tests::{
+    docker::Engine,
+    netns::Namespace,
+    site::{NODE, Site, VIP, vip},
+    weir::Weir,
+};
 use serde_json::Value;
 
 const VOTE: &str = "vote.myenterprise.com";
@@ -17,6 +28,49 @@ const IMAGES: &[(&str, u16)] = &[
     ("redis", 6379),
     ("postgres:9.4", 5432),
 ];
+
+/// How long the shim may take to hear of a change.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The VIP's HTTP is a service as any other: its backends are shims, here the one of this node.
+fn http_service() -> String {
+    format!(
+        "\n[[services]]\nname = \"http\"\nvip = \"web\"\nlisten = [\"80/tcp\"]\n\n\
+         [[services.backends]]\naddress = \"{NODE}:80\"\n"
+    )
+}
+
+/// Who answers a request at the VIP, by a connection of its own.
+fn fetch(client: &Namespace, host: &str) -> Result<String> {
+    client.run(|| {
+        let mut stream = TcpStream::connect_timeout(&vip(80), PATIENCE).context("connect")?;
+        stream.set_read_timeout(Some(PATIENCE))?;
+        write!(
+            stream,
+            "GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+        )?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        ensure!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+        let (_, text) = answer.split_once("\r\n\r\n").context("no body")?;
+        Ok(text.split(' ').next().unwrap_or_default().to_owned())
+    })
+}
+
+/// Waits until this many containers answer at the VIP.
+fn await_answers(client: &Namespace, host: &str, containers: usize) -> Result<()> {
+    let until = Instant::now() + PATIENCE;
+    let mut last = anyhow::anyhow!("nothing tried");
+    while Instant::now() < until {
+        let round: Result<BTreeSet<String>> = (0..4 * containers).map(|_| fetch(client, host)).collect();
+        match round {
+            Ok(names) if names.len() == containers => return Ok(()),
+            Ok(names) => last = anyhow::anyhow!("{names:?} answer"),
+            Err(error) => last = error,
+        }
+    }
+    bail!("not {containers} containers of {host}: {last:#}")
+}
 
 /// The upstreams of a host that are active, as the agent's status tells them.
 fn upstreams(status: &Value, host: &str) -> Vec<Value> {
@@ -63,7 +117,7 @@ fn the_voting_application_is_routed_and_scaled_as_it_is() -> Result<()> {
     for (image, port) in IMAGES {
         engine.image(image, *port)?;
     }
-    let mut weir = Weir::start(&site.node, &site.config(&engine))?;
+    let mut weir = Weir::start(&site.node, &(site.config(&engine) + &http_service()))?;
     let file = concat!(env!("CARGO_MANIFEST_DIR"), "/e2e/voting/docker-compose.yml");
     let compose = |words: &[&str]| engine.compose(file, "voting", words);
 
@@ -76,17 +130,69 @@ fn the_voting_application_is_routed_and_scaled_as_it_is() -> Result<()> {
     }
     engine.docker(&["exec", "redis", "/server", "ask", "workers:8080"])?;
 
-    compose(&["scale", "voting-app=10"])?;
-    await_upstreams(&mut weir, 10)?;
-    assert_eq!(answers(&site, &weir)?.len(), 10);
-    let output = weir.cli(&["status"])?;
-    let text = String::from_utf8_lossy(&output.stdout);
-    for line in [
-        "route vote.myenterprise.com/  10 of 10 upstreams active  waiting for the L7 shim",
-        "route results.myenterprise.com/  1 of 1 upstreams active  waiting for the L7 shim",
-    ] {
-        assert!(text.contains(line), "{line:?} is missing in:\n{text}");
+    let shown = |line: &str| -> Result<()> {
+        let output = weir.cli(&["status"])?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        ensure!(text.contains(line), "{line:?} is missing in:\n{text}");
+        Ok(())
+    };
+    shown("route vote.myenterprise.com/  1 of 1 upstreams active  waiting for the L7 shim")?;
+
+    // HTTP by the labels alone: client, XDP, shim, container.
+    let _shim = weir.start_shim()?;
+    for host in [VOTE, RESULTS] {
+        await_answers(&site.client, host, 1)?;
     }
+    let curl = site
+        .client
+        .command("curl")
+        .args(["-sS", "--resolve", &format!("{VOTE}:80:{VIP}")])
+        .arg(format!("http://{VOTE}/"))
+        .output()?;
+    let text = String::from_utf8_lossy(&curl.stdout).into_owned();
+    ensure!(
+        curl.status.success() && text.ends_with("GET / HTTP/1.1\n"),
+        "{text:?}"
+    );
+    let nobody = fetch(&site.client, "nobody.myenterprise.com")
+        .unwrap_err()
+        .to_string();
+    ensure!(nobody.starts_with("HTTP/1.1 503 "), "{nobody}");
+    shown("route vote.myenterprise.com/  1 of 1 upstreams active  round-robin")?;
+
+    // Containers come and go under load.
+    let stop = AtomicBool::new(false);
+    let (failures, requests) = std::thread::scope(|scope| -> Result<_> {
+        let load = scope.spawn(|| {
+            let (mut failures, mut requests) = (Vec::new(), 0);
+            while !stop.load(Ordering::Relaxed) {
+                requests += 1;
+                failures.extend(fetch(&site.client, VOTE).err().map(|e| format!("{e:#}")));
+            }
+            (failures, requests)
+        });
+        let scaled = scale(&site, &engine, file, &mut weir);
+        stop.store(true, Ordering::Relaxed);
+        let report = load.join().map_err(|_| anyhow::anyhow!("the load has failed"))?;
+        scaled.map(|()| report)
+    })?;
+    ensure!(
+        failures.is_empty() && requests > 100,
+        "{requests} requests, failed: {failures:#?}"
+    );
+    compose(&["down", "--volumes"])?;
+    weir.await_status("without routes", |status| {
+        status["routes"].as_array().is_some_and(Vec::is_empty)
+    })
+}
+
+/// Ten containers of the vote, one more that is wrong, then two.
+fn scale(site: &Site, engine: &Engine, file: &str, weir: &mut Weir<'_>) -> Result<()> {
+    let compose = |words: &[&str]| engine.compose(file, "voting", words);
+    compose(&["scale", "voting-app=10"])?;
+    await_upstreams(weir, 10)?;
+    ensure!(answers(site, weir)?.len() == 10);
+    await_answers(&site.client, VOTE, 10)?;
 
     // One more container with a label that means nothing: it is refused by name and harms nobody.
     engine.container(
@@ -106,13 +212,10 @@ fn the_voting_application_is_routed_and_scaled_as_it_is() -> Result<()> {
                     .is_some_and(|o| o.contains("label interlock.port"))
         })
     })?;
-    assert_eq!(upstreams(&weir.status()?, VOTE).len(), 10);
+    ensure!(upstreams(&weir.status()?, VOTE).len() == 10);
 
     compose(&["scale", "voting-app=2"])?;
-    await_upstreams(&mut weir, 2)?;
-    assert_eq!(answers(&site, &weir)?.len(), 2);
-    compose(&["down", "--volumes"])?;
-    weir.await_status("without routes", |status| {
-        status["routes"].as_array().is_some_and(Vec::is_empty)
-    })
+    await_upstreams(weir, 2)?;
+    ensure!(answers(site, weir)?.len() == 2);
+    await_answers(&site.client, VOTE, 2)
 }

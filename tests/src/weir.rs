@@ -289,6 +289,34 @@ impl<'n> Weir<'n> {
         Ok(command.args(words).arg("--socket").arg(self.socket()).output()?)
     }
 
+    /// Starts the L7 shim of this agent as an operator does, as a user without any capability.
+    pub fn start_shim(&self) -> Result<Guard> {
+        use std::{
+            fs::Permissions,
+            os::unix::fs::{PermissionsExt as _, chown},
+        };
+        const NOBODY: u32 = 65_534;
+        // What the group weir-l7 and CAP_NET_BIND_SERVICE give on a machine.
+        chown(self.socket().with_file_name("l7.sock"), None, Some(NOBODY))?;
+        std::fs::set_permissions(self.directory.path(), Permissions::from_mode(0o755))?;
+        self.namespace
+            .sysctl("net.ipv4.ip_unprivileged_port_start", "80")?;
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.log_path())?;
+        let mut command = self.namespace.command("setpriv");
+        let id = NOBODY.to_string();
+        command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "--no-new-privs"]);
+        command.args(["--bounding-set", "-all", "--inh-caps", "-all"]);
+        command
+            .arg(&self.binary)
+            .arg("--socket")
+            .arg(self.socket())
+            .arg("l7");
+        Guard::spawn(command.stdout(log.try_clone()?).stderr(log))
+    }
+
     /// As [`Weir::cli`], for a command that goes on until it is dropped; its output is piped.
     pub fn follow(&self, words: &[&str]) -> Result<Guard> {
         let mut command = self.namespace.command(&self.binary);

@@ -1,4 +1,4 @@
-//! The programs of the host: the agent, and the static server that the containers of the tests run.
+//! The programs of the host: the agent and the L7 shim, and the static server that the containers of the tests run.
 
 use std::{env, path::PathBuf};
 
@@ -15,11 +15,12 @@ pub enum Profile {
     Debug,
 }
 
-/// Builds the agent with the programs of now inside and returns its path.
+/// Builds the agent with the programs of now inside, and the L7 shim beside it. Returns the path of the agent.
 pub fn build(profile: Profile) -> Result<PathBuf> {
     ebpf::build()?;
     let mut build = process::cargo();
     build.args(["build", "--quiet", "-p", "lb-userspace", "--bin", "weir"]);
+    build.args(["-p", "lb-l7", "--bin", "weir-l7"]);
     if profile == Profile::Release {
         build.arg("--release");
     }

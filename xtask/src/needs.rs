@@ -15,6 +15,8 @@ pub enum Group {
     Lint,
     /// Namespaces and packets: tiers prog, kernel, net, control
     Test,
+    /// Clients of HTTP that are not ours: tier l7
+    L7,
     /// Real Docker engines: tier e2e, demo
     E2e,
     /// Other kernels: tier vm
@@ -75,7 +77,7 @@ const STATIC_BUSYBOX: &str = "/usr/share/doc/busybox-static/copyright";
 
 /// Everything but the BPF toolchain, whose packages depend on the compiler that is found (`toolchain`).
 pub const NEEDS: &[Need] = {
-    use Group::{Bench, Build, E2e, Test, Vm};
+    use Group::{Bench, Build, E2e, L7, Test, Vm};
     &[
         program(
             Build,
@@ -116,6 +118,13 @@ pub const NEEDS: &[Need] = {
             "runs programs in a test's namespace",
         ),
         program(Test, "sysctl", "procps", "reads and sets kernel settings"),
+        program(L7, "curl", "curl", "a client that is not ours"),
+        program(
+            L7,
+            "h2load",
+            "nghttp2-client",
+            "a client of HTTP/2 that is not ours",
+        ),
         program(
             E2e,
             "ip",

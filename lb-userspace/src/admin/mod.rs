@@ -18,6 +18,7 @@ mod event;
 mod kernel;
 mod routes;
 pub mod select;
+pub mod shims;
 pub mod socket;
 pub mod tap;
 
@@ -83,6 +84,8 @@ pub struct Context {
     pub readings: Arc<dyn Readings>,
     /// To the reconciler.
     pub commands: mpsc::Sender<Command>,
+    /// Who serves the routes.
+    pub shims: shims::Connected,
     /// Sampled events of the datapath.
     pub events: broadcast::Sender<maps::Event>,
     /// When the agent started: the zero of `taken_us`.

@@ -79,7 +79,9 @@ impl IntoResponse for Refused {
 }
 
 async fn status(State(context): State<Context>) -> Json<Status> {
-    Json(context.status.borrow().clone())
+    let mut status = context.status.borrow().clone();
+    context.shims.mark(&mut status);
+    Json(status)
 }
 
 async fn counters(State(context): State<Context>) -> Result<Json<Counters>, Refused> {

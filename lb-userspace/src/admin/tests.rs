@@ -74,6 +74,7 @@ async fn agent() -> Agent {
         status: receiver,
         readings: readings.clone(),
         commands: sender,
+        shims: shims::Connected::default(),
         events: events.clone(),
         started: Instant::now(),
         stop: stop.clone(),

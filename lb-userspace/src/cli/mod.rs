@@ -17,6 +17,7 @@ mod events;
 mod flows;
 mod humane;
 mod import;
+mod l7;
 mod node;
 mod operate;
 mod rates;
@@ -92,6 +93,8 @@ enum Command {
     /// Translate the configuration of another balancer
     #[command(subcommand)]
     Import(import::ImportCommand),
+    /// Serve HTTP by the routes: the L7 shim, a process without privileges
+    L7(l7::L7Args),
     /// Take the datapath off the node: programs, maps and addresses; ends every flow. The agent must be stopped
     Detach(DetachArgs),
 }
@@ -202,6 +205,7 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Run(args) => run::run(args, socket),
         Command::Node(args) => node::node(args),
         Command::Detach(args) => run::detach(args, socket),
+        Command::L7(args) => l7::become_shim(args, socket),
         Command::Check { config } => check::check(config, &mut io::stdout(), &mut io::stderr()),
         Command::Import(command) => block_on(import::run(command, &mut io::stdout(), &mut io::stderr())),
         Command::Status(args) => call(watch::status(&client, args)),
@@ -300,6 +304,7 @@ mod tests {
             panic!("not a status")
         };
         assert_eq!(args.watch, Some(Duration::from_secs(2)));
+        assert!(parse("weir l7 --help").is_ok() && parse("weir l7 --http 127.0.0.1:0 --routes x").is_ok());
         let cli = parse("weir flows --socket /tmp/x --limit 3").unwrap();
         assert_eq!(cli.socket.as_deref(), Some(Path::new("/tmp/x")));
         for wrong in [

@@ -305,9 +305,19 @@ pub(super) struct RawBpf {
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub(super) struct RawL7 {
+    pub(super) listen: Given<Strings>,
     pub(super) http_port: Given<u16>,
     pub(super) https_port: Given<u16>,
     pub(super) max_connections: Given<u32>,
+    pub(super) max_body: Option<u64>,
+    pub(super) hsts: Option<u64>,
+    pub(super) redirect_to_https: Option<Strings>,
+    pub(super) cluster: Option<String>,
+    pub(super) proxy_protocol: Given<Strings>,
+    pub(super) trusted_proxies: Given<Strings>,
+    pub(super) access_log: Given<String>,
+    pub(super) status_page: Given<String>,
+    pub(super) metrics: Given<String>,
     pub(super) certificates: Given<String>,
     pub(super) default_certificate: Given<String>,
     pub(super) min_tls: Given<String>,
@@ -321,6 +331,9 @@ pub(super) struct RawL7Timeouts {
     pub(super) connect: Given<String>,
     pub(super) client: Given<String>,
     pub(super) server: Given<String>,
+    pub(super) header: Given<String>,
+    pub(super) request: Given<String>,
+    pub(super) drain: Given<String>,
 }
 
 /// `[[services]]`.

@@ -97,6 +97,7 @@ fn the_seeds_nginx_configuration() {
                 connect: six_hundred,
                 client: six_hundred,
                 server: six_hundred,
+                ..L7Timeouts::default()
             },
             ..L7::default()
         }

@@ -17,6 +17,8 @@ pub enum Tier {
     Net,
     /// Source updates to map dumps, with faults injected
     Control,
+    /// The L7 shim with real clients and servers on loopback
+    L7,
     /// Real Docker engines
     E2e,
     /// Both bodies on Debian's 6.1 and 6.12 kernels, in QEMU
@@ -33,9 +35,16 @@ impl Tier {
     /// Arguments for `cargo test` that select its tests.
     pub fn selection(self) -> Vec<String> {
         let words = match self {
-            Self::Unit => ["lb-common", "lb-ebpf", "lb-userspace", "xtask"]
-                .map(|p| ["-p", p])
-                .concat(),
+            Self::Unit => [
+                "lb-common",
+                "lb-ebpf",
+                "lb-route",
+                "lb-l7",
+                "lb-userspace",
+                "xtask",
+            ]
+            .map(|p| ["-p", p])
+            .concat(),
             _ => return vec!["-p".into(), "lb-tests".into(), "--test".into(), self.name()],
         };
         words.into_iter().map(Into::into).collect()
@@ -46,18 +55,18 @@ impl Tier {
     pub fn threads(self) -> Option<u32> {
         match self {
             Self::Unit | Self::Prog | Self::Control => None,
-            Self::Kernel | Self::Net => Some(2),
+            Self::Kernel | Self::Net | Self::L7 => Some(2),
             Self::E2e | Self::Vm => Some(1),
         }
     }
 
     pub fn needs_root(self) -> bool {
-        !matches!(self, Self::Unit | Self::Vm)
+        !matches!(self, Self::Unit | Self::L7 | Self::Vm)
     }
 
     /// Whether it starts the agent's binary, which it finds by WEIR_BIN.
     pub fn needs_agent(self) -> bool {
-        matches!(self, Self::Net | Self::E2e)
+        matches!(self, Self::Net | Self::L7 | Self::E2e)
     }
 
     /// What has to be installed.
@@ -65,6 +74,7 @@ impl Tier {
         match self {
             Self::Unit => &[Group::Build],
             Self::Prog | Self::Kernel | Self::Net | Self::Control => &[Group::Build, Group::Test],
+            Self::L7 => &[Group::Build, Group::L7],
             Self::E2e => &[Group::Build, Group::Test, Group::E2e],
             Self::Vm => &[Group::Build, Group::Vm],
         }

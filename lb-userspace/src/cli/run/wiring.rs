@@ -13,7 +13,11 @@ use tracing::{info, warn};
 
 use super::{Files, translate};
 use crate::{
-    admin::{Admin, Context, Kernel, Options as AdminOptions, tap},
+    admin::{
+        Admin, Context, Kernel, Options as AdminOptions,
+        shims::{self, Shims},
+        tap,
+    },
     config::{Config, DockerConfig, SwarmConfig},
     datapath::{
         Maps as _, Topology,
@@ -56,6 +60,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         metrics: Some(config.admin.metrics),
     })
     .await?;
+    let shim_socket = Shims::bind(&config.admin.socket).context("socket of the L7 shims")?;
     preflight::preflight(&config.bpf.pin_path)?;
     let mut warnings: Vec<String> = port_overlap(&config).into_iter().collect();
     let state = StateFile::open(&files.state)?;
@@ -93,10 +98,18 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         status,
         readings: Arc::new(Kernel::open(pins.clone(), maps.capacities())?),
         commands: commands_to.clone(),
+        shims: shims::Connected::default(),
         events: events.clone(),
         started: Instant::now(),
         stop: stop.clone(),
     };
+    let shims = shim_socket.serve(
+        context.status.clone(),
+        config.clone(),
+        context.shims.clone(),
+        stop.clone(),
+    );
+    tasks.spawn(async { shims.await.context("socket of the L7 shims") });
     tasks.spawn(async { admin.serve(context).await.context("admin API") });
     let event_maps = pins.maps();
     until(&mut tasks, &stop, async move {

@@ -1,14 +1,18 @@
 //! `[l7]`.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use toml::Spanned;
 
 use super::{
     super::{
-        l7::{L7, L7Timeouts, MAX_CONNECTIONS, TlsVersion},
+        l7::{AccessLog, L7, L7Timeouts, MAX_CONNECTIONS, TlsVersion},
         raw::{Given, RawL7},
-        value,
+        value::{self, ValueError},
     },
     Check, sections,
 };
@@ -55,8 +59,27 @@ pub(super) fn l7(check: &mut Check<'_>, raw: &RawL7) -> L7 {
         connect: timeout("connect", &raw.timeouts.connect, base.timeouts.connect),
         client: timeout("client", &raw.timeouts.client, base.timeouts.client),
         server: timeout("server", &raw.timeouts.server, base.timeouts.server),
+        header: timeout("header", &raw.timeouts.header, base.timeouts.header),
+        request: timeout("request", &raw.timeouts.request, base.timeouts.request),
+        drain: timeout("drain", &raw.timeouts.drain, base.timeouts.drain),
     };
+    let logs = [AccessLog::Off, AccessLog::Json, AccessLog::Combined];
+    let access_log = check.text_or("l7.access-log", &raw.access_log, base.access_log, |text| {
+        value::one_of(text, &["off", "json", "combined"], &logs)
+    });
+    let listen = check.list("l7.listen", raw.listen.as_ref(), ip);
+    let redirect_to_https = raw.redirect_to_https.as_ref().map(|hosts| hosts.0.clone());
     L7 {
+        listen: if listen.is_empty() { base.listen } else { listen },
+        max_body: raw.max_body.filter(|most| *most > 0),
+        hsts_s: raw.hsts.unwrap_or(base.hsts_s),
+        redirect_to_https: redirect_to_https.unwrap_or_default(),
+        cluster: raw.cluster.clone(),
+        proxy_protocol: check.list("l7.proxy-protocol", raw.proxy_protocol.as_ref(), value::prefix),
+        trusted_proxies: check.list("l7.trusted-proxies", raw.trusted_proxies.as_ref(), value::prefix),
+        access_log,
+        status_page: status_page(check, &raw.status_page),
+        metrics: metrics(check, &raw.metrics),
         http_port,
         https_port,
         max_connections,
@@ -75,6 +98,46 @@ pub(super) fn l7(check: &mut Check<'_>, raw: &RawL7) -> L7 {
         min_tls,
         timeouts,
     }
+}
+
+/// An address to listen on, `::` and `0.0.0.0` too.
+fn ip(text: &str) -> Result<IpAddr, ValueError> {
+    match text.parse() {
+        Ok(address) => Ok(address),
+        // It says what is wrong with one that is none.
+        Err(_) => value::address(text),
+    }
+}
+
+fn status_page(check: &mut Check<'_>, given: &Given<String>) -> Option<String> {
+    let text = given.as_ref()?;
+    if let Some((host, _path)) = text.get_ref().split_once('/')
+        && !host.is_empty()
+    {
+        return Some(text.get_ref().to_lowercase());
+    }
+    let fault = format!("`{}` is no host and path", text.get_ref());
+    let remedy = "write `status.example.com/weir`, or `*/weir` for every host";
+    check.fault("l7.status-page", Some(text.span()), fault, remedy);
+    None
+}
+
+/// As of the agent, metrics are for the node itself: they name every route.
+fn metrics(check: &mut Check<'_>, given: &Given<String>) -> Option<SocketAddr> {
+    let text = given.as_ref()?;
+    match text.get_ref().parse::<SocketAddr>() {
+        Ok(address) if address.ip().is_loopback() => return Some(address),
+        Ok(address) => {
+            let fault = format!("{address} is not a loopback address, and metrics name every route");
+            let remedy = "use 127.0.0.1 or [::1]";
+            check.fault("l7.metrics", Some(text.span()), fault, remedy);
+        }
+        Err(_) => {
+            let fault = format!("`{}` is not an address and port", text.get_ref());
+            check.fault("l7.metrics", Some(text.span()), fault, "write `127.0.0.1:9642`");
+        }
+    }
+    None
 }
 
 /// A port; 0 is none.

@@ -1,0 +1,338 @@
+//! A client's connection: its bytes, and what stage it is in, so that one sweep can end all that are silent for too long.
+//! Timers for each request would cost more than the requests.
+
+use std::{
+    io,
+    pin::Pin,
+    sync::Arc,
+    sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
+    task::{Context, Poll},
+};
+
+use bytes::{Buf as _, Bytes};
+use futures_util::task::AtomicWaker;
+use lb_route::L7Timeouts;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+};
+
+/// Between two requests.
+const IDLE: u8 = 0;
+/// Bytes of a header have come, and its end has not.
+const HEAD: u8 = 1;
+/// A request is under way: its own timeouts hold.
+const BUSY: u8 = 2;
+
+/// What a connection is told from outside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Word {
+    /// Nothing.
+    GoOn,
+    /// To end after what is under way.
+    Finish,
+    /// To end at once.
+    End,
+}
+
+/// The state of a connection. One worker writes it; it is atomic because it travels with connections that are upgraded.
+#[derive(Debug, Default)]
+pub struct Stage {
+    stage: AtomicU8,
+    since_ms: AtomicU64,
+    /// Requests under way: more than one in HTTP/2.
+    active: AtomicU32,
+    is_h2: AtomicBool,
+    word: AtomicU8,
+    waker: AtomicWaker,
+}
+
+// === impl Stage ===
+
+impl Stage {
+    /// Of a connection that is new now.
+    pub fn new(now_ms: u64) -> Arc<Self> {
+        let stage = Self::default();
+        // A client that opens a connection means to send something.
+        stage.stage.store(HEAD, Relaxed);
+        stage.since_ms.store(now_ms, Relaxed);
+        Arc::new(stage)
+    }
+
+    /// It speaks HTTP/2, where bytes that come need not be a request.
+    pub fn is_h2(&self) {
+        self.is_h2.store(true, Relaxed);
+        self.stage.store(IDLE, Relaxed);
+    }
+
+    /// Whether it speaks HTTP/2.
+    pub fn speaks_h2(&self) -> bool {
+        self.is_h2.load(Relaxed)
+    }
+
+    /// Bytes have come.
+    fn heard(&self, now_ms: impl FnOnce() -> u64) {
+        if self.stage.load(Relaxed) == IDLE {
+            if !self.is_h2.load(Relaxed) {
+                self.stage.store(HEAD, Relaxed);
+            }
+            self.since_ms.store(now_ms(), Relaxed);
+        }
+    }
+
+    /// A request begins.
+    pub fn begin(&self) {
+        self.active.store(self.active.load(Relaxed) + 1, Relaxed);
+        self.stage.store(BUSY, Relaxed);
+    }
+
+    /// A request has been answered.
+    pub fn end(&self, now_ms: u64) {
+        let active = self.active.load(Relaxed).saturating_sub(1);
+        self.active.store(active, Relaxed);
+        if active == 0 {
+            self.stage.store(IDLE, Relaxed);
+            self.since_ms.store(now_ms, Relaxed);
+        }
+    }
+
+    /// Whether it has been silent for too long.
+    pub fn is_late(&self, now_ms: u64, timeouts: &L7Timeouts) -> bool {
+        let limit = match self.stage.load(Relaxed) {
+            IDLE => timeouts.client,
+            HEAD => timeouts.header,
+            _ => return false,
+        };
+        u128::from(now_ms.saturating_sub(self.since_ms.load(Relaxed))) > limit.as_millis()
+    }
+
+    /// Tells it something. What was said first stands unless it is more now.
+    pub fn say(&self, word: Word) {
+        if word as u8 > self.word.load(Relaxed) {
+            self.word.store(word as u8, Relaxed);
+            self.waker.wake();
+        }
+    }
+
+    /// What it has been told; the task is woken when there is more.
+    pub fn poll_word(&self, cx: &Context<'_>) -> Word {
+        self.waker.register(cx.waker());
+        match self.word.load(Relaxed) {
+            0 => Word::GoOn,
+            1 => Word::Finish,
+            _ => Word::End,
+        }
+    }
+}
+
+/// A coarse clock that every worker reads and the sweeps set.
+#[derive(Debug)]
+pub struct Clock {
+    start: std::time::Instant,
+    coarse_ms: AtomicU64,
+}
+
+impl Clock {
+    /// Starts now.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Self {
+            start: std::time::Instant::now(),
+            // Not 0, which is never.
+            coarse_ms: AtomicU64::new(1),
+        })
+    }
+
+    /// Milliseconds since the start, some tenths of a second late.
+    pub fn coarse_ms(&self) -> u64 {
+        self.coarse_ms.load(Relaxed)
+    }
+
+    /// Sets what is read.
+    pub fn tick(&self) {
+        let now = self.start.elapsed().as_millis() as u64 + 1;
+        self.coarse_ms.store(now, Relaxed);
+    }
+}
+
+/// What carries the bytes.
+#[derive(Debug)]
+pub enum Transport {
+    /// As they are.
+    Plain(TcpStream),
+    /// Inside TLS.
+    Tls(Box<tokio_rustls::server::TlsStream<Prefixed>>),
+}
+
+/// A stream of which some bytes have been read already.
+#[derive(Debug)]
+pub struct Prefixed {
+    /// The bytes.
+    pub prefix: Bytes,
+    /// The rest.
+    pub stream: TcpStream,
+}
+
+/// A client's connection as hyper uses it.
+#[derive(Debug)]
+pub struct ClientIo {
+    transport: Transport,
+    prefix: Bytes,
+    stage: Arc<Stage>,
+    clock: Arc<Clock>,
+}
+
+// === impl ClientIo ===
+
+impl ClientIo {
+    /// Reads `prefix` first.
+    pub fn new(transport: Transport, prefix: Bytes, stage: Arc<Stage>, clock: Arc<Clock>) -> Self {
+        Self {
+            transport,
+            prefix,
+            stage,
+            clock,
+        }
+    }
+}
+
+/// Gives of `prefix` what fits.
+fn give(prefix: &mut Bytes, buf: &mut ReadBuf<'_>) {
+    let n = prefix.len().min(buf.remaining());
+    buf.put_slice(&prefix[..n]);
+    prefix.advance(n);
+    if prefix.is_empty() {
+        // Frees what it is a part of.
+        *prefix = Bytes::new();
+    }
+}
+
+impl AsyncRead for Prefixed {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buf: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if !self.prefix.is_empty() {
+            give(&mut self.prefix, buf);
+            return Poll::Ready(Ok(()));
+        }
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl AsyncWrite for Prefixed {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, bufs)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+impl AsyncRead for ClientIo {
+    fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        if !this.prefix.is_empty() {
+            give(&mut this.prefix, buf);
+            return Poll::Ready(Ok(()));
+        }
+        let before = buf.filled().len();
+        let polled = match &mut this.transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_read(cx, buf),
+            Transport::Tls(stream) => Pin::new(stream).poll_read(cx, buf),
+        };
+        if buf.filled().len() > before {
+            this.stage.heard(|| this.clock.coarse_ms());
+        }
+        polled
+    }
+}
+
+impl AsyncWrite for ClientIo {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
+            Transport::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
+        }
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bufs: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+            Transport::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
+        }
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        match &self.transport {
+            Transport::Plain(stream) => stream.is_write_vectored(),
+            Transport::Tls(stream) => stream.is_write_vectored(),
+        }
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        }
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        match &mut self.get_mut().transport {
+            Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
+            Transport::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_is_judged_by_the_stage() {
+        let timeouts = L7Timeouts::default();
+        let stage = Stage::new(0);
+        assert!(!stage.is_late(10_000, &timeouts) && stage.is_late(10_001, &timeouts));
+        stage.begin();
+        assert!(!stage.is_late(u64::MAX, &timeouts));
+        stage.end(20_000);
+        assert!(!stage.is_late(80_000, &timeouts) && stage.is_late(80_001, &timeouts));
+        stage.heard(|| 30_000);
+        assert!(
+            stage.is_late(40_001, &timeouts),
+            "a header does not take that long"
+        );
+        stage.heard(|| 40_000);
+        assert!(stage.is_late(40_001, &timeouts), "not even byte by byte");
+        let h2 = Stage::new(0);
+        h2.is_h2();
+        h2.heard(|| 5_000);
+        assert!(!h2.is_late(60_000, &timeouts) && h2.is_late(65_001, &timeouts));
+        h2.begin();
+        h2.begin();
+        h2.end(70_000);
+        assert!(!h2.is_late(900_000, &timeouts), "one is still under way");
+    }
+}

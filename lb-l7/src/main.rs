@@ -1,0 +1,7 @@
+//! The L7 shim.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    weir_l7::cli::main()
+}

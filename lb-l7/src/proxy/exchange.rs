@@ -1,0 +1,167 @@
+//! What is counted of a request while it is under way. Dropping it is the end of the request, however it ends.
+
+use std::{rc::Rc, sync::Arc, task::Context, time::Instant};
+
+use crate::{
+    log::Line,
+    served::{Served, UpstreamEntry},
+    stats::Shard,
+    upstream::Link,
+    worker::{Client, Worker},
+};
+
+/// One request, from its header to the end of its answer.
+pub struct Exchange {
+    worker: Rc<Worker>,
+    client: Rc<Client>,
+    start: Instant,
+    route: Option<Arc<Served>>,
+    upstream: Option<Arc<UpstreamEntry>>,
+    /// Where idle connections of this upstream are kept.
+    pool: u64,
+    status: u16,
+    bytes_out: u64,
+    upload: Option<Rc<super::body::Upload>>,
+    line: Option<Box<Line>>,
+}
+
+impl std::fmt::Debug for Exchange {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Exchange")
+            .field("status", &self.status)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Exchange {
+    /// A request begins.
+    pub fn begin(worker: &Rc<Worker>, client: &Rc<Client>, line: Option<Box<Line>>) -> Self {
+        client.stage.begin();
+        Self {
+            worker: Rc::clone(worker),
+            client: Rc::clone(client),
+            start: Instant::now(),
+            route: None,
+            upstream: None,
+            pool: 0,
+            status: 0,
+            bytes_out: 0,
+            upload: None,
+            line,
+        }
+    }
+
+    /// It is for this route.
+    pub fn routed(&mut self, route: &Arc<Served>) {
+        self.route = Some(Arc::clone(route));
+    }
+
+    /// It has a body.
+    pub fn uploads(&mut self, upload: &Rc<super::body::Upload>) {
+        self.upload = Some(Rc::clone(upload));
+    }
+
+    /// It goes to this upstream; what it was at before has failed.
+    pub fn goes_to(&mut self, upstream: &Arc<UpstreamEntry>, pool: u64) {
+        let worker = self.worker.index;
+        if let Some(before) = self.upstream.take() {
+            before.stats.of(worker).active.sub(1);
+            before.stats.of(worker).retries.add(1);
+        }
+        upstream.stats.of(worker).begin();
+        self.pool = pool;
+        self.upstream = Some(Arc::clone(upstream));
+    }
+
+    /// Numbers of where it is now.
+    pub fn shard(&self) -> Option<&Shard> {
+        let index = self.worker.index;
+        let upstream = self.upstream.as_ref().map(|u| u.stats.of(index));
+        upstream.or_else(|| self.route.as_ref().map(|r| r.stats.of(index)))
+    }
+
+    /// The answer is of the route itself, not of the upstream that it was at.
+    pub fn leaves_upstream(&mut self) {
+        if let Some(before) = self.upstream.take() {
+            before.stats.of(self.worker.index).active.sub(1);
+        }
+    }
+
+    /// The header of the answer is there.
+    pub fn answered(&mut self, status: u16) {
+        self.status = status;
+        match self.shard() {
+            Some(shard) => shard.answered(status),
+            None => self.worker.stats().answered(status),
+        }
+    }
+
+    /// The answer broke off.
+    pub fn fail(&mut self) {
+        if let Some(shard) = self.shard() {
+            shard.errors.add(1);
+        }
+        if let Some(line) = &mut self.line {
+            line.broken = true;
+        }
+    }
+
+    /// Bytes of the answer's body.
+    pub fn sent(&mut self, bytes: u64) {
+        self.bytes_out += bytes;
+    }
+
+    /// Bytes that an upgraded connection carried.
+    pub fn carried(&mut self, from_client: u64, to_client: u64) {
+        self.bytes_out += to_client;
+        if let Some(shard) = self.shard() {
+            shard.bytes_in.add(from_client);
+        }
+    }
+
+    /// The whole answer has come by this connection.
+    pub fn give_back(&self, mut link: Link, cx: &mut Context<'_>) {
+        if !link.is_h2() && link.is_idle(cx) {
+            link.is_used = true;
+            self.worker
+                .pool
+                .put(self.pool, link, self.worker.shared.clock.coarse_ms());
+        }
+    }
+
+    /// The id of its upstream.
+    pub fn upstream_id(&self) -> Option<u64> {
+        self.upstream.as_ref().map(|u| u.id)
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let worker = &self.worker;
+        self.client.stage.end(worker.shared.clock.coarse_ms());
+        let took = self.start.elapsed();
+        let bytes_in = self.upload.as_ref().map_or(0, |upload| upload.bytes.get());
+        if let Some(shard) = self.shard() {
+            if bytes_in > 0 {
+                shard.bytes_in.add(bytes_in);
+            }
+            shard.bytes_out.add(self.bytes_out);
+            // Of an upgraded connection it would be the time that it was open.
+            if self.status != 101 {
+                shard.took(took.as_micros() as u64);
+            }
+        }
+        if let Some(upstream) = &self.upstream {
+            upstream.stats.of(worker.index).active.sub(1);
+        }
+        if let Some(mut line) = self.line.take() {
+            line.status = self.status;
+            line.bytes_in = bytes_in;
+            line.bytes_out = self.bytes_out;
+            line.took = took;
+            line.route = self.route.as_ref().map(|route| route.name.clone());
+            line.upstream = self.upstream.as_ref().map(|u| (u.name.clone(), u.address));
+            worker.shared.log.write(&line);
+        }
+    }
+}

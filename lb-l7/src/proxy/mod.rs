@@ -1,0 +1,144 @@
+//! A request on its way: which route, which upstream, what comes back.
+
+use std::{convert::Infallible, rc::Rc, sync::Arc};
+
+use hyper::{
+    Method, Request, Response, StatusCode, Version,
+    body::{Body as _, Incoming},
+    header,
+    http::request::Parts,
+};
+
+pub mod answer;
+mod body;
+mod exchange;
+mod forward;
+mod request;
+mod upgrade;
+
+pub use body::{OutBody, Reply};
+pub use exchange::Exchange;
+
+use crate::{
+    log::Log,
+    served::{Action, Served, Serving},
+    table::Found,
+    worker::{Client, Worker},
+};
+
+/// Answers one request.
+///
+/// # Errors
+/// None: what fails is told to the client.
+pub async fn handle(
+    worker: Rc<Worker>,
+    client: Rc<Client>,
+    request: Request<Incoming>,
+) -> Result<Response<Reply>, Infallible> {
+    let serving = worker.serving();
+    let (parts, incoming) = request.into_parts();
+    let version = parts.version;
+    let line = Log::line(serving.settings.access_log, client.address, &parts);
+    let mut exchange = Exchange::begin(&worker, &client, line);
+    let mut answer = match choose(&worker, &serving, &parts, &client) {
+        Choice::Forward(host, route) => {
+            let job = forward::Job {
+                worker: &worker,
+                serving: &serving,
+                client: &client,
+                host: &host,
+                route: &route,
+            };
+            forward::forward(job, parts, incoming, exchange).await
+        }
+        Choice::Answer(route, mut answer) => {
+            if let Some(route) = &route {
+                exchange.routed(route);
+            }
+            exchange.answered(answer.status().as_u16());
+            if !incoming.is_end_stream() {
+                // Its body stays unread: what follows on the connection would be it.
+                answer::close(answer.headers_mut());
+            }
+            answer
+        }
+    };
+    if version < Version::HTTP_2 {
+        if worker.is_draining() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
+            answer::close(answer.headers_mut());
+        }
+    } else {
+        // HTTP/2 has no such thing.
+        answer.headers_mut().remove(header::CONNECTION);
+    }
+    Ok(answer)
+}
+
+/// What is done with a request.
+enum Choice {
+    /// To an upstream of this route; the host as the table names it.
+    Forward(String, Arc<Served>),
+    /// By ourselves, for this route if it is one's.
+    Answer(Option<Arc<Served>>, Response<Reply>),
+}
+
+fn choose(worker: &Worker, serving: &Serving, parts: &Parts, client: &Client) -> Choice {
+    let own = |answer| Choice::Answer(None, answer);
+    let host = match request::host(parts) {
+        Ok(host) => host,
+        Err(request::Refused(status, text)) => return own(answer::refusal(status, text)),
+    };
+    if parts.method == Method::TRACE {
+        return own(answer::page(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "405 TRACE is not answered\n",
+        ));
+    }
+    let whole = parts.uri.path_and_query().map_or("/", |p| p.as_str());
+    let action = match serving.table.find(&host, parts.uri.path()) {
+        Found::This(action) => action,
+        Found::NoPath => {
+            return own(answer::page(
+                StatusCode::NOT_FOUND,
+                "404 nothing is served at this path\n",
+            ));
+        }
+        Found::NoHost => {
+            return own(answer::page(
+                StatusCode::SERVICE_UNAVAILABLE,
+                "503 nobody serves this host here\n",
+            ));
+        }
+    };
+    match action {
+        Action::Redirect(to) => own(answer::redirect(StatusCode::FOUND, &answer::target(to, whole))),
+        Action::ToHttps => own(to_https(serving, &host, whole)),
+        Action::StatusPage => own(crate::page::answer(&worker.shared, serving, parts)),
+        Action::Serve(route) => {
+            let tls = &route.settings.tls;
+            if tls.passthrough && client.is_tls {
+                // Its TLS was begun for another name.
+                let text = "421 ask for this host by its own connection\n";
+                return own(answer::page(StatusCode::MISDIRECTED_REQUEST, text));
+            }
+            if (tls.only || tls.passthrough) && !is_secure(parts, client) {
+                return Choice::Answer(Some(Arc::clone(route)), to_https(serving, &host, whole));
+            }
+            Choice::Forward(host.into_owned(), Arc::clone(route))
+        }
+    }
+}
+
+/// Whether the client came by TLS, to us or to whom we trust.
+fn is_secure(parts: &Parts, client: &Client) -> bool {
+    let said = || parts.headers.get(request::X_FORWARDED_PROTO);
+    client.is_tls || (client.is_trusted && said().is_some_and(|proto| proto == "https"))
+}
+
+fn to_https(serving: &Serving, host: &str, whole: &str) -> Response<Reply> {
+    let to = match serving.settings.https_port {
+        None | Some(443) => format!("https://{host}{whole}"),
+        Some(port) => format!("https://{host}:{port}{whole}"),
+    };
+    answer::redirect(StatusCode::MOVED_PERMANENTLY, &to)
+}

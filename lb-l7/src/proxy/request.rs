@@ -1,0 +1,395 @@
+//! A request's header: what is refused, and what is changed before it goes on.
+
+use std::borrow::Cow;
+
+use hyper::{
+    HeaderMap, Method, StatusCode, Uri, Version,
+    header::{self, HeaderName, HeaderValue},
+    http::{request::Parts, uri::PathAndQuery},
+};
+
+use crate::{table::host, worker::Client};
+
+pub const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+pub const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
+pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
+pub const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
+pub const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
+
+/// Why a request is refused: what the client is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refused(pub StatusCode, pub &'static str);
+
+const fn bad(text: &'static str) -> Refused {
+    Refused(StatusCode::BAD_REQUEST, text)
+}
+
+/// The host that a request is for, as the table names it; empty for HTTP/1.0 without one.
+///
+/// # Errors
+/// There is none, there are several, they contradict each other, or it cannot be one.
+pub fn host(parts: &Parts) -> Result<Cow<'_, str>, Refused> {
+    if parts.method == Method::CONNECT {
+        return Err(Refused(
+            StatusCode::METHOD_NOT_ALLOWED,
+            "405 this is no proxy for CONNECT\n",
+        ));
+    }
+    let mut given = parts.headers.get_all(header::HOST).iter();
+    let header = given.next();
+    if given.next().is_some() {
+        return Err(bad("400 more than one Host\n"));
+    }
+    let header = match header {
+        Some(value) => Some(
+            value
+                .to_str()
+                .map_err(|_| bad("400 a Host that cannot be one\n"))?,
+        ),
+        None => None,
+    };
+    let named = |text: &'_ str| host::normal(text).map(Cow::into_owned);
+    let text = match parts.uri.authority() {
+        Some(authority) => {
+            if authority.as_str().contains('@') {
+                return Err(bad("400 a host with a user\n"));
+            }
+            // Two words for one thing must not differ; in the absolute form of HTTP/1.1 the URL counts.
+            if parts.version == Version::HTTP_2
+                && header.is_some_and(|header| named(header) != named(authority.as_str()))
+            {
+                return Err(bad("400 Host and :authority differ\n"));
+            }
+            authority.as_str()
+        }
+        None => match header {
+            Some(text) => text,
+            None if parts.version < Version::HTTP_11 => return Ok(Cow::Borrowed("")),
+            None => return Err(bad("400 no Host\n")),
+        },
+    };
+    host::normal(text).ok_or(bad("400 a Host that cannot be one\n"))
+}
+
+/// The protocol that a client wants to change to, if it may.
+pub fn upgrade(
+    parts: &Parts,
+    websocket_endpoints: &std::collections::BTreeSet<String>,
+) -> Option<HeaderValue> {
+    if parts.version != Version::HTTP_11 || !has_token(&parts.headers, &header::CONNECTION, "upgrade") {
+        return None;
+    }
+    let to = parts.headers.get(header::UPGRADE)?;
+    // HTTP/2 is spoken with prior knowledge only: by an upgrade it would hide requests from us.
+    if to.as_bytes().to_ascii_lowercase().starts_with(b"h2c") {
+        return None;
+    }
+    let path = parts.uri.path();
+    let may = websocket_endpoints.is_empty()
+        || websocket_endpoints
+            .iter()
+            .any(|endpoint| crate::table::covers(endpoint.trim_end_matches('/'), path) || endpoint == path);
+    may.then(|| to.clone())
+}
+
+/// Whether a comma-separated header has a token.
+fn has_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
+    headers
+        .get_all(name)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|text| text.split(','))
+        .any(|word| word.trim().eq_ignore_ascii_case(token))
+}
+
+/// Takes off what is between two neighbours only (RFC 9110, 7.6.1).
+pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if let Some(named) = headers.remove(header::CONNECTION) {
+        let words = named.to_str().unwrap_or_default().split(',').map(str::trim);
+        for word in words {
+            // What the request is must not be taken off by what the connection is.
+            let essential = word.eq_ignore_ascii_case("host") || word.eq_ignore_ascii_case("content-length");
+            if !essential && !word.is_empty() && !word.eq_ignore_ascii_case("close") {
+                headers.remove(word);
+            }
+        }
+    }
+    headers.remove(&KEEP_ALIVE);
+    headers.remove(&PROXY_CONNECTION);
+    headers.remove(header::TRANSFER_ENCODING);
+    headers.remove(header::UPGRADE);
+}
+
+/// Makes the header of a client that of a request to an upstream.
+///
+/// `host` is the one that the request is for, `prefix` what is taken off its path, `upgrade` the protocol it changes to.
+pub fn prepare(parts: &mut Parts, host: &str, prefix: &str, upgrade: Option<&HeaderValue>, client: &Client) {
+    let trailers = has_token(&parts.headers, &header::TE, "trailers");
+    let headers = &mut parts.headers;
+    strip_hop_by_hop(headers);
+    headers.remove(&HTTP2_SETTINGS);
+    headers.remove(header::EXPECT);
+    headers.remove(header::PROXY_AUTHORIZATION);
+    headers.remove(header::TE);
+    if trailers {
+        headers.insert(header::TE, HeaderValue::from_static("trailers"));
+    }
+    if let Some(to) = upgrade {
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, to.clone());
+    }
+    forwarded(headers, parts.uri.authority().map(|a| a.as_str()), client);
+    if let Some(authority) = parts.uri.authority()
+        && let Ok(value) = HeaderValue::from_str(authority.as_str())
+    {
+        headers.insert(header::HOST, value);
+    } else if !headers.contains_key(header::HOST)
+        && let Ok(value) = HeaderValue::from_str(host)
+    {
+        headers.insert(header::HOST, value);
+    }
+    if parts.uri.scheme().is_some() || parts.uri.authority().is_some() || !prefix.is_empty() {
+        parts.uri = origin_form(&parts.uri, prefix);
+    }
+    parts.version = Version::HTTP_11;
+}
+
+/// Tells the upstream who its client is. What an unknown client says of itself is no news.
+fn forwarded(headers: &mut HeaderMap, authority: Option<&str>, client: &Client) {
+    let host = match authority {
+        Some(authority) => HeaderValue::from_str(authority).ok(),
+        None => headers.get(header::HOST).cloned(),
+    };
+    let element = client.forwarded(host.as_ref());
+    if client.is_trusted {
+        append(headers, X_FORWARDED_FOR, &client.address_value);
+        if let Some(element) = &element {
+            append(headers, header::FORWARDED, element);
+        }
+        let scheme = client.scheme_value();
+        headers.entry(X_FORWARDED_PROTO).or_insert(scheme);
+        if let Some(host) = host {
+            headers.entry(X_FORWARDED_HOST).or_insert(host);
+        }
+        return;
+    }
+    headers.remove(&X_FORWARDED_PORT);
+    headers.remove(&X_REAL_IP);
+    headers.insert(X_FORWARDED_FOR, client.address_value.clone());
+    headers.insert(X_FORWARDED_PROTO, client.scheme_value());
+    match host {
+        Some(host) => headers.insert(X_FORWARDED_HOST, host),
+        None => headers.remove(&X_FORWARDED_HOST),
+    };
+    match element {
+        Some(element) => headers.insert(header::FORWARDED, element),
+        None => headers.remove(header::FORWARDED),
+    };
+}
+
+/// Continues a list.
+fn append(headers: &mut HeaderMap, name: HeaderName, value: &HeaderValue) {
+    let lines: Vec<&[u8]> = headers.get_all(&name).iter().map(HeaderValue::as_bytes).collect();
+    let mut list = lines.join(&b", "[..]);
+    if list.is_empty() {
+        headers.insert(name, value.clone());
+        return;
+    }
+    list.extend_from_slice(b", ");
+    list.extend_from_slice(value.as_bytes());
+    if let Ok(list) = HeaderValue::from_bytes(&list) {
+        headers.insert(name, list);
+    }
+}
+
+/// Path and query alone, without the prefix.
+fn origin_form(uri: &Uri, prefix: &str) -> Uri {
+    let whole = uri.path_and_query().map_or("/", PathAndQuery::as_str);
+    let rest = whole.strip_prefix(prefix).unwrap_or(whole);
+    let built = if rest.starts_with('/') || rest == "*" {
+        PathAndQuery::try_from(rest)
+    } else {
+        PathAndQuery::try_from(format!("/{rest}"))
+    };
+    built.map_or_else(|_| uri.clone(), Uri::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use hyper::Request;
+
+    use super::*;
+
+    fn parts(build: hyper::http::request::Builder) -> Parts {
+        build.body(()).unwrap().into_parts().0
+    }
+
+    fn client(is_trusted: bool) -> Client {
+        Client::new(
+            "192.0.2.7:4000".parse().unwrap(),
+            false,
+            is_trusted,
+            crate::client::Stage::new(0),
+        )
+    }
+
+    fn text<'p>(parts: &'p Parts, name: &str) -> Vec<&'p str> {
+        parts
+            .headers
+            .get_all(name)
+            .iter()
+            .map(|v| v.to_str().unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn a_request_has_one_host() {
+        let get = |uri: &str| Request::builder().uri(uri);
+        for (build, want) in [
+            (get("/").header("host", "A.example:80"), Ok("a.example")),
+            (
+                get("http://b.example/x").header("host", "a.example"),
+                Ok("b.example"),
+            ),
+            (get("/").version(Version::HTTP_10), Ok("")),
+            (
+                get("http://a.example/")
+                    .version(Version::HTTP_2)
+                    .header("host", "A.example"),
+                Ok("a.example"),
+            ),
+            (get("/"), Err(400)),
+            (get("/").header("host", "a").header("host", "a"), Err(400)),
+            (get("/").header("host", "a b"), Err(400)),
+            (get("/").header("host", "a@b"), Err(400)),
+            (get("/").header("host", ""), Err(400)),
+            (get("http://u@b.example/"), Err(400)),
+            (
+                get("http://a.example/")
+                    .version(Version::HTTP_2)
+                    .header("host", "b.example"),
+                Err(400),
+            ),
+            (get("a:80").method("CONNECT"), Err(405)),
+        ] {
+            let parts = parts(build);
+            let got = host(&parts);
+            assert_eq!(got.as_deref().map_err(|r| r.0.as_u16()), want, "{parts:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_between_neighbours_stays_between_them() {
+        let mut parts = parts(
+            Request::builder()
+                .uri("/")
+                .header("host", "a")
+                .header("connection", "close, X-Secret, host, te")
+                .header("keep-alive", "timeout=5")
+                .header("proxy-connection", "x")
+                .header("transfer-encoding", "chunked")
+                .header("upgrade", "websocket")
+                .header("te", "gzip, trailers")
+                .header("expect", "100-continue")
+                .header("x-secret", "1")
+                .header("cookie", "c"),
+        );
+        prepare(&mut parts, "a", "", None, &client(false));
+        let names: std::collections::BTreeSet<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(
+            names.into_iter().collect::<Vec<_>>(),
+            [
+                "cookie",
+                "forwarded",
+                "host",
+                "te",
+                "x-forwarded-for",
+                "x-forwarded-host",
+                "x-forwarded-proto"
+            ]
+        );
+        assert_eq!(text(&parts, "te"), ["trailers"]);
+    }
+
+    #[test]
+    fn the_client_is_told_and_an_unknown_one_is_not_believed() {
+        let build = || {
+            Request::builder()
+                .uri("/")
+                .header("host", "a.example:8080")
+                .header("x-forwarded-for", "10.9.9.9")
+                .header("x-forwarded-proto", "https")
+                .header("x-real-ip", "10.9.9.9")
+                .header("forwarded", "for=10.9.9.9")
+        };
+        let mut known = parts(build());
+        let mut unknown = parts(build());
+        prepare(&mut unknown, "a.example", "", None, &client(false));
+        assert_eq!(text(&unknown, "x-forwarded-for"), ["192.0.2.7"]);
+        assert_eq!(text(&unknown, "x-forwarded-proto"), ["http"]);
+        assert_eq!(text(&unknown, "x-forwarded-host"), ["a.example:8080"]);
+        assert_eq!(
+            text(&unknown, "forwarded"),
+            ["for=192.0.2.7;host=\"a.example:8080\";proto=http"]
+        );
+        assert!(text(&unknown, "x-real-ip").is_empty());
+        prepare(&mut known, "a.example", "", None, &client(true));
+        assert_eq!(text(&known, "x-forwarded-for"), ["10.9.9.9, 192.0.2.7"]);
+        assert_eq!(text(&known, "x-forwarded-proto"), ["https"]);
+        assert_eq!(
+            text(&known, "forwarded"),
+            ["for=10.9.9.9, for=192.0.2.7;host=\"a.example:8080\";proto=http"]
+        );
+    }
+
+    #[test]
+    fn urls_become_paths_without_their_prefix() {
+        for (uri, prefix, want) in [
+            ("/shop/a?b=1", "/shop", "/a?b=1"),
+            ("/shop", "/shop", "/"),
+            ("/shop?x", "/shop", "/?x"),
+            ("http://a.example/x?y", "", "/x?y"),
+            ("http://a.example", "", "/"),
+        ] {
+            let mut parts = parts(Request::builder().uri(uri).header("host", "a.example"));
+            prepare(&mut parts, "a.example", prefix, None, &client(false));
+            assert_eq!(parts.uri.to_string(), want, "{uri}");
+        }
+        let mut parts = parts(
+            Request::builder()
+                .uri("http://b.example:81/")
+                .header("host", "a.example"),
+        );
+        prepare(&mut parts, "b.example", "", None, &client(false));
+        assert_eq!(text(&parts, "host"), ["b.example:81"]);
+    }
+
+    #[test]
+    fn websockets_are_upgrades_where_they_may_be() {
+        let ask = |path: &str, to: &str| {
+            parts(
+                Request::builder()
+                    .uri(path)
+                    .header("connection", "keep-alive, Upgrade")
+                    .header("upgrade", to),
+            )
+        };
+        let any = Default::default();
+        let some = ["/ws".to_owned(), "/chat/".to_owned()].into();
+        assert!(upgrade(&ask("/x", "websocket"), &any).is_some());
+        assert!(upgrade(&ask("/x", "websocket"), &some).is_none());
+        assert!(upgrade(&ask("/ws/1", "websocket"), &some).is_some());
+        assert!(upgrade(&ask("/chat", "websocket"), &some).is_some());
+        assert!(upgrade(&ask("/x", "h2c"), &any).is_none());
+        assert!(
+            upgrade(
+                &parts(Request::builder().uri("/").header("upgrade", "websocket")),
+                &any
+            )
+            .is_none()
+        );
+    }
+}

@@ -1,0 +1,82 @@
+//! TLS towards clients: which certificate for which name, and which names are passed on as they are.
+
+use std::{path::PathBuf, sync::Arc};
+
+use lb_route::{State, TlsVersion};
+use rustls::{ServerConfig, server::ProducesTickets, version};
+
+mod certificates;
+pub mod hello;
+pub mod passthrough;
+mod watch;
+
+pub use certificates::{Certificates, Fault};
+pub use watch::follow;
+
+/// What TLS listeners serve by.
+#[derive(Clone, Debug)]
+pub struct Tls {
+    /// Of rustls.
+    pub config: Arc<ServerConfig>,
+    /// What could not be read.
+    pub faults: Vec<Fault>,
+}
+
+/// Makes [`Tls`] of states, and remembers what has to outlive them.
+#[derive(Debug)]
+pub struct Maker {
+    tickets: Option<Arc<dyn ProducesTickets>>,
+    last: Certificates,
+}
+
+// === impl Maker ===
+
+impl Maker {
+    /// Sessions that it lets clients resume are resumed after every change.
+    pub fn new() -> Self {
+        Self {
+            tickets: rustls::crypto::ring::Ticketer::new().ok(),
+            last: Certificates::default(),
+        }
+    }
+
+    /// Reads the certificates that a state names. What cannot be read now, and could before, stays as it was.
+    pub fn make(&mut self, state: &State) -> Result<Tls, rustls::Error> {
+        let (certificates, faults) = Certificates::read(state, &self.last);
+        self.last = certificates.clone();
+        let versions: &[_] = match state.settings.min_tls {
+            TlsVersion::Tls12 => &[&version::TLS13, &version::TLS12],
+            TlsVersion::Tls13 => &[&version::TLS13],
+        };
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = ServerConfig::builder_with_provider(provider)
+            .with_protocol_versions(versions)?
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(certificates));
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        if let Some(tickets) = &self.tickets {
+            config.ticketer = Arc::clone(tickets);
+        }
+        Ok(Tls {
+            config: Arc::new(config),
+            faults,
+        })
+    }
+}
+
+impl Default for Maker {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The files and folders that a state's certificates come from.
+fn sources(state: &State) -> Vec<PathBuf> {
+    let settings = &state.settings;
+    settings
+        .certificates
+        .iter()
+        .chain(&settings.default_certificate)
+        .cloned()
+        .collect()
+}

@@ -1,0 +1,112 @@
+//! Connecting to upstreams.
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
+
+use lb_route::UpstreamTls;
+use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+
+use super::{Link, UpstreamIo};
+
+mod unverified;
+
+/// Why an upstream could not be connected to: nothing has been sent then.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// It took too long.
+    #[error("no connection within {0:?}")]
+    Timeout(Duration),
+    /// The system or the upstream said no.
+    #[error(transparent)]
+    Io(#[from] io::Error),
+    /// Not even a beginning of HTTP.
+    #[error(transparent)]
+    Http(#[from] hyper::Error),
+}
+
+/// Makes connections; one for the whole process.
+#[derive(Clone)]
+pub struct Connector {
+    verified: Arc<ClientConfig>,
+    unverified: Arc<ClientConfig>,
+}
+
+impl std::fmt::Debug for Connector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Connector").finish_non_exhaustive()
+    }
+}
+
+impl Connector {
+    /// Trusts the node's own certificate authorities.
+    pub fn new() -> Self {
+        let mut roots = RootCertStore::empty();
+        let native = rustls_native_certs::load_native_certs();
+        for fault in &native.errors {
+            tracing::warn!("certificate authorities of the node: {fault}");
+        }
+        roots.add_parsable_certificates(native.certs);
+        let mut verified = builder().with_root_certificates(roots).with_no_client_auth();
+        let mut unverified = builder()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(unverified::Unverified::new()))
+            .with_no_client_auth();
+        for config in [&mut verified, &mut unverified] {
+            config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        }
+        Self {
+            verified: Arc::new(verified),
+            unverified: Arc::new(unverified),
+        }
+    }
+
+    /// Connects. `host` is the name that the certificate has to be for, and that is sent as SNI.
+    ///
+    /// # Errors
+    /// See [`ConnectError`].
+    pub async fn connect(
+        &self,
+        address: SocketAddr,
+        tls: Option<UpstreamTls>,
+        host: &str,
+        h2: bool,
+        patience: Duration,
+    ) -> Result<Link, ConnectError> {
+        let work = async {
+            let stream = TcpStream::connect(address).await?;
+            stream.set_nodelay(true)?;
+            let Some(tls) = tls else {
+                return Ok(Link::new(UpstreamIo::Plain(stream), h2).await?);
+            };
+            let config = if tls.verify {
+                &self.verified
+            } else {
+                &self.unverified
+            };
+            let name =
+                ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::from(address.ip()));
+            let stream = TlsConnector::from(Arc::clone(config))
+                .connect(name, stream)
+                .await?;
+            let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+            Ok(Link::new(UpstreamIo::Tls(Box::new(stream)), h2).await?)
+        };
+        tokio::time::timeout(patience, work)
+            .await
+            .map_err(|_| ConnectError::Timeout(patience))?
+    }
+}
+
+impl Default for Connector {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// TLS 1.2 and later.
+fn builder() -> rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier> {
+    ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap_or_else(|_| ClientConfig::builder())
+}

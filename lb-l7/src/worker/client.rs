@@ -1,0 +1,139 @@
+//! Who is at the other end of a connection.
+
+use std::{cell::RefCell, net::SocketAddr, rc::Rc, sync::Arc};
+
+use hyper::header::HeaderValue;
+use tokio::sync::OwnedSemaphorePermit;
+
+use super::Worker;
+use crate::client::Stage;
+
+/// A client, for as long as its connection, or what it was upgraded to, lasts.
+#[derive(Debug)]
+pub struct Client {
+    /// Its true address, as a PROXY header tells it where there is one.
+    pub address: SocketAddr,
+    /// The address as `X-Forwarded-For` has it.
+    pub address_value: HeaderValue,
+    /// It came by TLS.
+    pub is_tls: bool,
+    /// What it says of its own clients is believed.
+    pub is_trusted: bool,
+    /// What its connection is at.
+    pub stage: Arc<Stage>,
+    /// The last `Host` and the element of `Forwarded` made of it: most connections have one host.
+    forwarded: RefCell<Option<(HeaderValue, HeaderValue)>>,
+    _seat: Option<Seat>,
+}
+
+/// A place among a worker's clients.
+#[derive(Debug)]
+pub struct Seat {
+    worker: Rc<Worker>,
+    id: u64,
+    _place: OwnedSemaphorePermit,
+}
+
+// === impl Client ===
+
+impl Client {
+    /// A client at this address.
+    pub fn new(address: SocketAddr, is_tls: bool, is_trusted: bool, stage: Arc<Stage>) -> Self {
+        let text = address.ip().to_string();
+        Self {
+            address,
+            address_value: HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("unknown")),
+            is_tls,
+            is_trusted,
+            stage,
+            forwarded: RefCell::default(),
+            _seat: None,
+        }
+    }
+
+    /// The same, with a place.
+    pub fn seated(self, seat: Seat) -> Self {
+        Self {
+            _seat: Some(seat),
+            ..self
+        }
+    }
+
+    /// How it came, as `X-Forwarded-Proto` has it.
+    pub fn scheme_value(&self) -> HeaderValue {
+        HeaderValue::from_static(if self.is_tls { "https" } else { "http" })
+    }
+
+    /// Its element of `Forwarded` (RFC 7239) for a request with this `Host`, which must be a possible one.
+    pub fn forwarded(&self, host: Option<&HeaderValue>) -> Option<HeaderValue> {
+        if let (Some(host), Some((known, element))) = (host, &*self.forwarded.borrow())
+            && host == known
+        {
+            return Some(element.clone());
+        }
+        let who = match self.address {
+            SocketAddr::V4(address) => address.ip().to_string(),
+            SocketAddr::V6(address) => format!("\"[{}]\"", address.ip()),
+        };
+        let proto = if self.is_tls { "https" } else { "http" };
+        let Some(host) = host else {
+            return HeaderValue::try_from(format!("for={who};proto={proto}")).ok();
+        };
+        let text = host.to_str().ok()?;
+        let element = HeaderValue::try_from(format!("for={who};host=\"{text}\";proto={proto}")).ok()?;
+        *self.forwarded.borrow_mut() = Some((host.clone(), element.clone()));
+        Some(element)
+    }
+}
+
+// === impl Seat ===
+
+impl Seat {
+    /// Takes a place at a worker.
+    pub fn take(worker: &Rc<Worker>, place: OwnedSemaphorePermit, stage: &Arc<Stage>) -> Self {
+        let id = worker.next_client.get();
+        worker.next_client.set(id + 1);
+        worker.clients.borrow_mut().insert(id, Arc::clone(stage));
+        worker.seats.set(worker.seats.get() + 1);
+        worker.shared.clients.of(worker.index).begin();
+        worker.shared.clients.of(worker.index).connections.add(1);
+        Self {
+            worker: Rc::clone(worker),
+            id,
+            _place: place,
+        }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let worker = &self.worker;
+        worker.clients.borrow_mut().remove(&self.id);
+        worker.shared.clients.of(worker.index).active.sub(1);
+        worker.seats.set(worker.seats.get() - 1);
+        if worker.seats.get() == 0 {
+            worker.emptied.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn forwarded_elements_follow_the_host() {
+        let client = Client::new("[2001:db8::1]:7".parse().unwrap(), true, false, Stage::new(0));
+        for host in ["a", "a", "b:80"] {
+            let element = client.forwarded(Some(&HeaderValue::from_static(host))).unwrap();
+            assert_eq!(
+                element,
+                format!("for=\"[2001:db8::1]\";host=\"{host}\";proto=https")
+            );
+        }
+        assert_eq!(
+            client.forwarded(None).unwrap(),
+            "for=\"[2001:db8::1]\";proto=https"
+        );
+    }
+}

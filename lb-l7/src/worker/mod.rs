@@ -1,0 +1,253 @@
+//! One worker for each processor: a thread with its own runtime, listeners, clients and connections to upstreams. Nothing on
+//! the way of a request is shared with another worker but what is read.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{
+    sync::{Semaphore, watch},
+    time::Instant,
+};
+
+mod accept;
+mod client;
+
+pub use client::Client;
+
+use crate::{
+    client::{Clock, Stage, Word},
+    listen::Listener,
+    log::Log,
+    served::Serving,
+    stats::{Shard, Shards},
+    tls::Tls,
+    upstream::{Connector, Pool},
+};
+
+/// How often the coarse clock is set and silence looked for.
+const SWEEP_EVERY: Duration = Duration::from_millis(250);
+/// How long clients may find out by an answer that their idle connection is at its end, before it ends anyway.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// What all workers share.
+#[derive(Debug)]
+pub struct Shared {
+    /// What is served.
+    pub serving: watch::Sender<Arc<Serving>>,
+    /// Whether the process goes on.
+    pub phase: watch::Sender<Phase>,
+    /// What TLS is served by.
+    pub tls: watch::Sender<Arc<Tls>>,
+    /// Places for client connections.
+    pub places: Arc<Semaphore>,
+    /// The clock.
+    pub clock: Arc<Clock>,
+    /// Makes connections to upstreams.
+    pub connector: Connector,
+    /// The log of requests.
+    pub log: Log,
+    /// What is answered without a route.
+    pub unrouted: Shards,
+    /// Client connections: open now, and made.
+    pub clients: Shards,
+    /// When the process began to serve.
+    pub since: std::time::SystemTime,
+}
+
+/// Whether a process goes on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// It serves.
+    Serving,
+    /// It takes nothing new; what is under way may go on until then.
+    Draining(Instant),
+}
+
+/// One worker.
+#[derive(Debug)]
+pub struct Worker {
+    /// Its number.
+    pub index: usize,
+    /// What it shares.
+    pub shared: Arc<Shared>,
+    /// Idle connections to upstreams.
+    pub pool: Pool,
+    serving: RefCell<News>,
+    draining: Cell<bool>,
+    next_client: Cell<u64>,
+    clients: RefCell<HashMap<u64, Arc<Stage>>>,
+    /// Clients whose connections or upgrades are open.
+    seats: Cell<usize>,
+    emptied: tokio::sync::Notify,
+}
+
+/// What is served, counted by one worker alone: the counter of the [`Arc`] would be written by every worker for every
+/// request.
+pub type Snapshot = Rc<Arc<Serving>>;
+
+/// What is served, as it was looked at last.
+#[derive(Debug)]
+struct News {
+    news: watch::Receiver<Arc<Serving>>,
+    last: Snapshot,
+}
+
+// === impl Worker ===
+
+impl Worker {
+    /// The worker of this number.
+    pub fn new(index: usize, shared: Arc<Shared>) -> Rc<Self> {
+        let mut news = shared.serving.subscribe();
+        let last = Rc::new(Arc::clone(&news.borrow_and_update()));
+        let serving = RefCell::new(News { news, last });
+        Rc::new(Self {
+            index,
+            shared,
+            pool: Pool::default(),
+            serving,
+            draining: Cell::new(false),
+            next_client: Cell::new(0),
+            clients: RefCell::default(),
+            seats: Cell::new(0),
+            emptied: tokio::sync::Notify::new(),
+        })
+    }
+
+    /// What is served now. Costs a look at a number unless it has changed.
+    pub fn serving(&self) -> Snapshot {
+        let News { news, last } = &mut *self.serving.borrow_mut();
+        if news.has_changed().unwrap_or(false) {
+            *last = Rc::new(Arc::clone(&news.borrow_and_update()));
+        }
+        Rc::clone(last)
+    }
+
+    /// Whether connections shall end.
+    pub fn is_draining(&self) -> bool {
+        self.draining.get()
+    }
+
+    /// Numbers of what is answered without a route.
+    pub fn stats(&self) -> &Shard {
+        self.shared.unrouted.of(self.index)
+    }
+
+    /// Serves until the process has drained. Must run on a runtime of this thread alone.
+    pub async fn run(self: Rc<Self>, listeners: Vec<Listener>) {
+        let accepting: Vec<_> = listeners
+            .into_iter()
+            .map(|listener| tokio::task::spawn_local(accept::accept(Rc::clone(&self), listener)))
+            .collect();
+        let sweeping = tokio::task::spawn_local(Rc::clone(&self).sweep());
+        let mut phase = self.shared.phase.subscribe();
+        let deadline = loop {
+            if let Phase::Draining(deadline) = *phase.borrow_and_update() {
+                break deadline;
+            }
+            if phase.changed().await.is_err() {
+                break Instant::now();
+            }
+        };
+        self.draining.set(true);
+        self.tell(|stage| {
+            if stage.speaks_h2() {
+                Word::Finish
+            } else {
+                Word::GoOn
+            }
+        });
+        for task in accepting {
+            // They take what waits in their queues, and end.
+            let _a_panic_has_been_told = task.await;
+        }
+        let farewell = deadline.min(Instant::now() + FAREWELL);
+        if !self.emptied_by(farewell).await {
+            self.tell(|_| Word::Finish);
+            if !self.emptied_by(deadline).await {
+                tracing::warn!(
+                    worker = self.index,
+                    connections = self.seats.get(),
+                    "cut off at the deadline"
+                );
+                self.tell(|_| Word::End);
+            }
+        }
+        sweeping.abort();
+    }
+
+    /// Waits until no client is left; whether that was in time.
+    async fn emptied_by(&self, deadline: Instant) -> bool {
+        while self.seats.get() > 0 {
+            if tokio::time::timeout_at(deadline, self.emptied.notified())
+                .await
+                .is_err()
+            {
+                return self.seats.get() == 0;
+            }
+        }
+        true
+    }
+
+    fn tell(&self, word: impl Fn(&Stage) -> Word) {
+        for stage in self.clients.borrow().values() {
+            stage.say(word(stage));
+        }
+    }
+
+    /// Ends connections that have been silent for too long.
+    async fn sweep(self: Rc<Self>) {
+        let mut ticks = tokio::time::interval(SWEEP_EVERY);
+        for tick in 0_u64.. {
+            ticks.tick().await;
+            self.shared.clock.tick();
+            let now = self.shared.clock.coarse_ms();
+            let serving = self.serving();
+            for stage in self.clients.borrow().values() {
+                if stage.is_late(now, &serving.settings.timeouts) {
+                    stage.say(Word::End);
+                }
+            }
+            if tick % 4 == 0 {
+                let known = |pool: u64| {
+                    let mut targets = serving.routes.iter().flat_map(|route| &route.targets);
+                    targets.any(|target| target.upstream.id == pool >> 1)
+                };
+                self.pool.sweep(now, known);
+            }
+        }
+    }
+
+    /// Ready when the upgraded connections of an upstream have to end.
+    pub async fn doom(&self, upstream: Option<u64>) {
+        let mut serving = self.shared.serving.subscribe();
+        let mut phase = self.shared.phase.subscribe();
+        loop {
+            let clock = &self.shared.clock;
+            let fate = upstream.and_then(|id| serving.borrow_and_update().fates.get(&id).copied());
+            let by_fate = fate.map(|fate| {
+                let over = Duration::from_millis(clock.coarse_ms().saturating_sub(fate.since_ms));
+                Instant::now() + fate.drain.saturating_sub(over)
+            });
+            let by_phase = match *phase.borrow_and_update() {
+                Phase::Draining(deadline) => Some(deadline),
+                Phase::Serving => None,
+            };
+            let end = by_fate.into_iter().chain(by_phase).min();
+            tokio::select! {
+                () = async {
+                    match end {
+                        Some(end) => tokio::time::sleep_until(end).await,
+                        None => std::future::pending().await,
+                    }
+                } => return,
+                changed = serving.changed() => if changed.is_err() { return },
+                changed = phase.changed() => if changed.is_err() { return },
+            }
+        }
+    }
+}

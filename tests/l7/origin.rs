@@ -1,0 +1,215 @@
+//! Servers behind the shim: one that does as the path says, and one that the test drives byte by byte.
+
+use std::{
+    convert::Infallible,
+    net::{SocketAddr, TcpListener},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering::SeqCst},
+    },
+    time::Duration,
+};
+
+use http_body_util::{BodyExt as _, Full, StreamBody, combinators::BoxBody};
+use hyper::{
+    HeaderMap, Request, Response, StatusCode,
+    body::{Bytes, Frame, Incoming},
+    header::HeaderValue,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+/// A server of HTTP/1.1 and HTTP/2 with prior knowledge. Its name is its port.
+pub struct Origin {
+    pub address: SocketAddr,
+    pub seen: Arc<Seen>,
+    _runtime: tokio::runtime::Runtime,
+}
+
+/// What a server has seen.
+#[derive(Default)]
+pub struct Seen {
+    pub connections: AtomicUsize,
+    /// Request lines and headers, in the order in which they came.
+    pub requests: Mutex<Vec<String>>,
+}
+
+type Body = BoxBody<Bytes, hyper::Error>;
+
+impl Origin {
+    pub fn start() -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        let seen = Arc::new(Seen::default());
+        let to = Arc::clone(&seen);
+        runtime.spawn(async move {
+            let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+            while let Ok((stream, _)) = listener.accept().await {
+                to.connections.fetch_add(1, SeqCst);
+                let seen = Arc::clone(&to);
+                let service = service_fn(move |request| serve(address, Arc::clone(&seen), request));
+                tokio::spawn(async move {
+                    let mut first = [0; 3];
+                    let _ = stream.peek(&mut first).await;
+                    let io = TokioIo::new(stream);
+                    if first == *b"PRI" {
+                        let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+                        let _ = server.serve_connection(io, service).await;
+                    } else {
+                        let server = hyper::server::conn::http1::Builder::new();
+                        let _ = server.serve_connection(io, service).with_upgrades().await;
+                    }
+                });
+            }
+        });
+        Self {
+            address,
+            seen,
+            _runtime: runtime,
+        }
+    }
+
+    pub fn name(&self) -> String {
+        self.address.port().to_string()
+    }
+
+    pub fn requests(&self) -> Vec<String> {
+        self.seen.requests.lock().unwrap().clone()
+    }
+}
+
+fn full(text: impl Into<Bytes>) -> Body {
+    Full::new(text.into()).map_err(|never| match never {}).boxed()
+}
+
+async fn serve(
+    me: SocketAddr,
+    seen: Arc<Seen>,
+    mut request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let mut shown = format!("{} {} {:?}\n", request.method(), request.uri(), request.version());
+    for (name, value) in request.headers() {
+        shown.push_str(&format!(
+            "{name}: {}\n",
+            String::from_utf8_lossy(value.as_bytes())
+        ));
+    }
+    seen.requests.lock().unwrap().push(shown.clone());
+    let path = request.uri().path().to_owned();
+    let mut answer = Response::new(match path.as_str() {
+        // Everything that it was sent, as it comes.
+        "/echo" => return Ok(Response::new(request.into_body().boxed())),
+        "/length" => {
+            let bytes = request
+                .into_body()
+                .collect()
+                .await
+                .map_or(0, |body| body.to_bytes().len());
+            full(bytes.to_string())
+        }
+        "/headers" => full(shown),
+        "/empty" | "/none" => full(""),
+        "/trailers" => {
+            let mut trailers = HeaderMap::new();
+            trailers.insert("x-sum", HeaderValue::from_static("42"));
+            let sent = request.into_body().collect().await.ok();
+            let got = sent
+                .as_ref()
+                .and_then(|body| body.trailers())
+                .map(|t| format!("{t:?}"));
+            let parts = [
+                Ok(Frame::data(Bytes::from(got.unwrap_or_default()))),
+                Ok(Frame::trailers(trailers)),
+            ];
+            StreamBody::new(futures_util::stream::iter(parts)).boxed()
+        }
+        "/upgrade" => {
+            let upgrade = hyper::upgrade::on(&mut request);
+            tokio::spawn(async move {
+                let mut io = TokioIo::new(upgrade.await.unwrap());
+                let mut buf = [0; 1024];
+                while let Ok(n) = io.read(&mut buf).await
+                    && n > 0
+                {
+                    let _ = io.write_all(&buf[..n]).await;
+                }
+            });
+            full("")
+        }
+        slow if slow.starts_with("/slow/") => {
+            let ms = slow["/slow/".len()..].parse().unwrap();
+            tokio::time::sleep(Duration::from_millis(ms)).await;
+            full(me.port().to_string())
+        }
+        _ => full(me.port().to_string()),
+    });
+    match path.as_str() {
+        "/none" => *answer.status_mut() = StatusCode::NO_CONTENT,
+        "/upgrade" => {
+            *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
+            answer
+                .headers_mut()
+                .insert("connection", HeaderValue::from_static("upgrade"));
+            answer
+                .headers_mut()
+                .insert("upgrade", HeaderValue::from_static("websocket"));
+        }
+        "/trailers" => drop(
+            answer
+                .headers_mut()
+                .insert("trailer", HeaderValue::from_static("x-sum")),
+        ),
+        _ => {}
+    }
+    Ok(answer)
+}
+
+/// A server that the test drives.
+pub struct Raw {
+    listener: TcpListener,
+    pub address: SocketAddr,
+}
+
+impl Raw {
+    pub fn start() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        Self { listener, address }
+    }
+
+    /// The next connection, with the header of its first request read.
+    pub fn accept(&self) -> (std::net::TcpStream, String) {
+        use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+        use std::os::fd::AsFd as _;
+        let mut waiting = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
+        let patience = PollTimeout::try_from(super::shim::PATIENCE).unwrap();
+        assert_eq!(poll(&mut waiting, patience), Ok(1), "nobody connects");
+        let (mut stream, _) = self.listener.accept().unwrap();
+        stream.set_read_timeout(Some(super::shim::PATIENCE)).unwrap();
+        let header = read_header(&mut stream);
+        (stream, header)
+    }
+}
+
+/// A header, with the empty line behind it; less if the connection ends.
+pub fn read_header(stream: &mut std::net::TcpStream) -> String {
+    use std::io::Read as _;
+    let mut header = Vec::new();
+    let mut byte = [0];
+    while !header.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|n| n == 1) {
+        header.push(byte[0]);
+    }
+    String::from_utf8(header).unwrap()
+}
+
+/// An address at which nobody listens.
+pub fn nobody() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+}

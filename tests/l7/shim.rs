@@ -1,0 +1,144 @@
+//! The shim's process.
+
+use std::{
+    io::{BufRead as _, BufReader},
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::{Command, ExitStatus, Stdio},
+    sync::{Arc, Condvar, Mutex},
+    time::{Duration, Instant},
+};
+
+use lb_tests::guard::Guard;
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+/// How long the shim may take for anything that a test waits for.
+pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A shim, killed when this is dropped.
+pub struct Shim {
+    process: Guard,
+    log: Arc<Log>,
+    reader: Option<std::thread::JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Log {
+    lines: Mutex<(Vec<Value>, bool)>,
+    more: Condvar,
+}
+
+/// The binary, beside that of the agent.
+fn binary() -> PathBuf {
+    lb_tests::weir::binary().with_file_name("weir-l7")
+}
+
+impl Shim {
+    /// Starts one that listens to the agent of `folder`, keeps its state there, and serves at a free port.
+    pub fn start(folder: &Path) -> Self {
+        Self::start_with(folder, &["--http", "127.0.0.1:0"])
+    }
+
+    /// As [`Shim::start`], with these arguments about what it serves.
+    pub fn start_with(folder: &Path, arguments: &[&str]) -> Self {
+        let mut command = Command::new(binary());
+        command
+            .arg("--agent")
+            .arg(super::agent::socket(folder))
+            .arg("--state")
+            .arg(folder.join("state.json"))
+            .args(["--log-json", "--log", "weir_l7=debug"])
+            .args(arguments)
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut process = Guard::spawn(&mut command).unwrap();
+        let log = Arc::new(Log::default());
+        let (to, from) = (Arc::clone(&log), process.stderr().unwrap());
+        let reader = std::thread::spawn(move || {
+            for line in BufReader::new(from).lines().map_while(Result::ok) {
+                let value = serde_json::from_str(&line).unwrap_or(Value::String(line));
+                to.lines.lock().unwrap().0.push(value);
+                to.more.notify_all();
+            }
+            to.lines.lock().unwrap().1 = true;
+            to.more.notify_all();
+        });
+        Self {
+            process,
+            log,
+            reader: Some(reader),
+        }
+    }
+
+    /// Waits until enough has been logged: `enough` gets all messages and their fields so far.
+    pub fn await_log<T>(&self, what: &str, enough: impl Fn(&[Value]) -> Option<T>) -> T {
+        let until = Instant::now() + PATIENCE;
+        let mut lines = self.log.lines.lock().unwrap();
+        loop {
+            let fields: Vec<Value> = lines.0.iter().map(|line| line["fields"].clone()).collect();
+            if let Some(found) = enough(&fields) {
+                return found;
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            assert!(
+                !left.is_zero() && !lines.1,
+                "the shim has not logged {what}: {:#?}",
+                lines.0
+            );
+            lines = self.log.more.wait_timeout(lines, left).unwrap().0;
+        }
+    }
+
+    /// Where it serves; waits until it does.
+    pub fn address(&self) -> SocketAddr {
+        self.addresses(1)[0].0
+    }
+
+    /// Where it serves, and whether by TLS, once these are so many places.
+    pub fn addresses(&self, count: usize) -> Vec<(SocketAddr, bool)> {
+        self.await_log("where it serves", |lines| {
+            let serving = lines.iter().filter(|line| line["message"] == "serving");
+            let places: Vec<_> = serving
+                .filter_map(|line| Some((line["address"].as_str()?.parse().ok()?, line["tls"].as_bool()?)))
+                .collect();
+            (places.len() >= count).then_some(places)
+        })
+    }
+
+    /// Waits until it has taken over states so many times.
+    pub fn await_states(&self, count: usize) {
+        self.await_log("its routes", |lines| {
+            (self.states_in(lines) >= count).then_some(())
+        });
+    }
+
+    /// How many states it has taken over.
+    pub fn states(&self) -> usize {
+        self.await_log("anything", |lines| Some(self.states_in(lines)))
+    }
+
+    fn states_in(&self, lines: &[Value]) -> usize {
+        lines.iter().filter(|line| line["message"] == "routes").count()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) {
+        self.process.signal(signal).unwrap();
+    }
+
+    /// Waits until it ends.
+    pub fn wait(&mut self) -> ExitStatus {
+        self.process.wait(PATIENCE).unwrap().expect("the shim still runs")
+    }
+}
+
+impl Drop for Shim {
+    fn drop(&mut self) {
+        let _ = self.process.signal(Signal::SIGKILL);
+        let _ = self.process.wait(PATIENCE);
+        if let Some(reader) = self.reader.take() {
+            let _ = reader.join();
+        }
+    }
+}
