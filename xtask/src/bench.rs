@@ -27,6 +27,8 @@ enum Kind {
     Prog,
     /// Rates and CPU per request against other balancers
     Net,
+    /// The L7 shim beside other proxies: rates, latency, CPU, memory, and failures during changes
+    L7,
     /// Change latency, and failures during changes
     Update,
     /// Memory and sweep time at full size
@@ -59,6 +61,10 @@ pub fn run(options: &Options) -> Result<()> {
         command.args(["run", "--quiet", "-p", "lb-tests", "--bin", "weir-bench", "--"]);
         match kind {
             Kind::Prog => drop(ebpf::build_bench()?),
+            Kind::L7 => {
+                let agent = agent::build(Profile::Release)?;
+                command.env("WEIR_L7_BIN", agent.with_file_name("weir-l7"));
+            }
             Kind::Net | Kind::Update | Kind::Nodes => {
                 command.env("WEIR_BIN", agent::build(Profile::Release)?);
             }
