@@ -17,7 +17,7 @@ use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 const QUEUE: i32 = 4096;
 
 /// Where to listen, and what for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct Place {
     /// Address and port.
     pub address: SocketAddr,
@@ -67,9 +67,25 @@ impl Sockets {
     /// # Errors
     /// See [`ListenError`]; nothing is listened to then.
     pub fn bind(places: &[Place], workers: usize) -> Result<Self, ListenError> {
+        Self::bind_with(places, workers, Self::default())
+    }
+
+    /// As [`Sockets::bind`], by the sockets of another process where it listens at these places. Its others are closed.
+    ///
+    /// # Errors
+    /// See [`ListenError`].
+    pub fn bind_with(places: &[Place], workers: usize, mut others: Self) -> Result<Self, ListenError> {
         let mut sockets = Self::default();
         for place in places {
-            sockets.add(*place, workers)?;
+            let is_it = |(other, _): &(Place, Vec<Socket>)| {
+                let (a, b) = (place.address, other.address);
+                let any_port = a.port() == 0 && a.ip() == b.ip();
+                place.tls == other.tls && (a == b || any_port)
+            };
+            match others.0.iter().position(is_it) {
+                Some(at) => sockets.0.push(others.0.swap_remove(at)),
+                None => sockets.add(*place, workers)?,
+            }
         }
         Ok(sockets)
     }

@@ -199,3 +199,56 @@ fn settings_of_the_agent_are_followed() {
     shim.await_states(2);
     while post() != 200 {}
 }
+
+#[test]
+fn a_new_process_takes_over_under_load_without_a_failed_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let origin = Origin::start();
+    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[origin.address])]));
+    let handover = folder.path().join("handover.sock");
+    let arguments = ["--http", "127.0.0.1:0", "--handover", handover.to_str().unwrap()];
+    let mut old = Shim::start_with(folder.path(), &arguments);
+    let address = old.address();
+    let load = Load::start(address, "a");
+    for _ in 0..3 {
+        load.more(100);
+        let new = Shim::start_with(folder.path(), &arguments);
+        assert_eq!(new.address(), address);
+        load.more(200);
+        assert!(old.wait().success(), "the old one has drained");
+        old = new;
+    }
+    load.more(100);
+    let (_, failed) = load.end();
+    assert_eq!(failed, [0; 0]);
+    assert_eq!(get(address, "a", "/").text(), origin.name());
+}
+
+/// A process that is nobody's child any more, killed on drop.
+struct Orphan(i32);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), Signal::SIGKILL);
+    }
+}
+
+#[test]
+fn a_signal_starts_the_program_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let origin = Origin::start();
+    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[origin.address])]));
+    let handover = folder.path().join("handover.sock");
+    let arguments = ["--http", "127.0.0.1:0", "--handover", handover.to_str().unwrap()];
+    let mut shim = Shim::start_with(folder.path(), &arguments);
+    let address = shim.address();
+    shim.signal(Signal::SIGUSR2);
+    let _new = Orphan(shim.await_log("that another one takes over", |lines| {
+        lines
+            .iter()
+            .find_map(|line| line["pid"].as_i64())
+            .map(|pid| pid as i32)
+    }));
+    assert!(shim.wait().success());
+    assert_eq!(get(address, "a", "/").text(), origin.name());
+}
