@@ -9,12 +9,15 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 /// Connections that may wait to be accepted; the kernel's own limit (net.core.somaxconn) is smaller or equal.
 const QUEUE: i32 = 4096;
+/// Time between two questions whether a silent client is still there.
+const PROBE_EVERY: Duration = Duration::from_secs(15);
 
 /// Where to listen, and what for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -143,6 +146,20 @@ impl Sockets {
         shares
     }
 
+    /// Has every connection that they accept end when its client takes nothing, or is gone, for so long: accepted sockets
+    /// inherit it.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn limit_silence(&self, silence: Duration) -> io::Result<()> {
+        let keepalive = TcpKeepalive::new().with_time(silence).with_interval(PROBE_EVERY);
+        for socket in self.0.iter().flat_map(|(_, sockets)| sockets) {
+            socket.set_tcp_user_timeout(Some(silence))?;
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
+        Ok(())
+    }
+
     /// Copies of all sockets, for another process.
     ///
     /// # Errors
@@ -197,6 +214,8 @@ fn listen(address: SocketAddr) -> io::Result<Socket> {
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
     socket.set_nonblocking(true)?;
+    // Inherited by what is accepted: small answers go out at once.
+    socket.set_tcp_nodelay(true)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(QUEUE)?;
     Ok(socket)

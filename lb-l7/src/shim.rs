@@ -50,6 +50,7 @@ async fn shim(cli: &Cli) -> Result<()> {
         Some(workers) => workers.into(),
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
+    raise_descriptors();
     let (states, mut state) = watch::channel(None::<State>);
     let mut hangup = signal(SignalKind::hangup())?;
     match &cli.routes {
@@ -102,6 +103,7 @@ async fn shim(cli: &Cli) -> Result<()> {
         None => (Sockets::default(), None),
     };
     let sockets = Sockets::bind_with(&places(cli, &first.settings), workers, others)?;
+    sockets.limit_silence(first.settings.timeouts.client)?;
     let copies = match cli.handover {
         Some(_) => sockets.copies()?,
         None => Vec::new(),
@@ -234,6 +236,21 @@ async fn until_the_end(stop: &mut Stop, giver: Option<Arc<Giver>>) -> Result<boo
 fn tell(state: &State) {
     let upstreams: usize = state.routes.iter().map(|route| route.upstreams.len()).sum();
     info!(routes = state.routes.len(), upstreams, "routes");
+}
+
+/// Every connection takes a descriptor: as many as this process may have.
+fn raise_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard {
+            setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+        } else {
+            Ok(())
+        }
+    });
+    if let Err(error) = raised {
+        warn!("the limit of open files stays as it is: {error}");
+    }
 }
 
 /// Where to listen: the command line's word goes before that of the settings.

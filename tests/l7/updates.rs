@@ -15,6 +15,7 @@ use super::{
     agent::{Agent, route},
     origin::Origin,
     shim::Shim,
+    upgrades::{open, says_back},
     wire::{Wire, get},
 };
 
@@ -83,12 +84,22 @@ fn fifty_changes_under_load_fail_no_request() {
     let folder = tempfile::tempdir().unwrap();
     let origins: Vec<Origin> = (0..4).map(|_| Origin::start()).collect();
     let all: Vec<_> = origins.iter().map(|origin| origin.address).collect();
-    let agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &all)]));
+    let agent = Agent::start(
+        folder.path(),
+        &json!({}),
+        &json!([route("a", &all), route("ws", &all[..1])]),
+    );
     let shim = Shim::start(folder.path());
+    let mut socket = Wire::connect(shim.address());
+    assert_eq!(open(&mut socket, "ws", "/upgrade"), 101);
     let load = Load::start(shim.address(), "a");
     for change in 0..50 {
         let some = [all[change % 4], all[(change + 1 + change / 4) % 4]];
-        let mut routes = vec![route("a", &some), route("other", &all[..change % 3])];
+        let mut routes = vec![
+            route("a", &some),
+            route("other", &all[..change % 3]),
+            route("ws", &all[..1]),
+        ];
         if change % 5 == 0 {
             routes[0]["upstreams"][1]["state"] = json!("draining");
         }
@@ -96,6 +107,7 @@ fn fifty_changes_under_load_fail_no_request() {
         agent.routes(&json!(routes));
         shim.await_states(states + 1);
         load.more(20);
+        assert!(says_back(&mut socket, "still open"));
     }
     let (done, failed) = load.end();
     assert!(

@@ -101,7 +101,6 @@ async fn connection(
     tls: bool,
 ) {
     let limit = worker.serving().settings.timeouts.header;
-    let _small_answers_go_out_at_once = stream.set_nodelay(true);
     // What fails before the first request is the client's fault, or its end: there is nobody to tell.
     if let Ok(Ok(Some((client, io, is_h2)))) =
         tokio::time::timeout(limit, begin(&worker, stream, peer, stage, seat, tls)).await
