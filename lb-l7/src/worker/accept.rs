@@ -125,6 +125,10 @@ async fn begin(
     }
     let is_trusted = is_in(address.ip(), &serving.settings.trusted_proxies);
     let client = Client::new(address, tls, is_trusted, Arc::clone(&stage)).seated(seat);
+    let client = match serving.settings.send_proxy_protocol {
+        true => client.came_to(stream.local_addr()?),
+        false => client,
+    };
     let clock = Arc::clone(&worker.shared.clock);
     if !tls {
         let first = first_bytes(&stream).await?;
