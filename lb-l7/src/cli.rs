@@ -31,6 +31,9 @@ pub struct Cli {
     /// Serve HTTPS here instead of where [l7] says; may be given several times
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub https: Vec<SocketAddr>,
+    /// Take over from the shim that answers on this socket, and let the next one take over there
+    #[arg(long, env = "WEIR_L7_HANDOVER", value_name = "SOCKET")]
+    pub handover: Option<PathBuf>,
     /// Threads that serve; without it one for each processor
     #[arg(long, value_name = "NUMBER", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub workers: Option<u16>,
@@ -44,6 +47,7 @@ pub struct Cli {
 
 const HELP: &str =
     "Signals: SIGTERM and SIGINT stop after what is under way has ended; a second one stops at once.
+With --handover, SIGUSR2 starts the program anew (another version, after an upgrade), which takes over without a gap.
 The log is written to standard error, the log of requests ([l7] access-log) to standard output.";
 
 /// Runs the command line of this process.

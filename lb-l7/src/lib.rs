@@ -7,6 +7,7 @@ pub mod balance;
 pub mod cli;
 pub mod client;
 pub mod feed;
+pub mod handover;
 pub mod listen;
 pub mod log;
 pub mod page;

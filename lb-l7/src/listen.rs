@@ -9,15 +9,18 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
 
 /// Connections that may wait to be accepted; the kernel's own limit (net.core.somaxconn) is smaller or equal.
 const QUEUE: i32 = 4096;
+/// Time between two questions whether a silent client is still there.
+const PROBE_EVERY: Duration = Duration::from_secs(15);
 
 /// Where to listen, and what for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 pub struct Place {
     /// Address and port.
     pub address: SocketAddr,
@@ -67,9 +70,25 @@ impl Sockets {
     /// # Errors
     /// See [`ListenError`]; nothing is listened to then.
     pub fn bind(places: &[Place], workers: usize) -> Result<Self, ListenError> {
+        Self::bind_with(places, workers, Self::default())
+    }
+
+    /// As [`Sockets::bind`], by the sockets of another process where it listens at these places. Its others are closed.
+    ///
+    /// # Errors
+    /// See [`ListenError`].
+    pub fn bind_with(places: &[Place], workers: usize, mut others: Self) -> Result<Self, ListenError> {
         let mut sockets = Self::default();
         for place in places {
-            sockets.add(*place, workers)?;
+            let is_it = |(other, _): &(Place, Vec<Socket>)| {
+                let (a, b) = (place.address, other.address);
+                let any_port = a.port() == 0 && a.ip() == b.ip();
+                place.tls == other.tls && (a == b || any_port)
+            };
+            match others.0.iter().position(is_it) {
+                Some(at) => sockets.0.push(others.0.swap_remove(at)),
+                None => sockets.add(*place, workers)?,
+            }
         }
         Ok(sockets)
     }
@@ -127,6 +146,20 @@ impl Sockets {
         shares
     }
 
+    /// Has every connection that they accept end when its client takes nothing, or is gone, for so long: accepted sockets
+    /// inherit it.
+    ///
+    /// # Errors
+    /// The system refuses.
+    pub fn limit_silence(&self, silence: Duration) -> io::Result<()> {
+        let keepalive = TcpKeepalive::new().with_time(silence).with_interval(PROBE_EVERY);
+        for socket in self.0.iter().flat_map(|(_, sockets)| sockets) {
+            socket.set_tcp_user_timeout(Some(silence))?;
+            socket.set_tcp_keepalive(&keepalive)?;
+        }
+        Ok(())
+    }
+
     /// Copies of all sockets, for another process.
     ///
     /// # Errors
@@ -181,6 +214,8 @@ fn listen(address: SocketAddr) -> io::Result<Socket> {
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
     socket.set_nonblocking(true)?;
+    // Inherited by what is accepted: small answers go out at once.
+    socket.set_tcp_nodelay(true)?;
     socket.bind(&SockAddr::from(address))?;
     socket.listen(QUEUE)?;
     Ok(socket)

@@ -81,13 +81,42 @@ pub fn source(fixed: &[u8; FIXED], rest: &[u8]) -> Result<Option<SocketAddr>, He
     }
 }
 
+/// A header that tells the client and where it came to.
+pub fn header(client: SocketAddr, local: SocketAddr) -> Vec<u8> {
+    let mut header = SIGNATURE.to_vec();
+    // Version 2, PROXY.
+    header.push(0x21);
+    let mut put = |family: u8, source: &[u8], target: &[u8]| {
+        // Two addresses and two ports: 12 or 36.
+        let length = (source.len() + target.len() + 4) as u16;
+        header.push(family);
+        header.extend(length.to_be_bytes());
+        header.extend(source);
+        header.extend(target);
+    };
+    match (client.ip(), local.ip().to_canonical()) {
+        (IpAddr::V4(source), IpAddr::V4(target)) => put(0x11, &source.octets(), &target.octets()),
+        (source, target) => put(0x21, &six(source).octets(), &six(target).octets()),
+    }
+    header.extend(client.port().to_be_bytes());
+    header.extend(local.port().to_be_bytes());
+    header
+}
+
+fn six(ip: IpAddr) -> Ipv6Addr {
+    match ip {
+        IpAddr::V4(ip) => ip.to_ipv6_mapped(),
+        IpAddr::V6(ip) => ip,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
 
-    fn header(command: u8, family: u8, length: u16) -> [u8; FIXED] {
+    fn fixed(command: u8, family: u8, length: u16) -> [u8; FIXED] {
         let mut fixed = [0; FIXED];
         fixed[..12].copy_from_slice(&SIGNATURE);
         fixed[12] = 0x20 | command;
@@ -100,26 +129,35 @@ mod tests {
     fn addresses_of_both_families_are_read() {
         let v4 = [192, 0, 2, 7, 10, 0, 0, 1, 0x1f, 0x90, 0, 80];
         assert_eq!(
-            source(&header(1, 0x11, 12), &v4),
+            source(&fixed(1, 0x11, 12), &v4),
             Ok(Some("192.0.2.7:8080".parse().unwrap()))
         );
         let mut v6 = [0; 36];
         v6[..2].copy_from_slice(&[0x20, 0x01]);
         v6[32..34].copy_from_slice(&443_u16.to_be_bytes());
         assert_eq!(
-            source(&header(1, 0x21, 36), &v6),
+            source(&fixed(1, 0x21, 36), &v6),
             Ok(Some("[2001::]:443".parse().unwrap()))
         );
-        assert_eq!(source(&header(0, 0, 0), &[]), Ok(None));
-        assert_eq!(source(&header(1, 0x31, 0), &[]), Ok(None));
-        assert_eq!(source(&header(2, 0x11, 12), &v4), Err(HeaderError::Command));
-        assert_eq!(source(&header(1, 0x11, 12), &v4[..9]), Err(HeaderError::Length));
-        assert_eq!(length(&header(1, 0x11, 12)), Ok(12));
-        assert_eq!(length(&header(1, 0x11, 60_000)), Err(HeaderError::Length));
+        assert_eq!(source(&fixed(0, 0, 0), &[]), Ok(None));
+        assert_eq!(source(&fixed(1, 0x31, 0), &[]), Ok(None));
+        assert_eq!(source(&fixed(2, 0x11, 12), &v4), Err(HeaderError::Command));
+        assert_eq!(source(&fixed(1, 0x11, 12), &v4[..9]), Err(HeaderError::Length));
+        assert_eq!(length(&fixed(1, 0x11, 12)), Ok(12));
+        assert_eq!(length(&fixed(1, 0x11, 60_000)), Err(HeaderError::Length));
         assert_eq!(length(b"GET / HTTP/1.1\r\n"), Err(HeaderError::NoHeader));
     }
 
     proptest! {
+        #[test]
+        fn what_is_written_is_read(a in any::<IpAddr>(), b in any::<IpAddr>(), ports in any::<(u16, u16)>()) {
+            let client = SocketAddr::new(a.to_canonical(), ports.0);
+            let header = header(client, SocketAddr::new(b, ports.1));
+            let (fixed, rest) = header.split_first_chunk::<16>().unwrap();
+            prop_assert_eq!(length(fixed), Ok(rest.len()));
+            prop_assert_eq!(source(fixed, rest), Ok(Some(client)));
+        }
+
         #[test]
         fn no_bytes_make_it_panic(fixed in any::<[u8; 16]>(), rest in prop::collection::vec(any::<u8>(), 0..64)) {
             let _ = (length(&fixed), source(&fixed, &rest));

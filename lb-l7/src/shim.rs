@@ -2,7 +2,10 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     thread::JoinHandle,
 };
 
@@ -20,8 +23,10 @@ use crate::{
     cli::Cli,
     client::Clock,
     feed::{self, Store},
+    handover::{self, Giver},
     listen::{Nascent, Place, Sockets},
     log::Log,
+    page,
     served::{Registry, Serving},
     stats::Shards,
     tls,
@@ -45,6 +50,7 @@ async fn shim(cli: &Cli) -> Result<()> {
         Some(workers) => workers.into(),
         None => std::thread::available_parallelism().map_or(1, usize::from),
     };
+    raise_descriptors();
     let (states, mut state) = watch::channel(None::<State>);
     let mut hangup = signal(SignalKind::hangup())?;
     match &cli.routes {
@@ -85,7 +91,23 @@ async fn shim(cli: &Cli) -> Result<()> {
         first = state.wait_for(Option::is_some) => first.context("nobody tells of routes")?.clone().unwrap_or_default(),
         () = stop.asked() => return Ok(()),
     };
-    let sockets = Sockets::bind(&places(cli, &first.settings), workers)?;
+    let taken = match &cli.handover {
+        Some(path) => handover::take(path).with_context(|| path.display().to_string())?,
+        None => None,
+    };
+    let (others, old) = match taken {
+        Some(taken) => {
+            let (sockets, old) = taken.into_parts();
+            (sockets, Some(old))
+        }
+        None => (Sockets::default(), None),
+    };
+    let sockets = Sockets::bind_with(&places(cli, &first.settings), workers, others)?;
+    sockets.limit_silence(first.settings.timeouts.client)?;
+    let copies = match cli.handover {
+        Some(_) => sockets.copies()?,
+        None => Vec::new(),
+    };
     let mut registry = Registry::new(workers);
     let clock = Clock::new();
     let serving = registry.serving(&first, clock.coarse_ms());
@@ -111,6 +133,15 @@ async fn shim(cli: &Cli) -> Result<()> {
         .map(|(index, sockets)| start(index, sockets, Arc::clone(&shared)))
         .collect::<Result<_>>()?;
     tell(&first);
+    if let Some(address) = first.settings.metrics {
+        let shared = Arc::clone(&shared);
+        tokio::task::spawn_local(async move {
+            if let Err(error) = page::serve(address, shared).await {
+                // Requests are more important than their numbers.
+                tracing::error!("metrics at {address}: {error}; choose another `metrics` address of [l7]");
+            }
+        });
+    }
     tokio::task::spawn_local(tls::follow(maker, state.clone(), shared.tls.clone()));
     let updating = tokio::task::spawn_local({
         let shared = Arc::clone(&shared);
@@ -125,7 +156,23 @@ async fn shim(cli: &Cli) -> Result<()> {
             }
         }
     });
-    stop.asked().await;
+    if let Some(old) = old {
+        info!(pid = std::process::id(), "taking over from the shim before");
+        old.serving()?;
+    }
+    let giver = match &cli.handover {
+        None => None,
+        Some(path) => Some(Arc::new(
+            Giver::new(path, copies).with_context(|| path.display().to_string())?,
+        )),
+    };
+    handover::notify(&format!("READY=1\nMAINPID={}", std::process::id()));
+    let taken_over = until_the_end(&mut stop, giver.clone()).await?;
+    handed_over.store(taken_over, Relaxed);
+    if let (Some(giver), false) = (giver, taken_over) {
+        giver.stop();
+        handover::notify("STOPPING=1");
+    }
     let patience = shared.serving.borrow().settings.timeouts.drain;
     info!("stopping; what is under way may go on for {patience:?}");
     shared
@@ -143,9 +190,67 @@ async fn shim(cli: &Cli) -> Result<()> {
     Ok(())
 }
 
+/// Waits until the process has to end; whether because another one has taken over.
+async fn until_the_end(stop: &mut Stop, giver: Option<Arc<Giver>>) -> Result<bool> {
+    let Some(giver) = giver else {
+        stop.asked().await;
+        return Ok(false);
+    };
+    let (given, mut is_given) = tokio::sync::oneshot::channel();
+    // Not of the runtime, which would wait for it at the end.
+    std::thread::Builder::new()
+        .name("handover".into())
+        .spawn(move || {
+            giver.wait();
+            let _the_process_may_have_ended = given.send(());
+        })?;
+    let program = std::env::current_exe().context("the path of this program")?;
+    let mut successor = None::<tokio::process::Child>;
+    loop {
+        let ended = async {
+            match &mut successor {
+                Some(child) => child.wait().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            _ = stop.term.recv() => return Ok(false),
+            _ = stop.int.recv() => return Ok(false),
+            _ = &mut is_given => return Ok(true),
+            status = ended => {
+                warn!(?status, "the new process has ended before it served; serving on");
+                successor = None;
+            }
+            _ = stop.anew.recv() => {
+                info!("starting anew");
+                let mut command = tokio::process::Command::new(&program);
+                match command.args(std::env::args_os().skip(1)).spawn() {
+                    Ok(child) => successor = Some(child),
+                    Err(error) => warn!("cannot start {}: {error}; serving on", program.display()),
+                }
+            }
+        }
+    }
+}
+
 fn tell(state: &State) {
     let upstreams: usize = state.routes.iter().map(|route| route.upstreams.len()).sum();
     info!(routes = state.routes.len(), upstreams, "routes");
+}
+
+/// Every connection takes a descriptor: as many as this process may have.
+fn raise_descriptors() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(soft, hard)| {
+        if soft < hard {
+            setrlimit(Resource::RLIMIT_NOFILE, hard, hard)
+        } else {
+            Ok(())
+        }
+    });
+    if let Err(error) = raised {
+        warn!("the limit of open files stays as it is: {error}");
+    }
 }
 
 /// Where to listen: the command line's word goes before that of the settings.
@@ -223,6 +328,8 @@ fn start(index: usize, sockets: Vec<Nascent>, shared: Arc<Shared>) -> Result<Joi
 struct Stop {
     term: tokio::signal::unix::Signal,
     int: tokio::signal::unix::Signal,
+    /// To start the program anew.
+    anew: tokio::signal::unix::Signal,
 }
 
 impl Stop {
@@ -230,6 +337,7 @@ impl Stop {
         Ok(Self {
             term: signal(SignalKind::terminate())?,
             int: signal(SignalKind::interrupt())?,
+            anew: signal(SignalKind::user_defined2())?,
         })
     }
 

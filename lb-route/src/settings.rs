@@ -44,6 +44,9 @@ pub struct L7 {
     pub cluster: Option<String>,
     /// Clients whose connections begin with a PROXY protocol header, and must.
     pub proxy_protocol: Vec<IpNet>,
+    /// Upstreams are told the client by a PROXY protocol header before everything else; connections to them are then not
+    /// used for a second request.
+    pub send_proxy_protocol: bool,
     /// Clients whose `X-Forwarded-*` and `Forwarded` are believed and continued.
     pub trusted_proxies: Vec<IpNet>,
     /// The log of requests, on standard output.
@@ -120,6 +123,7 @@ impl Default for L7 {
             redirect_to_https: Vec::new(),
             cluster: None,
             proxy_protocol: Vec::new(),
+            send_proxy_protocol: false,
             trusted_proxies: Vec::new(),
             access_log: AccessLog::default(),
             status_page: None,

@@ -167,13 +167,8 @@ fn an_answer_that_breaks_off_is_broken_for_the_client_too() {
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart")
         .unwrap();
+    while !wire.line().is_empty() {}
+    assert_eq!(wire.read(4), b"part");
     drop(stream);
-    let mut answer = Vec::new();
-    let _reset_or_end = wire.raw().read_to_end(&mut answer);
-    let text = String::from_utf8_lossy(&answer).to_lowercase();
-    assert!(
-        text.contains("content-length: 100"),
-        "what is missing must not look complete: {text}"
-    );
-    assert!(text.len() - text.find("\r\n\r\n").unwrap() - 4 <= 4, "{text}");
+    assert!(wire.is_closed(), "what is missing must not look complete");
 }

@@ -220,6 +220,33 @@ fn silence_ends_connections() {
 }
 
 #[test]
+fn a_client_that_takes_nothing_does_not_hold_a_server() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Raw::start();
+    let settings = json!({ "timeouts": { "client_ms": 1000 } });
+    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[server.address])]));
+    let shim = Shim::start(folder.path());
+    let mut wire = Wire::connect(shim.address());
+    wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    let (mut stream, _) = server.accept();
+    stream.set_write_timeout(Some(super::shim::PATIENCE)).unwrap();
+    stream
+        .write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+        .unwrap();
+    // Until the shim, which can give them to nobody, ends the connection.
+    let part = vec![b'x'; 1 << 20];
+    let ended = std::iter::repeat_with(|| stream.write_all(&part))
+        .find_map(Result::err)
+        .unwrap();
+    let gone = [
+        std::io::ErrorKind::BrokenPipe,
+        std::io::ErrorKind::ConnectionReset,
+    ];
+    assert!(gone.contains(&ended.kind()), "{ended}");
+    drop(wire);
+}
+
+#[test]
 fn no_more_clients_are_served_at_a_time_than_allowed() {
     let rig = rig(json!({ "max_connections": 2 }));
     let address = rig.shim.address();

@@ -12,6 +12,7 @@ mod bodies;
 mod http2;
 mod hygiene;
 mod origin;
+mod page;
 mod routing;
 mod shim;
 mod tls;

@@ -186,15 +186,21 @@ impl Raw {
 
     /// The next connection, with the header of its first request read.
     pub fn accept(&self) -> (std::net::TcpStream, String) {
+        let mut stream = self.accept_bare();
+        let header = read_header(&mut stream);
+        (stream, header)
+    }
+
+    /// The next connection, with nothing read of it.
+    pub fn accept_bare(&self) -> std::net::TcpStream {
         use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
         use std::os::fd::AsFd as _;
         let mut waiting = [PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
         let patience = PollTimeout::try_from(super::shim::PATIENCE).unwrap();
         assert_eq!(poll(&mut waiting, patience), Ok(1), "nobody connects");
-        let (mut stream, _) = self.listener.accept().unwrap();
+        let (stream, _) = self.listener.accept().unwrap();
         stream.set_read_timeout(Some(super::shim::PATIENCE)).unwrap();
-        let header = read_header(&mut stream);
-        (stream, header)
+        stream
     }
 }
 

@@ -50,7 +50,7 @@ impl Shim {
             .arg(folder.join("state.json"))
             .args(["--log-json", "--log", "weir_l7=debug"])
             .args(arguments)
-            .stdout(Stdio::null())
+            .stdout(std::fs::File::create(folder.join("access.log")).unwrap())
             .stderr(Stdio::piped());
         let mut process = Guard::spawn(&mut command).unwrap();
         let log = Arc::new(Log::default());

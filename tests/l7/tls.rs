@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 
 use super::{
     agent::{Agent, route, with},
-    origin::Origin,
+    origin::{Origin, Raw},
     shim::Shim,
     wire::Wire,
 };
@@ -271,6 +271,38 @@ fn proxy_headers_tell_the_client_where_they_must() {
     let mut without = Wire::connect(shim.address());
     without.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     assert!(without.is_closed());
+}
+
+#[test]
+fn upstreams_are_told_the_client_where_they_read_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Raw::start();
+    let settings = json!({ "send_proxy_protocol": true });
+    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[server.address])]));
+    let shim = Shim::start(folder.path());
+    let mut wire = Wire::connect(shim.address());
+    for path in ["/1", "/2"] {
+        wire.send(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n"));
+        // A connection for each request, and the header first.
+        let mut stream = server.accept_bare();
+        let mut header = [0; 28];
+        stream.read_exact(&mut header).unwrap();
+        assert_eq!(&header[..14], b"\r\n\r\n\0\r\nQUIT\n\x21\x11");
+        let us = wire.raw().local_addr().unwrap();
+        assert_eq!(
+            (&header[16..20], &header[24..26]),
+            (&[127, 0, 0, 1][..], &us.port().to_be_bytes()[..])
+        );
+        let request = super::origin::read_header(&mut stream);
+        assert!(
+            request.starts_with(&format!("GET {path} HTTP/1.1\r\n")),
+            "{request}"
+        );
+        stream
+            .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+            .unwrap();
+        assert_eq!(wire.answer().status, 200);
+    }
 }
 
 #[test]

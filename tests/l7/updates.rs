@@ -15,6 +15,7 @@ use super::{
     agent::{Agent, route},
     origin::Origin,
     shim::Shim,
+    upgrades::{open, says_back},
     wire::{Wire, get},
 };
 
@@ -83,12 +84,22 @@ fn fifty_changes_under_load_fail_no_request() {
     let folder = tempfile::tempdir().unwrap();
     let origins: Vec<Origin> = (0..4).map(|_| Origin::start()).collect();
     let all: Vec<_> = origins.iter().map(|origin| origin.address).collect();
-    let agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &all)]));
+    let agent = Agent::start(
+        folder.path(),
+        &json!({}),
+        &json!([route("a", &all), route("ws", &all[..1])]),
+    );
     let shim = Shim::start(folder.path());
+    let mut socket = Wire::connect(shim.address());
+    assert_eq!(open(&mut socket, "ws", "/upgrade"), 101);
     let load = Load::start(shim.address(), "a");
     for change in 0..50 {
         let some = [all[change % 4], all[(change + 1 + change / 4) % 4]];
-        let mut routes = vec![route("a", &some), route("other", &all[..change % 3])];
+        let mut routes = vec![
+            route("a", &some),
+            route("other", &all[..change % 3]),
+            route("ws", &all[..1]),
+        ];
         if change % 5 == 0 {
             routes[0]["upstreams"][1]["state"] = json!("draining");
         }
@@ -96,6 +107,7 @@ fn fifty_changes_under_load_fail_no_request() {
         agent.routes(&json!(routes));
         shim.await_states(states + 1);
         load.more(20);
+        assert!(says_back(&mut socket, "still open"));
     }
     let (done, failed) = load.end();
     assert!(
@@ -198,4 +210,57 @@ fn settings_of_the_agent_are_followed() {
     agent.settings(&json!({ "max_body": 4 }));
     shim.await_states(2);
     while post() != 200 {}
+}
+
+#[test]
+fn a_new_process_takes_over_under_load_without_a_failed_request() {
+    let folder = tempfile::tempdir().unwrap();
+    let origin = Origin::start();
+    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[origin.address])]));
+    let handover = folder.path().join("handover.sock");
+    let arguments = ["--http", "127.0.0.1:0", "--handover", handover.to_str().unwrap()];
+    let mut old = Shim::start_with(folder.path(), &arguments);
+    let address = old.address();
+    let load = Load::start(address, "a");
+    for _ in 0..3 {
+        load.more(100);
+        let new = Shim::start_with(folder.path(), &arguments);
+        assert_eq!(new.address(), address);
+        load.more(200);
+        assert!(old.wait().success(), "the old one has drained");
+        old = new;
+    }
+    load.more(100);
+    let (_, failed) = load.end();
+    assert_eq!(failed, [0; 0]);
+    assert_eq!(get(address, "a", "/").text(), origin.name());
+}
+
+/// A process that is nobody's child any more, killed on drop.
+struct Orphan(i32);
+
+impl Drop for Orphan {
+    fn drop(&mut self) {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(self.0), Signal::SIGKILL);
+    }
+}
+
+#[test]
+fn a_signal_starts_the_program_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let origin = Origin::start();
+    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[origin.address])]));
+    let handover = folder.path().join("handover.sock");
+    let arguments = ["--http", "127.0.0.1:0", "--handover", handover.to_str().unwrap()];
+    let mut shim = Shim::start_with(folder.path(), &arguments);
+    let address = shim.address();
+    shim.signal(Signal::SIGUSR2);
+    let _new = Orphan(shim.await_log("that another one takes over", |lines| {
+        lines
+            .iter()
+            .find_map(|line| line["pid"].as_i64())
+            .map(|pid| pid as i32)
+    }));
+    assert!(shim.wait().success());
+    assert_eq!(get(address, "a", "/").text(), origin.name());
 }

@@ -11,7 +11,7 @@ use super::{
     wire::Wire,
 };
 
-fn open(wire: &mut Wire, host: &str, path: &str) -> u16 {
+pub fn open(wire: &mut Wire, host: &str, path: &str) -> u16 {
     wire.send(format!(
         "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
          Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
@@ -24,7 +24,7 @@ fn open(wire: &mut Wire, host: &str, path: &str) -> u16 {
     answer.status
 }
 
-fn says_back(wire: &mut Wire, text: &str) -> bool {
+pub fn says_back(wire: &mut Wire, text: &str) -> bool {
     wire.send(text);
     wire.read(text.len()) == text.as_bytes()
 }

@@ -75,7 +75,8 @@ impl Store {
             source,
         };
         let text = serde_json::to_vec(state).map_err(|e| fail(e.into()))?;
-        let next = self.0.with_extension("next");
+        // Two processes have the file while one takes over from the other.
+        let next = self.0.with_extension(format!("{}.next", std::process::id()));
         fs::write(&next, text)
             .and_then(|()| fs::rename(&next, &self.0))
             .map_err(fail)

@@ -121,7 +121,9 @@ impl Exchange {
 
     /// The whole answer has come by this connection.
     pub fn give_back(&self, mut link: Link, cx: &mut Context<'_>) {
-        if !link.is_h2() && link.is_idle(cx) {
+        // What told of a client is that client's; HTTP/2 is shared as soon as it is there.
+        let is_ours = !self.worker.serving().settings.send_proxy_protocol && !link.is_h2();
+        if is_ours && link.is_idle(cx) {
             link.is_used = true;
             self.worker
                 .pool

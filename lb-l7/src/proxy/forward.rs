@@ -19,6 +19,7 @@ use super::{
 };
 use crate::{
     balance::{self, Asked, TRIES, Tried},
+    proxy_protocol,
     served::{Served, Serving, UpstreamEntry},
     upstream::Link,
     worker::{Client, Worker},
@@ -142,42 +143,16 @@ async fn attempt(
     mut request: Request<OutBody>,
     upload: Option<&Upload>,
 ) -> Result<(Response<Incoming>, Link), Failure> {
-    let Job {
-        worker,
-        serving,
-        route,
-        ..
-    } = job;
+    let Job { worker, route, .. } = job;
     let stats = upstream.stats.of(worker.index);
     loop {
-        let mut link = match worker.pool.take(pool) {
-            Some(link) => link,
-            None => {
-                let patience = serving.settings.timeouts.connect;
-                let tls = route.settings.upstream_tls;
-                let connector = &worker.shared.connector;
-                match connector
-                    .connect(upstream.address, tls, job.host, h2, patience)
-                    .await
-                {
-                    Ok(link) => {
-                        stats.connections.add(1);
-                        if let Some(shared) = link.share() {
-                            worker.pool.put(pool, shared, worker.shared.clock.coarse_ms());
-                        }
-                        link
-                    }
-                    Err(error) => {
-                        tracing::debug!(route = route.name, upstream = upstream.name, address = %upstream.address, "no connection: {error}");
-                        stats.connect_errors.add(1);
-                        upstream.shun(worker.shared.clock.coarse_ms());
-                        return Err(Failure {
-                            fault: Fault::Connect,
-                            request: Some(request),
-                        });
-                    }
-                }
-            }
+        let Some(mut link) = link(job, upstream, pool, h2).await else {
+            stats.connect_errors.add(1);
+            upstream.shun(worker.shared.clock.coarse_ms());
+            return Err(Failure {
+                fault: Fault::Connect,
+                request: Some(request),
+            });
         };
         let copy = may_repeat(&request).then(|| copy(&request));
         let was_used = link.is_used;
@@ -218,6 +193,54 @@ async fn attempt(
                     request: again,
                 });
             }
+        }
+    }
+}
+
+/// A connection to an upstream: an idle one, or a new one.
+async fn link(job: Job<'_>, upstream: &UpstreamEntry, pool: u64, h2: bool) -> Option<Link> {
+    let Job {
+        worker,
+        serving,
+        client,
+        route,
+        ..
+    } = job;
+    let settings = &serving.settings;
+    let introduction = match settings.send_proxy_protocol {
+        true => Some(proxy_protocol::header(client.address, client.local)),
+        false => None,
+    };
+    // One that told of a client is that client's.
+    if introduction.is_none()
+        && let Some(link) = worker.pool.take(pool)
+    {
+        return Some(link);
+    }
+    let (tls, patience) = (route.settings.upstream_tls, settings.timeouts.connect);
+    let connector = &worker.shared.connector;
+    let connected = connector
+        .connect(
+            upstream.address,
+            tls,
+            job.host,
+            h2,
+            introduction.as_deref(),
+            patience,
+        )
+        .await;
+    match connected {
+        Ok(link) => {
+            upstream.stats.of(worker.index).connections.add(1);
+            if let (Some(shared), None) = (link.share(), introduction) {
+                worker.pool.put(pool, shared, worker.shared.clock.coarse_ms());
+            }
+            Some(link)
+        }
+        Err(error) => {
+            let (route, upstream, address) = (&route.name, &upstream.name, upstream.address);
+            tracing::debug!(route, upstream, %address, "no connection: {error}");
+            None
         }
     }
 }

@@ -137,6 +137,7 @@ pub fn prepare(parts: &mut Parts, host: &str, prefix: &str, upgrade: Option<&Hea
     if trailers {
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
+    join_cookies(headers);
     if let Some(to) = upgrade {
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(header::UPGRADE, to.clone());
@@ -188,6 +189,21 @@ fn forwarded(headers: &mut HeaderMap, authority: Option<&str>, client: &Client) 
         Some(element) => headers.insert(header::FORWARDED, element),
         None => headers.remove(header::FORWARDED),
     };
+}
+
+/// HTTP/2 sends cookies one by one; HTTP/1.1 has one line for all (RFC 9113, 8.2.3).
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(header::COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let lines: Vec<&[u8]> = headers
+        .get_all(header::COOKIE)
+        .iter()
+        .map(HeaderValue::as_bytes)
+        .collect();
+    if let Ok(joined) = HeaderValue::from_bytes(&lines.join(&b"; "[..])) {
+        headers.insert(header::COOKIE, joined);
+    }
 }
 
 /// Continues a list.
@@ -343,6 +359,14 @@ mod tests {
             text(&known, "forwarded"),
             ["for=10.9.9.9, for=192.0.2.7;host=\"a.example:8080\";proto=http"]
         );
+    }
+
+    #[test]
+    fn cookies_are_one_line() {
+        let build = Request::builder().uri("/").header("host", "a");
+        let mut parts = parts(build.header("cookie", "a=1").header("cookie", "b=2; c=3"));
+        prepare(&mut parts, "a", "", None, &client(false));
+        assert_eq!(text(&parts, "cookie"), ["a=1; b=2; c=3"]);
     }
 
     #[test]

@@ -275,7 +275,11 @@ mod tests {
     #[test]
     fn routes_folder_and_default_give_certificates_in_this_order() {
         let dir = tempfile::tempdir().unwrap();
-        for (file, name) in [("a", "a.example"), ("wild", "*.example"), ("other", "other.test")] {
+        for (file, name) in [
+            ("a", "a.example"),
+            ("wild", "*.wild.example"),
+            ("other", "other.test"),
+        ] {
             let (cert, key) = pem(&[name]);
             write(dir.path(), &format!("{file}.pem"), &cert);
             write(dir.path(), &format!("{file}.key"), &key);
@@ -296,7 +300,7 @@ mod tests {
         let (certificates, faults) = Certificates::read(&state, &Certificates::default());
         for (name, want) in [
             (Some("A.example."), "a.example"),
-            (Some("x.example"), "*.example"),
+            (Some("x.wild.example"), "*.wild.example"),
             (Some("b.example"), "other.test"),
             (Some("c.test"), "other.test"),
             (Some("unknown.test"), "default.test"),

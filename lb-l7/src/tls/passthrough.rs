@@ -7,6 +7,7 @@ use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 
 use crate::{
     balance::{self, Asked, TRIES, Tried},
+    proxy_protocol,
     served::{Served, Serving},
     table::{Found, host},
     worker::{Client, Worker},
@@ -38,7 +39,12 @@ pub async fn pass(
         worker: worker.index,
         now_ms: worker.shared.clock.coarse_ms(),
     };
-    let patience = worker.serving().settings.timeouts.connect;
+    let serving = worker.serving();
+    let (patience, introduced) = (
+        serving.settings.timeouts.connect,
+        serving.settings.send_proxy_protocol,
+    );
+    drop(serving);
     client.stage.begin();
     let mut tried = Tried::default();
     while tried.count() < TRIES
@@ -58,6 +64,11 @@ pub async fn pass(
         stats.begin();
         let _small_records_go_out_at_once = server.set_nodelay(true);
         let carry = async {
+            if introduced {
+                server
+                    .write_all(&proxy_protocol::header(client.address, client.local))
+                    .await?;
+            }
             server.write_all(&first).await?;
             tokio::io::copy_bidirectional(&mut stream, &mut server).await
         };

@@ -101,7 +101,6 @@ async fn connection(
     tls: bool,
 ) {
     let limit = worker.serving().settings.timeouts.header;
-    let _small_answers_go_out_at_once = stream.set_nodelay(true);
     // What fails before the first request is the client's fault, or its end: there is nobody to tell.
     if let Ok(Ok(Some((client, io, is_h2)))) =
         tokio::time::timeout(limit, begin(&worker, stream, peer, stage, seat, tls)).await
@@ -126,6 +125,10 @@ async fn begin(
     }
     let is_trusted = is_in(address.ip(), &serving.settings.trusted_proxies);
     let client = Client::new(address, tls, is_trusted, Arc::clone(&stage)).seated(seat);
+    let client = match serving.settings.send_proxy_protocol {
+        true => client.came_to(stream.local_addr()?),
+        false => client,
+    };
     let clock = Arc::clone(&worker.shared.clock);
     if !tls {
         let first = first_bytes(&stream).await?;

@@ -13,6 +13,8 @@ use crate::client::Stage;
 pub struct Client {
     /// Its true address, as a PROXY header tells it where there is one.
     pub address: SocketAddr,
+    /// Where it came to.
+    pub local: SocketAddr,
     /// The address as `X-Forwarded-For` has it.
     pub address_value: HeaderValue,
     /// It came by TLS.
@@ -42,6 +44,7 @@ impl Client {
         let text = address.ip().to_string();
         Self {
             address,
+            local: SocketAddr::new(address.ip(), 0),
             address_value: HeaderValue::from_str(&text).unwrap_or(HeaderValue::from_static("unknown")),
             is_tls,
             is_trusted,
@@ -49,6 +52,11 @@ impl Client {
             forwarded: RefCell::default(),
             _seat: None,
         }
+    }
+
+    /// The same, and where it came to.
+    pub fn came_to(self, local: SocketAddr) -> Self {
+        Self { local, ..self }
     }
 
     /// The same, with a place.

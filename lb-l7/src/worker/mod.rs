@@ -162,8 +162,8 @@ impl Worker {
             }
         });
         for task in accepting {
-            // They take what waits in their queues, and end.
-            let _a_panic_has_been_told = task.await;
+            // They take what waits in their queues, and end; where no place is free they may not come to it.
+            let _a_panic_has_been_told = tokio::time::timeout_at(deadline, task).await;
         }
         let farewell = deadline.min(Instant::now() + FAREWELL);
         if !self.emptied_by(farewell).await {

@@ -314,6 +314,7 @@ pub(super) struct RawL7 {
     pub(super) redirect_to_https: Option<Strings>,
     pub(super) cluster: Option<String>,
     pub(super) proxy_protocol: Given<Strings>,
+    pub(super) send_proxy_protocol: Option<bool>,
     pub(super) trusted_proxies: Given<Strings>,
     pub(super) access_log: Given<String>,
     pub(super) status_page: Given<String>,

@@ -66,8 +66,7 @@ const fn secret(scope: Scope, name: &'static str, why: &'static str) -> Opt {
 
 const NO_PROXY: &str = "there is no proxy beside Weir whose files it would write";
 const PULLED: &str = "metrics are pulled by Prometheus from `admin.metrics`, not pushed";
-const STATUS: &str =
-    "`weir status` takes the place of the statistics page; who may use its socket decides who sees it";
+const STATUS: &str = "the statistics page is `l7.status-page`, a host and path of your choice, without a password: keep them to yourself or use `l7.metrics`";
 const TLS_SET: &str = "only TLS 1.2 and 1.3 with ciphers that are held to be safe are spoken";
 
 /// Every option.

@@ -4,7 +4,7 @@ use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use lb_route::UpstreamTls;
 use rustls::{ClientConfig, RootCertStore, pki_types::ServerName};
-use tokio::net::TcpStream;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tokio_rustls::TlsConnector;
 
 use super::{Link, UpstreamIo};
@@ -61,7 +61,8 @@ impl Connector {
         }
     }
 
-    /// Connects. `host` is the name that the certificate has to be for, and that is sent as SNI.
+    /// Connects. `host` is the name that the certificate has to be for, and that is sent as SNI; `first` goes before
+    /// everything else.
     ///
     /// # Errors
     /// See [`ConnectError`].
@@ -71,11 +72,15 @@ impl Connector {
         tls: Option<UpstreamTls>,
         host: &str,
         h2: bool,
+        first: Option<&[u8]>,
         patience: Duration,
     ) -> Result<Link, ConnectError> {
         let work = async {
-            let stream = TcpStream::connect(address).await?;
+            let mut stream = TcpStream::connect(address).await?;
             stream.set_nodelay(true)?;
+            if let Some(first) = first {
+                stream.write_all(first).await?;
+            }
             let Some(tls) = tls else {
                 return Ok(Link::new(UpstreamIo::Plain(stream), h2).await?);
             };

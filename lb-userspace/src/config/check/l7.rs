@@ -75,6 +75,7 @@ pub(super) fn l7(check: &mut Check<'_>, raw: &RawL7) -> L7 {
         hsts_s: raw.hsts.unwrap_or(base.hsts_s),
         redirect_to_https: redirect_to_https.unwrap_or_default(),
         cluster: raw.cluster.clone(),
+        send_proxy_protocol: raw.send_proxy_protocol.unwrap_or(base.send_proxy_protocol),
         proxy_protocol: check.list("l7.proxy-protocol", raw.proxy_protocol.as_ref(), value::prefix),
         trusted_proxies: check.list("l7.trusted-proxies", raw.trusted_proxies.as_ref(), value::prefix),
         access_log,
