@@ -1,7 +1,7 @@
 //! From what the agent tells to what workers serve by: the table, and upstreams that keep their numbers over changes.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     net::SocketAddr,
     sync::{
         Arc,
@@ -32,6 +32,8 @@ pub struct Serving {
     pub passthrough: Table<Arc<Served>>,
     /// The routes in the table.
     pub routes: Vec<Arc<Served>>,
+    /// Ids of all their upstreams.
+    pub upstreams: HashSet<u64>,
     /// Upstreams that take nothing new, or are gone, since their numbers still count: when, and how long what is upgraded
     /// may go on.
     pub fates: HashMap<u64, Fate>,
@@ -205,6 +207,7 @@ impl Registry {
             table: Table::new(entries),
             passthrough: Table::new(passthrough),
             routes,
+            upstreams: self.known.values().map(|known| known.entry.id).collect(),
             fates: self.fates.clone(),
         }
     }

@@ -366,6 +366,7 @@ impl Drop for Weir<'_> {
 /// Number of a capability (linux/capability.h).
 fn capability(name: &str) -> Result<u32> {
     Ok(match name {
+        "CAP_CHOWN" => 0,
         "CAP_NET_ADMIN" => 12,
         "CAP_NET_RAW" => 13,
         "CAP_PERFMON" => 38,

@@ -213,10 +213,7 @@ impl Worker {
                 }
             }
             if tick % 4 == 0 {
-                let known = |pool: u64| {
-                    let mut targets = serving.routes.iter().flat_map(|route| &route.targets);
-                    targets.any(|target| target.upstream.id == pool >> 1)
-                };
+                let known = |pool: u64| serving.upstreams.contains(&(pool >> 1));
                 self.pool.sweep(now, known);
             }
         }
