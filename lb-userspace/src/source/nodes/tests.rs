@@ -285,3 +285,19 @@ fn nodes_claim_what_this_balancer_allows() {
         "{shown:#?}"
     );
 }
+
+#[test]
+fn keys_that_mean_nothing_do_not_fill_the_status() {
+    let now = Instant::now();
+    let mut registry = registry(1, now);
+    assert_eq!(view::strangers(&registry), None);
+    let strange = |i: usize| Change::Put(key(&format!("x/{i:03}"), "?"));
+    registry.change(at(9, (0..view::STRANGERS).map(strange).collect()), now, KEEP);
+    let told = view::strangers(&registry).unwrap().rejections;
+    assert_eq!(told.len(), view::STRANGERS);
+    assert_eq!(told[1].object, "/weir/nodes/x/001");
+    registry.change(at(10, (0..view::STRANGERS + 7).map(strange).collect()), now, KEEP);
+    let told = view::strangers(&registry).unwrap().rejections;
+    assert_eq!(told.len(), view::STRANGERS + 1);
+    assert_eq!(told.last().unwrap().object, "each of 7 more");
+}

@@ -2,7 +2,10 @@
 
 use std::{net::IpAddr, time::SystemTime};
 
-use super::registry::{Entry, Node};
+use super::{
+    SOURCE,
+    registry::{Entry, Node, Registry},
+};
 use crate::{
     config::{Allowed, Config, NodesConfig, value},
     model::Rejection,
@@ -14,6 +17,8 @@ use crate::{
 
 /// Id of the object that has the faults of a node's own key; no container has it.
 const OWN: &str = "node";
+/// So many keys that mean nothing are told by name: whoever fills etcd with them shall not fill the status, too.
+pub(super) const STRANGERS: usize = 100;
 
 /// The name of a node as a source.
 pub(super) fn source(node: &str) -> String {
@@ -147,8 +152,24 @@ fn unfit(address: IpAddr, nodes: &NodesConfig, config: &Config) -> Option<(&'sta
     }
 }
 
+/// The keys that mean nothing, as an object of the connection.
+pub(super) fn strangers(registry: &Registry) -> Option<Object> {
+    let root = registry.root();
+    let rejection = |key: &String| Rejection {
+        source: SOURCE.into(),
+        object: key.clone(),
+        fault: "is no key of a node's".into(),
+        remedy: format!("only `weir node` writes below {root}: delete it"),
+    };
+    let mut rejections: Vec<_> = registry.strange.iter().take(STRANGERS).map(rejection).collect();
+    if let Some(more @ 1..) = registry.strange.len().checked_sub(STRANGERS) {
+        rejections.push(rejection(&format!("each of {more} more")));
+    }
+    (!rejections.is_empty()).then(|| object(root, rejections))
+}
+
 /// An object that wishes nothing.
-pub(super) fn object(id: &str, rejections: Vec<Rejection>) -> Object {
+fn object(id: &str, rejections: Vec<Rejection>) -> Object {
     Object {
         id: id.to_owned(),
         name: id.to_owned(),
