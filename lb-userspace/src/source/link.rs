@@ -8,7 +8,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures_util::future::BoxFuture;
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet},
@@ -127,16 +126,6 @@ where
     tokio::spawn(async move {
         stop.run_until_cancelled(all).await;
     })
-}
-
-/// Waits for a future that may not be there (then for ever), and forgets it when it is done.
-pub(super) async fn ready<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
-    let Some(future) = slot else {
-        return std::future::pending().await;
-    };
-    let answer = future.await;
-    *slot = None;
-    answer
 }
 
 // === impl Link ===

@@ -23,9 +23,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Message,
-    link::{self, Backoff, Gone, Kept, Link, ready},
+    link::{self, Backoff, Gone, Kept, Link},
 };
-use crate::config::{Config, DockerConfig};
+use crate::{
+    config::{Config, DockerConfig},
+    slot::ready,
+};
 use container::Container;
 use engine::{Engine, EngineError};
 use events::{Action, Cache, Event, Kind};

@@ -21,9 +21,12 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Message, Object, Update,
     docker::engine::EngineError,
-    link::{self, Backoff, Gone, Kept, Link, ready},
+    link::{self, Backoff, Gone, Kept, Link},
 };
-use crate::config::{Config, Endpoint, SwarmConfig};
+use crate::{
+    config::{Config, Endpoint, SwarmConfig},
+    slot::ready,
+};
 use manager::{Manager, ManagerError, Snapshot};
 use ports::KnownPorts;
 
