@@ -17,6 +17,8 @@ use crate::{
 
 /// Id of the object that has the faults of a node's own key; no container has it.
 const OWN: &str = "node";
+/// So many addresses of a node count: one of each family is used, and each that is refused has a line in the status.
+const ADDRESSES: usize = 16;
 /// So many keys that mean nothing are told by name: whoever fills etcd with them shall not fill the status, too.
 pub(super) const STRANGERS: usize = 100;
 
@@ -66,7 +68,15 @@ impl<'n> View<'n> {
                 format!("restart `weir node` on that machine, of this version{known}"),
             );
         }
-        for address in node.about.iter().flat_map(|about| &about.addresses) {
+        let addresses = node.about.iter().flat_map(|about| &about.addresses);
+        let more = addresses.clone().count().saturating_sub(ADDRESSES);
+        if more > 0 {
+            view.refuse(
+                format!("has {more} addresses more than the {ADDRESSES} that count"),
+                "set `node.addresses` on that machine: one of each family will do".into(),
+            );
+        }
+        for address in addresses.take(ADDRESSES) {
             match unfit(*address, nodes, config) {
                 None => view.site.node.push(*address),
                 Some((fault, remedy)) => view.refuse(format!("address {address}: {fault}"), remedy.into()),
