@@ -166,11 +166,9 @@ impl Heard {
         }
     }
 
-    /// The objects of the sources that have no other memory: not the operator's file, which is always there to be read, and
-    /// not nodes, which have a file of their own.
+    /// The objects of the sources, for the next agent; not those of nodes, which have a file of their own.
     pub fn wishes(&self) -> BTreeMap<SourceId, Vec<Object>> {
-        let others = self.sources.iter();
-        let others = others.filter(|(id, _)| id.0 != OPERATOR_SOURCE && !nodes::is_node(id));
+        let others = self.sources.iter().filter(|(id, _)| !nodes::is_node(id));
         others
             .map(|(id, source)| (id.clone(), source.objects.values().cloned().collect()))
             .collect()
@@ -204,6 +202,11 @@ impl Heard {
     pub fn adopt(&mut self, service: ServiceAddress, backend: SocketAddr, serves: bool) {
         let service = Some(service);
         self.health.adopt(Key { service, backend }, serves);
+    }
+
+    /// The wait for the first lists is over: upstreams that come now were not there when the agent started.
+    pub fn settle(&mut self) {
+        self.health.settle();
     }
 
     /// Every source has been read: what was found in the maps means nothing for backends that come later.

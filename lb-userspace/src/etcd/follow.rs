@@ -10,7 +10,7 @@ use tokio::{
 };
 
 use super::{Change, EtcdError, Rounds, Session, Snapshot, session::key};
-use crate::config::EtcdConfig;
+use crate::{config::EtcdConfig, slot::ready};
 
 /// Messages that may wait for a reader that is busy; then the watch waits, too.
 const WAITING: usize = 256;
@@ -182,16 +182,6 @@ fn changes(
         })
     };
     Ok(message.events().iter().filter_map(change).collect())
-}
-
-/// Waits for a future that may not be there (then for ever), and forgets it when it is done.
-async fn ready<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
-    let Some(future) = slot else {
-        return std::future::pending().await;
-    };
-    let answer = future.await;
-    *slot = None;
-    answer
 }
 
 impl Change {

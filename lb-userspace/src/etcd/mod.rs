@@ -19,11 +19,15 @@ pub use session::{Change, Key, Session, Snapshot};
 use crate::{
     causes::{and_causes, with_causes},
     config::EtcdConfig,
+    pem::PemError,
 };
 
 /// Why an endpoint did not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum EtcdError {
+    /// A certificate or key.
+    #[error(transparent)]
+    Tls(#[from] PemError),
     /// A file of the connection.
     #[error("{}: {source}; `[etcd]` of the configuration names it", .path.display())]
     File { path: PathBuf, source: std::io::Error },

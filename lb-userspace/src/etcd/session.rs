@@ -8,7 +8,7 @@ use etcd_client::{
 };
 
 use super::EtcdError;
-use crate::config::EtcdConfig;
+use crate::{config::EtcdConfig, pem};
 
 /// Keys read at once.
 const PAGE: i64 = 1000;
@@ -75,6 +75,8 @@ impl Session {
         if let Some(tls) = &config.tls
             && endpoint.starts_with("https://")
         {
+            let identity = tls.identity.as_ref();
+            pem::check(&tls.ca, identity.map(|(cert, key)| (&**cert, &**key)))?;
             let mut files = TlsOptions::new().ca_certificate(Certificate::from_pem(read(&tls.ca)?));
             if let Some((cert, key)) = &tls.identity {
                 files = files.identity(Identity::from_pem(read(cert)?, read(key)?));

@@ -12,6 +12,8 @@ use crate::{
 const STEP_KEYS: usize = 100;
 /// Bytes in one step, well below the 1.5 MiB that etcd takes.
 const STEP_BYTES: usize = 512 << 10;
+/// Bytes of one text. A container whose labels are longer is not published: etcd would refuse the step, and with it all others.
+const TEXT_BYTES: usize = 256 << 10;
 
 /// The keys of one node.
 #[derive(Debug)]
@@ -57,6 +59,7 @@ impl Ledger {
             }
             Heard::Put(container) => self.want(&container),
             Heard::Remove(id) => self.set(&format!("{CONTAINERS}{id}"), None),
+            Heard::End => self.withdraw(),
             Heard::Freshness(_) => {}
         }
     }
@@ -78,6 +81,17 @@ impl Ledger {
     fn want(&mut self, container: &Container) {
         let facts = Facts::of(container);
         let text = facts.and_then(|facts| serde_json::to_string(&facts).ok());
+        let text = text.filter(|text| {
+            let fits = text.len() <= TEXT_BYTES;
+            if !fits {
+                tracing::error!(
+                    container = container.name,
+                    "not published: its labels take {} bytes, more than the {TEXT_BYTES} of one key; shorten them",
+                    text.len()
+                );
+            }
+            fits
+        });
         self.set(&format!("{CONTAINERS}{}", container.id), text);
     }
 
@@ -236,6 +250,20 @@ mod tests {
         ledger.hear(Heard::Remove("a".into()));
         let (put, deleted) = run(&mut ledger, &mut store, 7);
         assert_eq!((put, deleted), (vec!["b".to_owned()], vec!["a".to_owned()]));
+    }
+
+    #[test]
+    fn one_container_with_too_many_words_holds_up_no_other() {
+        let mut ledger = Ledger::new("/weir/nodes/n/".into());
+        let mut store = Store::new();
+        let mut wordy = named("wordy");
+        let label = "weir.service.web.allow".to_owned();
+        wordy.labels.insert(label.clone(), "x".repeat(TEXT_BYTES));
+        ledger.hear(Heard::List(vec![wordy.clone(), named("good")]));
+        assert_eq!(run(&mut ledger, &mut store, 1).0, ["good"]);
+        wordy.labels.insert(label, "x".repeat(TEXT_BYTES / 2));
+        ledger.hear(Heard::Put(Box::new(wordy)));
+        assert_eq!(run(&mut ledger, &mut store, 1).0, ["wordy"]);
     }
 
     #[test]

@@ -178,7 +178,8 @@ impl Publisher {
         }
         let pace = self.node.ttl / RENEWALS;
         let mut renew = Instant::now() + pace;
-        let mut read = Instant::now() + READ_EVERY;
+        // Soon: of two machines of one name that began at the same moment, the one that wrote last is found there.
+        let mut read = Instant::now() + pace;
         loop {
             if Instant::now() >= renew {
                 if !lease.renew().await? {

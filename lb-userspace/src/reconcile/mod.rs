@@ -29,10 +29,10 @@ pub use task::{Inputs, Outputs, run};
 
 use crate::{
     datapath::{MapError, Maps, Topology},
-    desired::{Drains, Heard, TargetChanges},
+    desired::{Drains, Heard, OPERATOR_SOURCE, TargetChanges},
     model::{Rejection, ServiceAddress},
     plan::{Group, Inputs as PlanInputs, Plan, Policy, Programmed, Scope, Sweep, plan},
-    source::{Message, SourceId},
+    source::{Message, SourceId, Update},
 };
 
 /// First wait after a failed write; doubled with every further failure.
@@ -152,13 +152,12 @@ impl Reconciler {
             options,
             policy,
         };
-        let mut found = BTreeSet::new();
         for (address, entry) in &this.programmed.services {
             for (backend, id) in &entry.live {
                 let serves = this.programmed.slots[id].record.state == backend_state::ACTIVE;
                 this.heard.adopt(*address, *backend, serves);
                 if serves {
-                    found.insert((*address, *backend));
+                    this.unclaimed.insert((*address, *backend));
                 }
             }
         }
@@ -173,31 +172,29 @@ impl Reconciler {
         {
             error!("{fault}");
         }
-        // Where nobody knows who wished for what, all of it may be a silent source's.
-        if !this.recall() {
-            this.unclaimed = found;
-        }
+        this.recall();
         Ok(this)
     }
 
-    /// Lets the last word of every source stand that still is one. False: nothing is known of their last words.
-    fn recall(&mut self) -> bool {
+    /// Lets the last word of every source stand that still is one. What somebody wished for is no silent stranger's: it goes
+    /// when its own source withdraws it, or is no more. All else that was found may be.
+    fn recall(&mut self) {
         let Some(path) = &self.options.wishes else {
-            return false;
+            return;
         };
-        match recollection::load(path) {
-            Ok(None) => false,
-            Ok(Some(wishes)) => {
-                for (source, objects) in wishes {
-                    if self.options.sources.contains(&source) {
-                        self.heard.recall(&source, objects);
-                    }
+        let wishes = recollection::load(path).unwrap_or_else(|fault| {
+            error!("{fault}");
+            None
+        });
+        for (source, objects) in wishes.into_iter().flatten() {
+            for wish in objects.iter().flat_map(|object| &object.services) {
+                for backend in &wish.backends {
+                    self.unclaimed.remove(&(wish.address, backend.address));
                 }
-                true
             }
-            Err(fault) => {
-                error!("{fault}");
-                false
+            // The operator's file is always there to be read.
+            if source.0 != OPERATOR_SOURCE && self.options.sources.contains(&source) {
+                self.heard.recall(&source, objects);
             }
         }
     }
@@ -205,6 +202,10 @@ impl Reconciler {
     /// Takes in what a source says.
     pub fn hear(&mut self, message: Message) {
         self.waiting_since.get_or_insert_with(Instant::now);
+        if message.update == Update::End {
+            // It will never be read.
+            self.options.sources.retain(|source| *source != message.source);
+        }
         self.heard.absorb(message);
     }
 
@@ -336,6 +337,7 @@ impl Reconciler {
         if self.all_read || (over && !self.may_remove) {
             self.may_remove = true;
             self.all_dirty = true;
+            self.heard.settle();
         }
     }
 

@@ -1,5 +1,6 @@
 //! What each source last wished, kept beside the socket: like the maps it outlives the agent and not the next boot. An agent
-//! that starts while an engine cannot be heard goes on with the engine's last word, as the agent before it did.
+//! that starts while an engine cannot be heard goes on with the engine's last word, as the agent before it did. It also tells
+//! whose a backend was that is found in the maps: only what is nobody's may be a silent source's.
 
 use std::{
     collections::BTreeMap,

@@ -8,7 +8,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use futures_util::future::BoxFuture;
 use tokio::{
     sync::{mpsc, watch},
     task::{JoinHandle, JoinSet},
@@ -34,6 +33,8 @@ pub(super) trait Outlet: Send + Sync {
     type Said: Send;
     /// A complete list with nothing on it.
     fn nothing() -> Self::Said;
+    /// The source is no more.
+    fn end() -> Self::Said;
     /// How current the source is.
     fn freshness(freshness: Freshness) -> Self::Said;
     /// Says it.
@@ -45,6 +46,10 @@ impl Outlet for mpsc::Sender<Message> {
 
     fn nothing() -> Update {
         Update::Reset(Vec::new())
+    }
+
+    fn end() -> Update {
+        Update::End
     }
 
     fn freshness(freshness: Freshness) -> Update {
@@ -121,16 +126,6 @@ where
     tokio::spawn(async move {
         stop.run_until_cancelled(all).await;
     })
-}
-
-/// Waits for a future that may not be there (then for ever), and forgets it when it is done.
-pub(super) async fn ready<T>(slot: &mut Option<BoxFuture<'static, T>>) -> T {
-    let Some(future) = slot else {
-        return std::future::pending().await;
-    };
-    let answer = future.await;
-    *slot = None;
-    answer
 }
 
 // === impl Link ===
@@ -215,6 +210,13 @@ impl<O: Outlet> Link<O> {
         self.freshness.via = None;
         self.freshness.fault = fault;
         self.send(O::freshness(self.freshness.clone())).await
+    }
+
+    /// The source is taken out of the configuration, and all it said with it. It may come back.
+    pub(super) async fn end(&mut self) -> Result<(), Gone> {
+        (self.freshness, self.told) = (Freshness::default(), None);
+        (self.silent_since, self.given_up) = (None, false);
+        self.send(O::end()).await
     }
 
     /// What remains of what is known: nothing if nobody was heard for longer than `keep`.
@@ -305,6 +307,22 @@ mod tests {
         link.alive(Instant::now()).await.unwrap();
         let back = freshness(&mut from).unwrap();
         assert!(back.connected && back.fault.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_source_that_was_taken_away_comes_back_as_a_new_one() {
+        let (mut link, mut from) = link();
+        link.lost(&"gone").await.unwrap();
+        assert!(freshness(&mut from).is_some());
+        link.kept(Some(Duration::from_secs(5))).await.unwrap();
+        link.end().await.unwrap();
+        assert_eq!(from.try_recv().unwrap().update, Update::End);
+        tokio::time::advance(Duration::from_secs(9)).await;
+        // As long as a new one, and the same fault is told again.
+        let keep = Some(Duration::from_secs(5));
+        assert_eq!(link.kept(keep).await.unwrap(), Kept::For(Duration::from_secs(5)));
+        link.listed(None).await.unwrap();
+        assert!(freshness(&mut from).is_some_and(|told| told.connected));
     }
 
     #[tokio::test(start_paused = true)]

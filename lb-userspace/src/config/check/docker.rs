@@ -183,7 +183,7 @@ pub(super) fn endpoint(
             check.fault(
                 key,
                 span,
-                "tls files for a Unix socket",
+                format!("`{text}`: tls files for a Unix socket"),
                 "remove tls-ca, tls-cert and tls-key",
             );
         }
@@ -214,7 +214,7 @@ pub(super) fn endpoint(
             check.fault(
                 key,
                 span,
-                "an engine on the network must prove who it is, and so must we",
+                format!("`{text}`: an engine on the network must prove who it is, and so must we"),
                 "use tcp:// and set all of tls-ca, tls-cert and tls-key",
             );
             Endpoint::Http(address)

@@ -37,7 +37,7 @@ pub(super) struct Health {
     passive: BTreeMap<ServiceAddress, Passive>,
     /// What the maps held when the agent started: whether the backend took new flows.
     adopted: BTreeMap<Key, bool>,
-    /// That time is over: what comes now was not there when the agent started.
+    /// The time of first lists is over: upstreams that come now were not there when the agent started.
     settled: bool,
     generation: u64,
     changes: TargetChanges,
@@ -76,6 +76,10 @@ impl Health {
     /// What was found in the maps means nothing for backends that come later.
     pub fn forget_adopted(&mut self) {
         self.adopted.clear();
+    }
+
+    /// What routes wish from now on was not there when the agent started.
+    pub fn settle(&mut self) {
         self.settled = true;
     }
 

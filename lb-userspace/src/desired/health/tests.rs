@@ -422,7 +422,7 @@ fn upstreams_are_checked_once_for_all_their_routes() {
     assert_eq!(rig.targets.active[&upstream(1)].before, Before::Served);
     assert_eq!(shown(&rig, "b")[0].0, BackendState::Active);
     // From now on a new one waits for its check.
-    rig.heard.forget_adopted();
+    rig.heard.settle();
     rig.hear(route(2, &["b", "c"], &rig));
     assert_eq!(rig.targets.active[&upstream(2)].before, Before::New);
     let states = |shown: Vec<(BackendState, String)>| shown.into_iter().map(|s| s.0).collect::<Vec<_>>();

@@ -2,31 +2,26 @@
 
 use std::{
     collections::BTreeMap,
-    fmt, fs, io,
+    fmt, fs,
     net::SocketAddr,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{Arc, Mutex, PoisonError},
     time::SystemTime,
 };
 
-use rustls::{
-    ClientConfig, RootCertStore,
-    client::Resumption,
-    crypto::ring,
-    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
-};
+use rustls::{ClientConfig, RootCertStore, client::Resumption, crypto::ring, pki_types::ServerName};
 
-use crate::model::{TlsCheck, TlsFiles};
+use crate::{
+    model::{TlsCheck, TlsFiles},
+    pem::{PemError, certificates, private_key},
+};
 
 /// Why a session cannot be attempted: faults of this node's files, not of the server.
 #[derive(Debug, thiserror::Error)]
 pub enum TlsError {
-    /// A file cannot be read.
-    #[error("{path}: {source}; check `[tls]` and the file's permissions")]
-    Read { path: PathBuf, source: io::Error },
-    /// A file is not what it should be.
-    #[error("{path}: {fault}; it must be PEM")]
-    Content { path: PathBuf, fault: String },
+    /// A file cannot be read, or is not what it should be.
+    #[error(transparent)]
+    File(#[from] PemError),
     /// The key does not belong to the certificate, or the like.
     #[error("client certificate {path}: {source}")]
     Identity { path: PathBuf, source: rustls::Error },
@@ -106,7 +101,7 @@ fn make(files: Option<&TlsFiles>) -> Result<ClientConfig, TlsError> {
     match files.and_then(|files| files.ca.as_ref()) {
         Some(path) => {
             for certificate in certificates(path)? {
-                roots.add(certificate).map_err(|error| TlsError::Content {
+                roots.add(certificate).map_err(|error| PemError::Content {
                     path: path.clone(),
                     fault: error.to_string(),
                 })?;
@@ -136,32 +131,4 @@ fn make(files: Option<&TlsFiles>) -> Result<ClientConfig, TlsError> {
     client.resumption = Resumption::disabled();
     client.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(client)
-}
-
-fn certificates(path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
-    let text = read(path)?;
-    let all: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&text).collect();
-    let fault = match all {
-        Ok(all) if !all.is_empty() => return Ok(all),
-        Ok(_) => "no certificate in it".into(),
-        Err(error) => error.to_string(),
-    };
-    Err(TlsError::Content {
-        path: path.into(),
-        fault,
-    })
-}
-
-fn private_key(path: &Path) -> Result<PrivateKeyDer<'static>, TlsError> {
-    PrivateKeyDer::from_pem_slice(&read(path)?).map_err(|error| TlsError::Content {
-        path: path.into(),
-        fault: format!("no private key in it ({error})"),
-    })
-}
-
-fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
-    fs::read(path).map_err(|source| TlsError::Read {
-        path: path.into(),
-        source,
-    })
 }

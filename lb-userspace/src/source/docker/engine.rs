@@ -17,7 +17,12 @@ use super::{
     container::{Container, NoId},
     events::ACTIONS,
 };
-use crate::{causes::with_causes, config::Endpoint, source::labels::is_ours};
+use crate::{
+    causes::with_causes,
+    config::Endpoint,
+    pem::{self, PemError},
+    source::labels::is_ours,
+};
 
 /// Longest wait for the answer to one question, seconds. A busy engine takes one; one that takes ten is as good as gone.
 const REQUEST_TIMEOUT_S: u64 = 10;
@@ -37,6 +42,9 @@ pub enum EngineError {
     /// The engine, or the way to it.
     #[error("{question}: {}", with_causes(.source))]
     Docker { question: &'static str, source: Error },
+    /// A certificate or key.
+    #[error(transparent)]
+    Tls(#[from] PemError),
     /// No answer to a ping.
     #[error("no sign of life within {} s", PING_TIMEOUT.as_secs())]
     Silent,
@@ -84,14 +92,18 @@ pub(in crate::source) async fn dial(endpoint: &Endpoint) -> Result<Docker, Engin
             ca,
             cert,
             key,
-        } => Docker::connect_with_ssl(
-            &format!("tcp://{address}"),
-            key,
-            cert,
-            ca,
-            REQUEST_TIMEOUT_S,
-            API_DEFAULT_VERSION,
-        ),
+        } => {
+            // The library would go on without a file that it cannot use.
+            pem::check(ca, Some((cert, key)))?;
+            Docker::connect_with_ssl(
+                &format!("tcp://{address}"),
+                key,
+                cert,
+                ca,
+                REQUEST_TIMEOUT_S,
+                API_DEFAULT_VERSION,
+            )
+        }
     };
     let docker = docker.map_err(asking("connect"))?;
     docker.negotiate_version().await.map_err(asking("version"))

@@ -23,9 +23,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Message,
-    link::{self, Backoff, Gone, Kept, Link, ready},
+    link::{self, Backoff, Gone, Kept, Link},
 };
-use crate::config::{Config, DockerConfig};
+use crate::{
+    config::{Config, DockerConfig},
+    slot::ready,
+};
 use container::Container;
 use engine::{Engine, EngineError};
 use events::{Action, Cache, Event, Kind};
@@ -41,7 +44,7 @@ const REPLAY: Duration = Duration::from_secs(5);
 
 /// Starts a source for every engine of `config`, and for those that come into it later. Each follows its own engine's
 /// section: other VIPs or defaults are applied to the containers that are known, another endpoint is connected to, and
-/// the source of an engine that is switched off or gone says that it has nothing. Ends with `stop`, or when the inbox is
+/// the source of an engine that is switched off or gone ends. Ends with `stop`, or when the inbox is
 /// gone.
 pub fn spawn(
     config: watch::Receiver<Arc<Config>>,
@@ -130,7 +133,7 @@ impl Source {
             let config = self.config.borrow_and_update().clone();
             let Some(docker) = self.section(&config) else {
                 self.cache = Cache::default();
-                self.link.send(Heard::List(Vec::new())).await?;
+                self.link.end().await?;
                 self.config.changed().await.map_err(|_| Gone)?;
                 continue;
             };

@@ -23,6 +23,8 @@ pub enum Heard {
     Remove(String),
     /// The connection's state changed, or a sign of life came.
     Freshness(Freshness),
+    /// The engine is heard no more, by configuration.
+    End,
 }
 
 /// Who is told.
@@ -55,6 +57,10 @@ impl link::Outlet for Outlet {
         Heard::List(Vec::new())
     }
 
+    fn end() -> Heard {
+        Heard::End
+    }
+
     fn freshness(freshness: Freshness) -> Heard {
         Heard::Freshness(freshness)
     }
@@ -76,6 +82,7 @@ impl link::Outlet for Outlet {
             },
             Heard::Remove(id) => Update::Remove(id),
             Heard::Freshness(freshness) => Update::Freshness(freshness),
+            Heard::End => Update::End,
         };
         let message = Message {
             source: source.clone(),

@@ -21,14 +21,13 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use super::{Freshness, Message, Object, SourceId, Update, etcd::cache};
+use super::{Freshness, Message, SourceId, Update, etcd::cache};
 use crate::{
     config::{Config, EtcdConfig},
     etcd::{Heard, follow},
-    model::Rejection,
 };
 use registry::{Node, Registry};
-use view::{View, object, source};
+use view::{View, source, strangers};
 
 /// Name of the connection; nodes are `node:<name>`.
 pub const SOURCE: &str = "nodes";
@@ -133,7 +132,10 @@ impl Source {
             let config = self.config.borrow_and_update().clone();
             let Some(nodes) = &config.nodes else {
                 // Taken out of the file: that is believed at the next start.
-                self.config.changed().await.map_err(|_| InboxGone)?;
+                tokio::select! {
+                    changed = self.config.changed() => changed.map_err(|_| InboxGone)?,
+                    () = stop.cancelled() => return Ok(()),
+                }
                 continue;
             };
             let far = Instant::now() + TELL_EVERY;
@@ -233,23 +235,10 @@ impl Source {
         }
         if !std::mem::replace(&mut self.listed, true) || dirty.strange {
             // After all nodes: whoever waits for this one has heard them.
-            let update = Update::Reset(self.strangers().into_iter().collect());
+            let update = Update::Reset(strangers(&self.registry).into_iter().collect());
             self.send(SOURCE, update).await?;
         }
         Ok(())
-    }
-
-    /// Keys that mean nothing, by name.
-    fn strangers(&self) -> Option<Object> {
-        let root = self.registry.root();
-        let rejection = |key: &String| Rejection {
-            source: SOURCE.into(),
-            object: key.clone(),
-            fault: "is no key of a node's".into(),
-            remedy: format!("only `weir node` writes below {root}: delete it"),
-        };
-        let rejections: Vec<_> = self.registry.strange.iter().map(rejection).collect();
-        (!rejections.is_empty()).then(|| object(root, rejections))
     }
 
     fn node_freshness(&self, node: &Node) -> Freshness {

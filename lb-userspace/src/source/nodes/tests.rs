@@ -285,3 +285,43 @@ fn nodes_claim_what_this_balancer_allows() {
         "{shown:#?}"
     );
 }
+
+#[test]
+fn keys_that_mean_nothing_do_not_fill_the_status() {
+    let now = Instant::now();
+    let mut registry = registry(1, now);
+    assert_eq!(view::strangers(&registry), None);
+    let strange = |i: usize| Change::Put(key(&format!("x/{i:03}"), "?"));
+    registry.change(at(9, (0..view::STRANGERS).map(strange).collect()), now, KEEP);
+    let told = view::strangers(&registry).unwrap().rejections;
+    assert_eq!(told.len(), view::STRANGERS);
+    assert_eq!(told[1].object, "/weir/nodes/x/001");
+    registry.change(at(10, (0..view::STRANGERS + 7).map(strange).collect()), now, KEEP);
+    let told = view::strangers(&registry).unwrap().rejections;
+    assert_eq!(told.len(), view::STRANGERS + 1);
+    assert_eq!(told.last().unwrap().object, "each of 7 more");
+}
+
+#[test]
+fn a_node_with_very_many_addresses_is_told_once() {
+    let now = Instant::now();
+    let mut registry = registry(1, now);
+    let many: Vec<String> = (0..999).map(|i| format!("\"192.0.2.{}\"", i % 250 + 1)).collect();
+    let about = key("n1/node", &format!("{{\"addresses\":[{}]}}", many.join(",")));
+    registry.change(at(9, vec![Change::Put(about)]), now, KEEP);
+    let config = config("");
+    let view = View::new("n1", registry.node("n1").unwrap(), &config);
+    assert_eq!(view.site.node.len(), 16);
+    let own = view
+        .objects()
+        .into_iter()
+        .find(|object| object.id == "node")
+        .unwrap();
+    let [rejection] = own.rejections.as_slice() else {
+        panic!("{:?}", own.rejections);
+    };
+    assert!(
+        rejection.to_string().contains("983 addresses more than the 16"),
+        "{rejection}"
+    );
+}

@@ -2,7 +2,10 @@
 
 use std::{net::IpAddr, time::SystemTime};
 
-use super::registry::{Entry, Node};
+use super::{
+    SOURCE,
+    registry::{Entry, Node, Registry},
+};
 use crate::{
     config::{Allowed, Config, NodesConfig, value},
     model::Rejection,
@@ -14,6 +17,10 @@ use crate::{
 
 /// Id of the object that has the faults of a node's own key; no container has it.
 const OWN: &str = "node";
+/// So many addresses of a node count: one of each family is used, and each that is refused has a line in the status.
+const ADDRESSES: usize = 16;
+/// So many keys that mean nothing are told by name: whoever fills etcd with them shall not fill the status, too.
+pub(super) const STRANGERS: usize = 100;
 
 /// The name of a node as a source.
 pub(super) fn source(node: &str) -> String {
@@ -61,7 +68,15 @@ impl<'n> View<'n> {
                 format!("restart `weir node` on that machine, of this version{known}"),
             );
         }
-        for address in node.about.iter().flat_map(|about| &about.addresses) {
+        let addresses = node.about.iter().flat_map(|about| &about.addresses);
+        let more = addresses.clone().count().saturating_sub(ADDRESSES);
+        if more > 0 {
+            view.refuse(
+                format!("has {more} addresses more than the {ADDRESSES} that count"),
+                "set `node.addresses` on that machine: one of each family will do".into(),
+            );
+        }
+        for address in addresses.take(ADDRESSES) {
             match unfit(*address, nodes, config) {
                 None => view.site.node.push(*address),
                 Some((fault, remedy)) => view.refuse(format!("address {address}: {fault}"), remedy.into()),
@@ -147,8 +162,24 @@ fn unfit(address: IpAddr, nodes: &NodesConfig, config: &Config) -> Option<(&'sta
     }
 }
 
+/// The keys that mean nothing, as an object of the connection.
+pub(super) fn strangers(registry: &Registry) -> Option<Object> {
+    let root = registry.root();
+    let rejection = |key: &String| Rejection {
+        source: SOURCE.into(),
+        object: key.clone(),
+        fault: "is no key of a node's".into(),
+        remedy: format!("only `weir node` writes below {root}: delete it"),
+    };
+    let mut rejections: Vec<_> = registry.strange.iter().take(STRANGERS).map(rejection).collect();
+    if let Some(more @ 1..) = registry.strange.len().checked_sub(STRANGERS) {
+        rejections.push(rejection(&format!("each of {more} more")));
+    }
+    (!rejections.is_empty()).then(|| object(root, rejections))
+}
+
 /// An object that wishes nothing.
-pub(super) fn object(id: &str, rejections: Vec<Rejection>) -> Object {
+fn object(id: &str, rejections: Vec<Rejection>) -> Object {
     Object {
         id: id.to_owned(),
         name: id.to_owned(),

@@ -21,9 +21,12 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Message, Object, Update,
     docker::engine::EngineError,
-    link::{self, Backoff, Gone, Kept, Link, ready},
+    link::{self, Backoff, Gone, Kept, Link},
 };
-use crate::config::{Config, Endpoint, SwarmConfig};
+use crate::{
+    config::{Config, Endpoint, SwarmConfig},
+    slot::ready,
+};
 use manager::{Manager, ManagerError, Snapshot};
 use ports::KnownPorts;
 
@@ -34,7 +37,7 @@ const LAST_BACKOFF: Duration = Duration::from_secs(5);
 const SHORTEST_GAP: Duration = Duration::from_millis(100);
 
 /// Starts a source for every swarm of `config`, and for those that come into it later. Each follows its own section: its
-/// source says that it has nothing when the section is switched off or gone. Ends with `stop`, or when the inbox is gone.
+/// source ends when the section is switched off or gone. Ends with `stop`, or when the inbox is gone.
 pub fn spawn(
     config: watch::Receiver<Arc<Config>>,
     inbox: mpsc::Sender<Message>,
@@ -126,7 +129,7 @@ impl Source {
             let config = self.config.borrow_and_update().clone();
             let Some(swarm) = self.section(&config) else {
                 self.forget();
-                self.link.send(Update::Reset(Vec::new())).await?;
+                self.link.end().await?;
                 self.config.changed().await.map_err(|_| Gone)?;
                 continue;
             };
