@@ -6,30 +6,11 @@ use serde_json::json;
 
 use super::{
     agent::{Agent, route},
-    origin::{Origin, Raw, read_header},
+    origin::{Raw, read_header},
+    rig::rig,
     shim::Shim,
     wire::{Answer, Wire},
 };
-
-struct Rig {
-    origin: Origin,
-    shim: Shim,
-    _agent: Agent,
-    _folder: tempfile::TempDir,
-}
-
-fn rig(settings: serde_json::Value) -> Rig {
-    let folder = tempfile::tempdir().unwrap();
-    let origin = Origin::start();
-    let agent = Agent::start(folder.path(), &settings, &json!([route("a", &[origin.address])]));
-    let shim = Shim::start(folder.path());
-    Rig {
-        origin,
-        shim,
-        _agent: agent,
-        _folder: folder,
-    }
-}
 
 fn post(wire: &mut Wire, headers: &str, body: &[u8]) -> Answer {
     wire.send(format!("POST /echo HTTP/1.1\r\nHost: a\r\n{headers}\r\n"));

@@ -10,29 +10,10 @@ use serde_json::json;
 use super::{
     agent::{Agent, route},
     origin::{Origin, Raw},
+    rig::rig,
     shim::Shim,
     wire::{Wire, get},
 };
-
-struct Rig {
-    origin: Origin,
-    shim: Shim,
-    _agent: Agent,
-    _folder: tempfile::TempDir,
-}
-
-fn rig(settings: serde_json::Value) -> Rig {
-    let folder = tempfile::tempdir().unwrap();
-    let origin = Origin::start();
-    let agent = Agent::start(folder.path(), &settings, &json!([route("a", &[origin.address])]));
-    let shim = Shim::start(folder.path());
-    Rig {
-        origin,
-        shim,
-        _agent: agent,
-        _folder: folder,
-    }
-}
 
 /// Requests that are refused, and after which the connection is of no use.
 const REFUSED: &[(&str, &str)] = &[
@@ -157,7 +138,7 @@ fn chunks_that_are_none_end_the_request() {
     }
     // Cut off in the middle: the server is not told that this was all.
     let server = Raw::start();
-    rig._agent.routes(&json!([route("b", &[server.address])]));
+    rig.agent.routes(&json!([route("b", &[server.address])]));
     rig.shim.await_states(2);
     let mut wire = Wire::connect(rig.shim.address());
     wire.send("POST / HTTP/1.1\r\nHost: b\r\nContent-Length: 10\r\n\r\nhalf");

@@ -13,6 +13,7 @@ mod http2;
 mod hygiene;
 mod origin;
 mod page;
+mod rig;
 mod routing;
 mod shim;
 mod tls;
