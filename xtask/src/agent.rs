@@ -41,6 +41,7 @@ pub fn build_test_server() -> Result<PathBuf> {
     build
         .env("RUSTFLAGS", "-C target-feature=+crt-static")
         .args(["build", "--quiet", "--release", "-p", "weir-test-server"])
+        .args(ebpf::PLAIN_RELEASE)
         .args(["--target", &target, "--target-dir"])
         .arg(&folder);
     process::run(&mut build)?;

@@ -36,6 +36,14 @@ fn build_binary(name: &str) -> Result<PathBuf> {
     )
 }
 
+/// A release build without the link-time optimisation that the L7 shim is built with.
+pub const PLAIN_RELEASE: [&str; 4] = [
+    "--config",
+    "profile.release.lto=false",
+    "--config",
+    "profile.release.codegen-units=16",
+];
+
 /// What cargo and clippy are told alike, so that they judge the same program.
 pub fn in_bpf<'a>(command: &'a mut Command, toolchain: &Toolchain) -> &'a mut Command {
     let linker = toolchain.linker.display();
@@ -45,6 +53,8 @@ pub fn in_bpf<'a>(command: &'a mut Command, toolchain: &Toolchain) -> &'a mut Co
             format!("-C debuginfo=2 -C link-arg=--btf -C target-cpu={CPU} -C panic=abort -C linker={linker}"),
         )
         .args(["--release", "-p", "lb-ebpf", "--features", "programs"])
+        // bpf-linker optimises the whole by itself, from what cargo has not put together yet.
+        .args(PLAIN_RELEASE)
         .args(["--target", TARGET, "-Z", "build-std=core", "--target-dir"])
         .arg(build_dir())
 }
