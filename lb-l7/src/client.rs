@@ -183,8 +183,12 @@ impl Clock {
 
     /// Sets what is read.
     pub fn tick(&self) {
-        let now = self.start.elapsed().as_millis() as u64 + 1;
-        self.coarse_ms.store(now, Relaxed);
+        self.set(self.start.elapsed().as_millis() as u64 + 1);
+    }
+
+    /// Sets what is read to this.
+    pub fn set(&self, ms: u64) {
+        self.coarse_ms.store(ms, Relaxed);
     }
 }
 

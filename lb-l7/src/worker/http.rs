@@ -136,3 +136,156 @@ impl Stage {
         word
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use bytes::Bytes;
+    use lb_route::State;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::{TcpListener, TcpStream},
+        runtime::{Builder, LocalOptions},
+        sync::{Semaphore, watch},
+        task::JoinHandle,
+    };
+
+    use super::*;
+    use crate::{
+        client::{Clock, Transport},
+        log::Log,
+        served::Registry,
+        stats::Shards,
+        tls::Maker,
+        upstream::Connector,
+        worker::{Phase, Shared},
+    };
+
+    /// A worker with no routes, which answers everything by 503.
+    fn worker() -> Rc<Worker> {
+        let state = State::default();
+        let shared = Shared {
+            serving: watch::Sender::new(Arc::new(Registry::new(1).serving(&state, 0))),
+            phase: watch::Sender::new(Phase::Serving),
+            tls: watch::Sender::new(Arc::new(Maker::new().make(&state).unwrap())),
+            places: Arc::new(Semaphore::new(10)),
+            clock: Clock::new(),
+            connector: Connector::new(),
+            log: Log::start().unwrap(),
+            unrouted: Shards::new(1),
+            clients: Shards::new(1),
+            since: std::time::SystemTime::now(),
+        };
+        Worker::new(0, Arc::new(shared))
+    }
+
+    /// A client, the server's side of its connection, and the task that serves it.
+    async fn connect(worker: &Rc<Worker>) -> (TcpStream, Arc<Stage>, JoinHandle<()>) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, peer) = listener.accept().await.unwrap();
+        let stage = Stage::new(0);
+        let clock = Arc::clone(&worker.shared.clock);
+        let io = ClientIo::new(Transport::Plain(stream), Bytes::new(), Arc::clone(&stage), clock);
+        let served = Rc::new(Client::new(peer, false, false, Arc::clone(&stage)));
+        let task = tokio::task::spawn_local(serve(Rc::clone(worker), served, io, false));
+        (client, stage, task)
+    }
+
+    async fn ask(client: &mut TcpStream, request: &str) {
+        client.write_all(request.as_bytes()).await.unwrap();
+        answer(client).await;
+    }
+
+    async fn answer(client: &mut TcpStream) {
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"here\n") {
+            let more = client.read_buf(&mut answer).await.unwrap();
+            assert!(more > 0, "{}", answer.escape_ascii());
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 503"), "{}", answer.escape_ascii());
+    }
+
+    /// Has the worker find that so much time has passed, and the connection what follows of it.
+    async fn pass(worker: &Worker, stage: &Stage, ms: u64) {
+        worker.shared.clock.set(worker.shared.clock.coarse_ms() + ms);
+        stage.wake();
+        for _ in 0..10 {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    fn run(test: impl AsyncFnOnce(Rc<Worker>)) {
+        let mut builder = Builder::new_current_thread();
+        let runtime = builder.enable_all().build_local(LocalOptions::default()).unwrap();
+        runtime.block_on(async { test(worker()).await });
+    }
+
+    const REQUEST: &str = "GET / HTTP/1.1\r\nHost: a.example\r\n\r\n";
+
+    #[test]
+    fn a_silent_connection_rests_and_serves_again() {
+        run(async |worker| {
+            let (mut client, stage, task) = connect(&worker).await;
+            for _ in 0..3 {
+                ask(&mut client, REQUEST).await;
+                pass(&worker, &stage, 500).await;
+                assert!(!worker.rested.take(), "not yet");
+                pass(&worker, &stage, 1_000).await;
+                assert!(worker.rested.take(), "its buffers are let go");
+                pass(&worker, &stage, 5_000).await;
+                assert!(!worker.rested.take() && !task.is_finished(), "it rests already");
+            }
+            drop(client);
+            task.await.unwrap();
+        });
+    }
+
+    #[test]
+    fn half_a_header_is_no_silence() {
+        run(async |worker| {
+            let (mut client, stage, _task) = connect(&worker).await;
+            ask(&mut client, REQUEST).await;
+            client.write_all(&REQUEST.as_bytes()[..20]).await.unwrap();
+            while stage.may_rest(u64::MAX) {
+                tokio::task::yield_now().await;
+            }
+            pass(&worker, &stage, 2_000).await;
+            assert!(!worker.rested.get());
+            client.write_all(&REQUEST.as_bytes()[20..]).await.unwrap();
+            answer(&mut client).await;
+        });
+    }
+
+    #[test]
+    fn an_unread_body_is_no_request() {
+        run(async |worker| {
+            let (mut client, stage, task) = connect(&worker).await;
+            let body = format!("POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 500\r\n\r\n{REQUEST}");
+            ask(&mut client, &body).await;
+            pass(&worker, &stage, 2_000).await;
+            assert!(!worker.rested.get());
+            task.await.unwrap();
+            let mut rest = Vec::new();
+            // A reset says the same as an end.
+            let _ended = client.read_to_end(&mut rest).await;
+            assert_eq!(rest, b"", "what is left of the body has been taken for a request");
+        });
+    }
+
+    #[test]
+    fn a_resting_connection_ends_when_it_is_told() {
+        for word in [Word::Finish, Word::End] {
+            run(async |worker| {
+                let (mut client, stage, task) = connect(&worker).await;
+                ask(&mut client, REQUEST).await;
+                pass(&worker, &stage, 2_000).await;
+                assert!(worker.rested.get());
+                stage.say(word);
+                task.await.unwrap();
+                assert_eq!(client.read_to_end(&mut Vec::new()).await.unwrap(), 0);
+            });
+        }
+    }
+}
