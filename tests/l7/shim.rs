@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_tests::guard::Guard;
+use lb_tests::{guard::Guard, netns::Namespace};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -42,7 +42,15 @@ impl Shim {
 
     /// As [`Shim::start`], with these arguments about what it serves.
     pub fn start_with(folder: &Path, arguments: &[&str]) -> Self {
-        let mut command = Command::new(binary());
+        Self::spawn(Command::new(binary()), folder, arguments)
+    }
+
+    /// As [`Shim::start_with`], in a namespace.
+    pub fn start_in(namespace: &Namespace, folder: &Path, arguments: &[&str]) -> Self {
+        Self::spawn(namespace.command(binary()), folder, arguments)
+    }
+
+    fn spawn(mut command: Command, folder: &Path, arguments: &[&str]) -> Self {
         command
             .arg("--agent")
             .arg(super::agent::socket(folder))
