@@ -15,6 +15,8 @@ use super::{
 
 /// A shorter one would wear the authority out.
 const SHORTEST: Duration = Duration::from_secs(1);
+/// No public authority gives certificates for so long.
+const LONGEST_RENEWAL: Duration = Duration::from_secs(366 * 24 * 3600);
 /// Longest name of the DNS.
 const LONGEST_HOST: usize = 253;
 
@@ -32,7 +34,7 @@ pub(super) fn acme(check: &mut Check<'_>, given: &Spanned<RawAcme>) -> Acme {
         .as_ref()
         .map(|_| sections::absolute(check, "l7.acme.ca", &raw.ca, "/etc/weir/acme-ca.pem"));
     let renew_before = raw.renew_before.as_ref().map(|_| {
-        let parse = value::duration_from(SHORTEST);
+        let parse = value::duration_between(SHORTEST, LONGEST_RENEWAL);
         check.text_or("l7.acme.renew-before", &raw.renew_before, SHORTEST, parse)
     });
     Acme {
