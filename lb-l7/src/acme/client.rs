@@ -182,6 +182,72 @@ mod tests {
         }
     }
 
+    /// A server that says this to whoever speaks TLS with it, and the file of who has signed its certificate.
+    async fn server(folder: &Path, says: &'static str) -> (String, PathBuf) {
+        use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        let ca = folder.join("ca.pem");
+        std::fs::write(&ca, made.cert.pem()).unwrap();
+        let key =
+            rustls::pki_types::PrivateKeyDer::from_pem_slice(made.signing_key.serialize_pem().as_bytes());
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], key.unwrap())
+            .unwrap();
+        let acceptor = tokio_rustls::TlsAcceptor::from(Arc::new(config));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("https://localhost:{}/dir", listener.local_addr().unwrap().port());
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                // Who does not trust it goes.
+                if let Ok(mut stream) = acceptor.accept(stream).await {
+                    let _request = stream.read(&mut [0; 4096]).await.unwrap();
+                    stream.write_all(says.as_bytes()).await.unwrap();
+                    stream.shutdown().await.unwrap();
+                }
+            }
+        });
+        (url, ca)
+    }
+
+    #[tokio::test]
+    async fn who_proves_itself_is_heard_and_its_word_on_when_to_come_back_too() {
+        let dir = tempfile::tempdir().unwrap();
+        let says = "HTTP/1.1 429 Too Many Requests\r\nRetry-After: 600\r\nContent-Length: 2\r\n\
+                    Content-Type: application/problem+json\r\nConnection: close\r\n\r\n{}";
+        let (url, ca) = server(dir.path(), says).await;
+        let ask = |http: &Http| http.request(Request::get(&url).body(BodyWrapper::default()).unwrap());
+        let http = Http::new(Some(&ca)).unwrap();
+        let (answer, later) = heard(ask(&http)).await;
+        assert_eq!(answer.unwrap().parts.status, 429);
+        let left = later.unwrap().duration_since(SystemTime::now()).unwrap();
+        assert!(Duration::from_secs(590) < left && left <= Duration::from_secs(600));
+        // Nobody waits for what another order was told.
+        assert_eq!(heard(async {}).await.1, None);
+
+        let other = dir.path().join("other.pem");
+        let made = rcgen::generate_simple_self_signed(vec!["localhost".to_owned()]).unwrap();
+        std::fs::write(&other, made.cert.pem()).unwrap();
+        let strict = Http::new(Some(&other)).unwrap();
+        let error = ask(&strict).await.err().unwrap().to_string();
+        assert!(error.contains("certificate") && error.contains(&url), "{error}");
+    }
+
+    #[tokio::test]
+    async fn an_answer_that_is_no_word_of_acme_is_a_fault_with_its_status() {
+        let dir = tempfile::tempdir().unwrap();
+        let says = "HTTP/1.1 502 Bad Gateway\r\nContent-Type: text/html\r\nContent-Length: 4\r\n\
+                    Connection: close\r\n\r\nnone";
+        let (url, ca) = server(dir.path(), says).await;
+        let request = Request::get(&url).body(BodyWrapper::default()).unwrap();
+        let answer = Http::new(Some(&ca)).unwrap().request(request).await;
+        let error = answer.err().unwrap().to_string();
+        assert!(error.contains("502 Bad Gateway"), "{error}");
+    }
+
     #[test]
     fn a_file_without_authorities_is_a_fault_that_names_it() {
         let dir = tempfile::tempdir().unwrap();

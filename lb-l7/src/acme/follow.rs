@@ -123,7 +123,10 @@ impl Orders {
             return LOOK_EVERY;
         };
         self.shared.acme.keep(&wanted.hosts);
-        self.again.retain(|host, _| wanted.hosts.contains(host));
+        let now = Instant::now();
+        // A host that comes and goes does not get around its pause.
+        self.again
+            .retain(|host, pause| wanted.hosts.contains(host) || !pause.left(now).is_zero());
         self.told.retain(|host| wanted.unprovable.contains(host));
         for host in &wanted.unprovable {
             if self.told.insert(host.clone()) {
@@ -135,7 +138,6 @@ impl Orders {
         if wanted.hosts.is_empty() {
             return LOOK_EVERY;
         }
-        let now = Instant::now();
         if let Some(pause) = self.trouble.filter(|pause| !pause.left(now).is_zero()) {
             return pause.left(now);
         }
