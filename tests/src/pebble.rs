@@ -38,7 +38,7 @@ impl<'n> Pebble<'n> {
         let folder = tempfile::Builder::new().prefix("weir-pebble-").tempdir()?;
         let (cert, key) = (folder.path().join("cert.pem"), folder.path().join("key.pem"));
         let authority = Authority::new(&folder.path().join("ca.pem"))?;
-        authority.certify("pebble", "127.0.0.1", 2099, &cert, &key)?;
+        authority.certify("pebble", "localhost", 2099, &cert, &key)?;
         let config = json!({ "pebble": {
             "listenAddress": format!("127.0.0.1:{ACME}"),
             "managementListenAddress": format!("127.0.0.1:{MANAGEMENT}"),
@@ -96,6 +96,11 @@ impl<'n> Pebble<'n> {
     /// The URL of its directory.
     pub fn directory(&self) -> String {
         format!("https://127.0.0.1:{ACME}/dir")
+    }
+
+    /// Another URL of the same directory: to a client, another directory.
+    pub fn other_directory(&self) -> String {
+        format!("https://localhost:{ACME}/dir")
     }
 
     /// Who has signed the certificate of its own server.

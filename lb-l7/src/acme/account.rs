@@ -139,9 +139,15 @@ fn builder(settings: &Acme) -> Result<instant_acme::AccountBuilder, AccountError
 }
 
 fn fault_of(settings: &Acme) -> impl Fn(instant_acme::Error) -> AccountError + Copy {
-    |error| AccountError::Authority {
-        directory: settings.directory.clone(),
-        fault: chain(&error),
+    |error| {
+        let directory = settings.directory.clone();
+        let fault = chain(&error);
+        // It may begin with the same URL.
+        let fault = match fault.strip_prefix(&format!("{directory}: ")) {
+            Some(rest) => rest.to_owned(),
+            None => fault,
+        };
+        AccountError::Authority { directory, fault }
     }
 }
 
