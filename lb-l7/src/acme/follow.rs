@@ -141,11 +141,13 @@ impl Orders {
         if let Some(pause) = self.trouble.filter(|pause| !pause.left(now).is_zero()) {
             return pause.left(now);
         }
-        let account = match self.account(&settings).await {
+        let (account, later) = client::heard(self.account(&settings)).await;
+        let account = match account {
             Ok(Some(account)) => account,
             Ok(None) => return LOCK_EVERY,
             Err(error) => {
-                let pause = Pause::failed(self.trouble, Instant::now(), settings.retry, None);
+                let later = later.and_then(|at| at.duration_since(SystemTime::now()).ok());
+                let pause = Pause::failed(self.trouble, Instant::now(), settings.retry, later);
                 let left = pause.left(Instant::now());
                 warn!("no certificates are ordered: {error}; trying again in {left:.0?}");
                 self.shared.acme.failed("", error.to_string());
