@@ -428,7 +428,10 @@ fn an_upgrade_hands_the_orders_over() {
     place.await_https("127.0.0.1", "a.example", &root);
     let orders = orders_of(&old, "a.example");
     old.signal(Signal::SIGUSR2);
-    let _new = Orphan::of(&old);
+    let _new = Orphan(old.await_log("that another one takes over", |lines| {
+        let pid = lines.iter().find_map(|line| line["pid"].as_i64());
+        pid.map(|pid| pid as i32)
+    }));
     assert!(old.wait().success());
     agent.routes(&json!([place.route("a.example"), place.route("b.example")]));
     await_said(&old, CAME, "b.example", 1);

@@ -9,7 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_tests::{guard::Guard, netns::Namespace};
+use lb_tests::guard::Guard;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
@@ -42,15 +42,10 @@ impl Shim {
 
     /// As [`Shim::start`], with these arguments about what it serves.
     pub fn start_with(folder: &Path, arguments: &[&str]) -> Self {
-        Self::spawn(Command::new(binary()), folder, arguments)
+        Self::spawn(folder, Command::new(binary()), arguments)
     }
 
-    /// As [`Shim::start_with`], in a namespace.
-    pub fn start_in(namespace: &Namespace, folder: &Path, arguments: &[&str]) -> Self {
-        Self::spawn(namespace.command(binary()), folder, arguments)
-    }
-
-    fn spawn(mut command: Command, folder: &Path, arguments: &[&str]) -> Self {
+    fn spawn(folder: &Path, mut command: Command, arguments: &[&str]) -> Self {
         command
             .arg("--agent")
             .arg(super::agent::socket(folder))
@@ -128,6 +123,11 @@ impl Shim {
 
     fn states_in(&self, lines: &[Value]) -> usize {
         lines.iter().filter(|line| line["message"] == "routes").count()
+    }
+
+    /// As [`Shim::start_with`], in a namespace.
+    pub fn start_in(namespace: &lb_tests::netns::Namespace, folder: &Path, arguments: &[&str]) -> Self {
+        Self::spawn(folder, namespace.command(binary()), arguments)
     }
 
     /// Sends it a signal.

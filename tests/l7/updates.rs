@@ -237,19 +237,7 @@ fn a_new_process_takes_over_under_load_without_a_failed_request() {
 }
 
 /// A process that is nobody's child any more, killed on drop.
-pub struct Orphan(i32);
-
-impl Orphan {
-    /// The one that takes over from a shim, once it does.
-    pub fn of(shim: &Shim) -> Self {
-        Self(shim.await_log("that another one takes over", |lines| {
-            lines
-                .iter()
-                .find_map(|line| line["pid"].as_i64())
-                .map(|pid| pid as i32)
-        }))
-    }
-}
+pub struct Orphan(pub i32);
 
 impl Drop for Orphan {
     fn drop(&mut self) {
@@ -267,7 +255,12 @@ fn a_signal_starts_the_program_anew() {
     let mut shim = Shim::start_with(folder.path(), &arguments);
     let address = shim.address();
     shim.signal(Signal::SIGUSR2);
-    let _new = Orphan::of(&shim);
+    let _new = Orphan(shim.await_log("that another one takes over", |lines| {
+        lines
+            .iter()
+            .find_map(|line| line["pid"].as_i64())
+            .map(|pid| pid as i32)
+    }));
     assert!(shim.wait().success());
     assert_eq!(get(address, "a", "/").text(), origin.name());
 }
