@@ -477,6 +477,11 @@ fn another_directory_gets_an_account_of_its_own_and_orders_anew() {
     });
     assert!(kept, "the account before is lost");
 
+    // Who does not agree gets nothing more; what is there is served.
+    agent.settings(&settings(&pebble, json!({ "agree_terms": false })));
+    await_warning(&shim, &["terms are not agreed to", "`agree-terms = true`"]);
+    place.await_https("127.0.0.1", "a.example", &root);
+
     // Without the section nothing is ordered, answered or served.
     agent.settings(&json!({}));
     eventually("the end", || {
