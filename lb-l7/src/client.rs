@@ -24,6 +24,9 @@ const HEAD: u8 = 1;
 /// A request is under way: its own timeouts hold.
 const BUSY: u8 = 2;
 
+/// How long a connection says nothing until what its next request needs is let go, milliseconds.
+const REST_AFTER_MS: u64 = 1_000;
+
 /// What a connection is told from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
@@ -43,6 +46,11 @@ pub struct Stage {
     /// Requests under way: more than one in HTTP/2.
     active: AtomicU32,
     is_h2: AtomicBool,
+    /// Something is written that the system has not taken yet, or the connection is being closed.
+    is_unflushed: AtomicBool,
+    /// Not all of a request has been read: what comes next is no beginning of another one.
+    is_unread: AtomicBool,
+    rests: AtomicBool,
     word: AtomicU8,
     waker: AtomicWaker,
 }
@@ -94,6 +102,32 @@ impl Stage {
             self.stage.store(IDLE, Relaxed);
             self.since_ms.store(now_ms, Relaxed);
         }
+    }
+
+    /// Not all of the request that ends has been read.
+    pub fn leave_unread(&self) {
+        self.is_unread.store(true, Relaxed);
+    }
+
+    /// Whether nothing is under way on it, in neither direction, and has not been for a while.
+    pub fn may_rest(&self, now_ms: u64) -> bool {
+        let is_set = |flag: &AtomicBool| flag.load(Relaxed);
+        self.stage.load(Relaxed) == IDLE
+            && now_ms.saturating_sub(self.since_ms.load(Relaxed)) > REST_AFTER_MS
+            && !is_set(&self.rests)
+            && !is_set(&self.is_h2)
+            && !is_set(&self.is_unflushed)
+            && !is_set(&self.is_unread)
+    }
+
+    /// Whether it rests from now on.
+    pub fn rests(&self, rests: bool) {
+        self.rests.store(rests, Relaxed);
+    }
+
+    /// Has its task look at it.
+    pub fn wake(&self) {
+        self.waker.wake();
     }
 
     /// Whether it has been silent for too long.
@@ -193,6 +227,27 @@ impl ClientIo {
             clock,
         }
     }
+
+    /// The same, with bytes that have been read already.
+    pub fn before(mut self, read: Bytes) -> Self {
+        if !read.is_empty() {
+            self.prefix = [read, std::mem::take(&mut self.prefix)].concat().into();
+        }
+        self
+    }
+
+    /// Ready when there is something to read. Reading may find that it is less than anything.
+    pub fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if !self.prefix.is_empty() {
+            return Poll::Ready(());
+        }
+        let stream = match &self.transport {
+            Transport::Plain(stream) => stream,
+            Transport::Tls(stream) => &stream.get_ref().0.stream,
+        };
+        // What fails is found by reading.
+        stream.poll_read_ready(cx).map(drop)
+    }
 }
 
 /// Gives of `prefix` what fits.
@@ -267,6 +322,7 @@ impl AsyncRead for ClientIo {
 
 impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.stage.is_unflushed.store(true, Relaxed);
         match &mut self.get_mut().transport {
             Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
             Transport::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
@@ -278,6 +334,7 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.stage.is_unflushed.store(true, Relaxed);
         match &mut self.get_mut().transport {
             Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Transport::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
@@ -292,13 +349,20 @@ impl AsyncWrite for ClientIo {
     }
 
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match &mut self.get_mut().transport {
+        let this = self.get_mut();
+        let flushed = match &mut this.transport {
             Transport::Plain(stream) => Pin::new(stream).poll_flush(cx),
             Transport::Tls(stream) => Pin::new(stream).poll_flush(cx),
+        };
+        if matches!(flushed, Poll::Ready(Ok(()))) {
+            this.stage.is_unflushed.store(false, Relaxed);
         }
+        flushed
     }
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // Whether all of it has been said or not: nothing more is.
+        self.stage.leave_unread();
         match &mut self.get_mut().transport {
             Transport::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
             Transport::Tls(stream) => Pin::new(stream).poll_shutdown(cx),

@@ -11,6 +11,7 @@ pub mod feed;
 pub mod handover;
 pub mod listen;
 pub mod log;
+mod memory;
 pub mod page;
 pub mod proxy;
 pub mod proxy_protocol;

@@ -51,8 +51,8 @@ pub struct Fate {
 /// What a host and path lead to.
 #[derive(Clone, Debug)]
 pub enum Action {
-    /// To upstreams.
-    Serve(Arc<Served>),
+    /// To upstreams of the route at this place of [`Serving::routes`].
+    Serve(usize),
     /// To another URL, by a redirect.
     Redirect(Arc<str>),
     /// To the same URL by HTTPS.
@@ -173,11 +173,7 @@ impl Registry {
                 if route.settings.tls.passthrough {
                     passthrough.push((host.clone(), WHOLE_HOST.into(), Arc::clone(&served)));
                 }
-                entries.push((
-                    host.clone(),
-                    route.path.clone(),
-                    Action::Serve(Arc::clone(&served)),
-                ));
+                entries.push((host.clone(), route.path.clone(), Action::Serve(routes.len())));
             }
             for redirect in &route.settings.redirects {
                 if let Some((host, path)) = host_and_path(&redirect.from) {
@@ -427,7 +423,10 @@ pub(crate) mod tests {
         );
         let serving = Registry::new(1).serving(&state, 0);
         let found = |host: &str, path: &str| match serving.table.find(host, path) {
-            Found::This(Action::Serve(route)) => format!("{} -{}", route.name, route.prefix),
+            Found::This(Action::Serve(place)) => {
+                let route = &serving.routes[*place];
+                format!("{} -{}", route.name, route.prefix)
+            }
             Found::This(Action::Redirect(to)) => to.to_string(),
             Found::This(Action::ToHttps) => "https".into(),
             Found::This(Action::StatusPage) => "status".into(),

@@ -38,6 +38,8 @@ pub struct Upload {
     pub waits: Cell<bool>,
     /// Bytes so far.
     pub bytes: Cell<u64>,
+    /// All of it has come.
+    pub is_whole: Cell<bool>,
     /// It was too large, or its client silent.
     pub failed: Cell<Option<Failed>>,
 }
@@ -56,17 +58,21 @@ pub enum Failed {
 pub enum OutBody {
     /// None.
     Empty,
-    /// The client's.
-    Client {
-        /// Where it comes from.
-        incoming: Incoming,
-        /// Whoever waits for the answer.
-        upload: Rc<Upload>,
-        /// Longest that is taken, bytes.
-        most: u64,
-        /// Longest time without a part.
-        silence: Silence,
-    },
+    /// The client's. Most requests have none, and need not carry the room for one.
+    Client(Box<Sent>),
+}
+
+/// The body of a client's request on its way.
+#[derive(Debug)]
+pub struct Sent {
+    /// Where it comes from.
+    pub incoming: Incoming,
+    /// Whoever waits for the answer.
+    pub upload: Rc<Upload>,
+    /// Longest that is taken, bytes.
+    pub most: u64,
+    /// Longest time without a part.
+    pub silence: Silence,
 }
 
 /// A limit on the time in which nothing happens.
@@ -78,9 +84,10 @@ pub struct Silence {
 }
 
 /// The body of an answer to a client.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub enum Reply {
     /// None.
+    #[default]
     Empty,
     /// Ours.
     Own(Option<Bytes>),
@@ -107,6 +114,7 @@ impl Upload {
             progress: Cell::new(Instant::now()),
             waits: Cell::new(false),
             bytes: Cell::new(0),
+            is_whole: Cell::new(false),
             failed: Cell::new(None),
         }
     }
@@ -161,16 +169,16 @@ impl Body for OutBody {
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
-        let Self::Client {
+        let Self::Client(sent) = self.get_mut() else {
+            return Poll::Ready(None);
+        };
+        let Sent {
             incoming,
             upload,
             most,
             silence,
-        } = self.get_mut()
-        else {
-            return Poll::Ready(None);
-        };
-        let polled = Pin::new(incoming).poll_frame(cx);
+        } = &mut **sent;
+        let polled = Pin::new(&mut *incoming).poll_frame(cx);
         upload.waits.set(polled.is_pending());
         let Poll::Ready(frame) = polled else {
             ready!(silence.poll_over(cx));
@@ -179,8 +187,12 @@ impl Body for OutBody {
         };
         silence.broken();
         upload.progress.set(Instant::now());
+        upload.is_whole.set(incoming.is_end_stream());
         Poll::Ready(match frame {
-            None => None,
+            None => {
+                upload.is_whole.set(true);
+                None
+            }
             Some(Err(error)) => {
                 upload.failed.set(Some(Failed::Client));
                 Some(Err(error.into()))
@@ -201,14 +213,14 @@ impl Body for OutBody {
     fn is_end_stream(&self) -> bool {
         match self {
             Self::Empty => true,
-            Self::Client { incoming, .. } => incoming.is_end_stream(),
+            Self::Client(sent) => sent.incoming.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Empty => SizeHint::with_exact(0),
-            Self::Client { incoming, .. } => incoming.size_hint(),
+            Self::Client(sent) => sent.incoming.size_hint(),
         }
     }
 }

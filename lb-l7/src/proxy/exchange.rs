@@ -1,13 +1,13 @@
 //! What is counted of a request while it is under way. Dropping it is the end of the request, however it ends.
 
-use std::{rc::Rc, sync::Arc, task::Context, time::Instant};
+use std::{rc::Rc, task::Context, time::Instant};
 
 use crate::{
     log::Line,
-    served::{Served, UpstreamEntry},
+    served::UpstreamEntry,
     stats::Shard,
     upstream::Link,
-    worker::{Client, Worker},
+    worker::{Client, LocalRoute, Worker},
 };
 
 /// One request, from its header to the end of its answer.
@@ -15,8 +15,9 @@ pub struct Exchange {
     worker: Rc<Worker>,
     client: Rc<Client>,
     start: Instant,
-    route: Option<Arc<Served>>,
-    upstream: Option<Arc<UpstreamEntry>>,
+    route: Option<LocalRoute>,
+    /// The place of its upstream in the route.
+    place: Option<usize>,
     /// Where idle connections of this upstream are kept.
     pool: u64,
     status: u16,
@@ -42,7 +43,7 @@ impl Exchange {
             client: Rc::clone(client),
             start: Instant::now(),
             route: None,
-            upstream: None,
+            place: None,
             pool: 0,
             status: 0,
             bytes_out: 0,
@@ -52,8 +53,8 @@ impl Exchange {
     }
 
     /// It is for this route.
-    pub fn routed(&mut self, route: &Arc<Served>) {
-        self.route = Some(Arc::clone(route));
+    pub fn routed(&mut self, route: &LocalRoute) {
+        self.route = Some(Rc::clone(route));
     }
 
     /// It has a body.
@@ -61,30 +62,39 @@ impl Exchange {
         self.upload = Some(Rc::clone(upload));
     }
 
-    /// It goes to this upstream; what it was at before has failed.
-    pub fn goes_to(&mut self, upstream: &Arc<UpstreamEntry>, pool: u64) {
-        let worker = self.worker.index;
-        if let Some(before) = self.upstream.take() {
-            before.stats.of(worker).active.sub(1);
-            before.stats.of(worker).retries.add(1);
+    /// It goes to the upstream at this place of its route; what it was at before has failed.
+    pub fn goes_to(&mut self, place: usize, pool: u64) {
+        if let Some(before) = self.upstream() {
+            let stats = before.stats.of(self.worker.index);
+            stats.active.sub(1);
+            stats.retries.add(1);
         }
-        upstream.stats.of(worker).begin();
         self.pool = pool;
-        self.upstream = Some(Arc::clone(upstream));
+        self.place = Some(place);
+        if let Some(upstream) = self.upstream() {
+            upstream.stats.of(self.worker.index).begin();
+        }
+    }
+
+    /// Where it is now.
+    fn upstream(&self) -> Option<&UpstreamEntry> {
+        let (route, place) = (self.route.as_ref()?, self.place?);
+        Some(&route.targets[place].upstream)
     }
 
     /// Numbers of where it is now.
     pub fn shard(&self) -> Option<&Shard> {
         let index = self.worker.index;
-        let upstream = self.upstream.as_ref().map(|u| u.stats.of(index));
+        let upstream = self.upstream().map(|u| u.stats.of(index));
         upstream.or_else(|| self.route.as_ref().map(|r| r.stats.of(index)))
     }
 
     /// The answer is of the route itself, not of the upstream that it was at.
     pub fn leaves_upstream(&mut self) {
-        if let Some(before) = self.upstream.take() {
+        if let Some(before) = self.upstream() {
             before.stats.of(self.worker.index).active.sub(1);
         }
+        self.place = None;
     }
 
     /// The header of the answer is there.
@@ -133,13 +143,16 @@ impl Exchange {
 
     /// The id of its upstream.
     pub fn upstream_id(&self) -> Option<u64> {
-        self.upstream.as_ref().map(|u| u.id)
+        self.upstream().map(|upstream| upstream.id)
     }
 }
 
 impl Drop for Exchange {
     fn drop(&mut self) {
         let worker = &self.worker;
+        if self.upload.as_ref().is_some_and(|upload| !upload.is_whole.get()) {
+            self.client.stage.leave_unread();
+        }
         self.client.stage.end(worker.shared.clock.coarse_ms());
         let took = self.start.elapsed();
         let bytes_in = self.upload.as_ref().map_or(0, |upload| upload.bytes.get());
@@ -153,7 +166,7 @@ impl Drop for Exchange {
                 shard.took(took.as_micros() as u64);
             }
         }
-        if let Some(upstream) = &self.upstream {
+        if let Some(upstream) = self.upstream() {
             upstream.stats.of(worker.index).active.sub(1);
         }
         if let Some(mut line) = self.line.take() {
@@ -162,7 +175,7 @@ impl Drop for Exchange {
             line.bytes_out = self.bytes_out;
             line.took = took;
             line.route = self.route.as_ref().map(|route| route.name.clone());
-            line.upstream = self.upstream.as_ref().map(|u| (u.name.clone(), u.address));
+            line.upstream = self.upstream().map(|u| (u.name.clone(), u.address));
             worker.shared.log.write(&line);
         }
     }

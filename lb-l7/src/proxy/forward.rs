@@ -1,6 +1,6 @@
 //! To an upstream, and to another one if that is of no use.
 
-use std::{rc::Rc, sync::Arc};
+use std::{rc::Rc, time::Instant};
 
 use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Version,
@@ -9,31 +9,44 @@ use hyper::{
     http::request::Parts,
     upgrade::OnUpgrade,
 };
-use tokio::time::Instant;
 
 use super::{
     answer,
-    body::{Download, Failed, OutBody, Reply, Silence, Upload},
+    body::{Download, Failed, OutBody, Reply, Sent, Silence, Upload},
     exchange::Exchange,
     request, upgrade,
 };
 use crate::{
     balance::{self, Asked, TRIES, Tried},
     proxy_protocol,
-    served::{Served, Serving, UpstreamEntry},
+    served::UpstreamEntry,
+    table::host,
     upstream::Link,
-    worker::{Client, Worker},
+    worker::{Client, LocalRoute, Snapshot, Worker},
 };
 
-/// What a request is forwarded by.
-#[derive(Clone, Copy, Debug)]
-pub struct Job<'j> {
-    pub worker: &'j Rc<Worker>,
-    pub serving: &'j Serving,
-    pub client: &'j Rc<Client>,
-    /// As the table names it.
-    pub host: &'j str,
-    pub route: &'j Arc<Served>,
+/// A request on its way to an upstream.
+#[derive(Debug)]
+pub struct Forward {
+    worker: Rc<Worker>,
+    serving: Snapshot,
+    client: Rc<Client>,
+    route: LocalRoute,
+    /// As it goes on; `None` while it is under way, and when it can go nowhere any more.
+    request: Option<Request<OutBody>>,
+    /// Its body, if it has one.
+    upload: Option<Rc<Upload>>,
+    /// `None` when the answer has it.
+    exchange: Option<Exchange>,
+    /// The upstream that the client's cookie names.
+    cookie: Option<u64>,
+    /// It wants to change the protocol, and may.
+    upgrades: bool,
+    on_client: Option<OnUpgrade>,
+    /// gRPC needs HTTP/2 all the way.
+    h2: bool,
+    /// It is too long already by its own word.
+    is_too_large: bool,
 }
 
 /// Why an upstream gave no answer.
@@ -53,305 +66,310 @@ enum Fault {
     Client,
 }
 
-/// A try that came to nothing; the request if it may be tried elsewhere.
-struct Failure {
-    fault: Fault,
-    request: Option<Request<OutBody>>,
-}
-
-/// Sends a request on and makes the answer ready for the client.
-pub async fn forward(
-    job: Job<'_>,
-    mut parts: Parts,
-    incoming: Incoming,
-    mut exchange: Exchange,
-) -> Response<Reply> {
-    let Job {
-        worker,
-        serving,
-        client,
-        route,
-        ..
-    } = job;
-    exchange.routed(route);
-    let most = serving.settings.max_body.unwrap_or(u64::MAX);
-    if incoming.size_hint().lower() > most {
-        return own(exchange, Fault::TooLarge);
-    }
-    let upgrade_to = request::upgrade(&parts, &route.settings.websocket_endpoints);
-    let on_client = parts.extensions.remove::<OnUpgrade>();
-    let asked = Asked {
-        client: client.address.ip(),
-        cookie: route
-            .settings
-            .sticky_cookie
-            .as_deref()
-            .and_then(|name| cookie(&parts.headers, name)),
-        worker: worker.index,
-        now_ms: worker.shared.clock.coarse_ms(),
-    };
-    // gRPC needs HTTP/2 all the way.
-    let h2 = parts.version == Version::HTTP_2 && is_grpc(&parts.headers);
-    request::prepare(&mut parts, job.host, &route.prefix, upgrade_to.as_ref(), client);
-    let upload = (!incoming.is_end_stream()).then(|| Rc::new(Upload::new()));
-    let body = match &upload {
-        None => OutBody::Empty,
-        Some(upload) => {
-            exchange.uploads(upload);
-            OutBody::Client {
-                incoming,
-                upload: Rc::clone(upload),
-                most,
-                silence: Silence::new(serving.settings.timeouts.client),
+impl Forward {
+    /// Makes the request of a client ready for an upstream of this route.
+    pub fn new(
+        worker: Rc<Worker>,
+        serving: Snapshot,
+        client: Rc<Client>,
+        route: LocalRoute,
+        (mut parts, incoming): (Parts, Incoming),
+        mut exchange: Exchange,
+    ) -> Self {
+        exchange.routed(&route);
+        let most = serving.settings.max_body.unwrap_or(u64::MAX);
+        let upgrade_to = request::upgrade(&parts, &route.settings.websocket_endpoints);
+        let on_client = parts.extensions.remove::<OnUpgrade>();
+        let sticky = route.settings.sticky_cookie.as_deref();
+        let cookie = sticky.and_then(|name| cookie(&parts.headers, name));
+        let h2 = parts.version == Version::HTTP_2 && is_grpc(&parts.headers);
+        request::prepare(&mut parts, &route.prefix, upgrade_to.as_ref(), &client);
+        let is_too_large = incoming.size_hint().lower() > most;
+        let upload = (!incoming.is_end_stream()).then(|| Rc::new(Upload::new()));
+        let body = match &upload {
+            None => OutBody::Empty,
+            Some(upload) => {
+                exchange.uploads(upload);
+                OutBody::Client(Box::new(Sent {
+                    incoming,
+                    upload: Rc::clone(upload),
+                    most,
+                    silence: Silence::new(serving.settings.timeouts.client),
+                }))
             }
-        }
-    };
-    let mut request = Request::from_parts(parts, body);
-    let (mut tried, mut fault) = (Tried::default(), Fault::None);
-    while tried.count() < TRIES
-        && let Some(place) = balance::pick(route, asked, &tried)
-    {
-        tried.add(place);
-        let upstream = &route.targets[place].upstream;
-        let pool = upstream.id << 1 | u64::from(h2);
-        exchange.goes_to(upstream, pool);
-        match attempt(job, upstream, pool, h2, request, upload.as_deref()).await {
-            Ok((answer, link)) => {
-                upstream.welcome();
-                let upgrade = upgrade_to.is_some().then_some(on_client).flatten();
-                let new_cookie = (asked.cookie != Some(upstream.cookie)).then_some(upstream.cookie);
-                return finish(job, answer, link, exchange, upgrade, new_cookie).await;
-            }
-            Err(failure) => {
-                fault = failure.fault;
-                match failure.request {
-                    Some(again) => request = again,
-                    None => break,
-                }
-            }
-        }
-    }
-    own(exchange, fault)
-}
-
-/// One upstream: by an idle connection, and if its end crossed the request, by a new one.
-async fn attempt(
-    job: Job<'_>,
-    upstream: &UpstreamEntry,
-    pool: u64,
-    h2: bool,
-    mut request: Request<OutBody>,
-    upload: Option<&Upload>,
-) -> Result<(Response<Incoming>, Link), Failure> {
-    let Job { worker, route, .. } = job;
-    let stats = upstream.stats.of(worker.index);
-    loop {
-        let Some(mut link) = link(job, upstream, pool, h2).await else {
-            stats.connect_errors.add(1);
-            upstream.shun(worker.shared.clock.coarse_ms());
-            return Err(Failure {
-                fault: Fault::Connect,
-                request: Some(request),
-            });
         };
-        let copy = may_repeat(&request).then(|| copy(&request));
-        let was_used = link.is_used;
-        let answered = in_time(job, upload, link.exchange(request)).await;
-        let mut error = match answered {
-            Some(Ok(answer)) => return Ok((answer, link)),
-            None => {
-                stats.errors.add(1);
-                return Err(Failure {
-                    fault: Fault::Late,
-                    request: None,
-                });
-            }
-            Some(Err(error)) => error,
-        };
-        let again = error.take_message().or(copy);
-        if let Some(failed) = upload.and_then(|upload| upload.failed.get()) {
-            let fault = match failed {
-                Failed::TooLarge => Fault::TooLarge,
-                Failed::Client => Fault::Client,
-            };
-            return Err(Failure { fault, request: None });
-        }
-        match again {
-            // It may have closed the connection for being idle: that says nothing of the upstream.
-            Some(again) if was_used => {
-                worker.pool.forget(pool);
-                request = again;
-            }
-            again => {
-                tracing::debug!(route = route.name, upstream = upstream.name, address = %upstream.address, "no answer: {}", error.error());
-                stats.errors.add(1);
-                if again.is_some() {
-                    upstream.shun(worker.shared.clock.coarse_ms());
-                }
-                return Err(Failure {
-                    fault: Fault::Broken,
-                    request: again,
-                });
-            }
-        }
-    }
-}
-
-/// A connection to an upstream: an idle one, or a new one.
-async fn link(job: Job<'_>, upstream: &UpstreamEntry, pool: u64, h2: bool) -> Option<Link> {
-    let Job {
-        worker,
-        serving,
-        client,
-        route,
-        ..
-    } = job;
-    let settings = &serving.settings;
-    let introduction = match settings.send_proxy_protocol {
-        true => Some(proxy_protocol::header(client.address, client.local)),
-        false => None,
-    };
-    // One that told of a client is that client's.
-    if introduction.is_none()
-        && let Some(link) = worker.pool.take(pool)
-    {
-        return Some(link);
-    }
-    let (tls, patience) = (route.settings.upstream_tls, settings.timeouts.connect);
-    let connector = &worker.shared.connector;
-    let connected = connector
-        .connect(
-            upstream.address,
-            tls,
-            job.host,
+        Self {
+            worker,
+            serving,
+            client,
+            route,
+            request: Some(Request::from_parts(parts, body)),
+            upload,
+            exchange: Some(exchange),
+            cookie,
+            upgrades: upgrade_to.is_some(),
+            on_client,
             h2,
-            introduction.as_deref(),
-            patience,
-        )
-        .await;
-    match connected {
-        Ok(link) => {
-            upstream.stats.of(worker.index).connections.add(1);
-            if let (Some(shared), None) = (link.share(), introduction) {
-                worker.pool.put(pool, shared, worker.shared.clock.coarse_ms());
-            }
-            Some(link)
-        }
-        Err(error) => {
-            let (route, upstream, address) = (&route.name, &upstream.name, upstream.address);
-            tracing::debug!(route, upstream, %address, "no connection: {error}");
-            None
+            is_too_large,
         }
     }
-}
 
-/// Waits for the header of an answer; `None`: it took too long. The time begins when the request has been sent.
-async fn in_time<T>(job: Job<'_>, upload: Option<&Upload>, exchange: impl Future<Output = T>) -> Option<T> {
-    let timeouts = &job.serving.settings.timeouts;
-    let limit = timeouts.server.min(timeouts.request);
-    let begun = Instant::now();
-    let mut exchange = std::pin::pin!(exchange);
-    let mut deadline = begun + limit;
-    loop {
-        if let Ok(answer) = tokio::time::timeout_at(deadline, exchange.as_mut()).await {
-            return Some(answer);
+    /// Sends it on and makes the answer ready for the client.
+    pub async fn run(&mut self) -> Response<Reply> {
+        if self.is_too_large {
+            return self.own(Fault::TooLarge);
         }
-        let now = Instant::now();
-        let sent = upload.map_or(begun, |upload| match upload.waits.get() {
-            // The client's silence has a limit of its own.
-            true => now,
-            false => upload.progress.get().max(begun),
-        });
-        if sent + limit <= now {
+        let asked = Asked {
+            client: self.client.address.ip(),
+            cookie: self.cookie,
+            worker: self.worker.index,
+            now_ms: self.worker.shared.clock.coarse_ms(),
+        };
+        let (mut tried, mut fault) = (Tried::default(), Fault::None);
+        while tried.count() < TRIES
+            && self.request.is_some()
+            && let Some(place) = balance::pick(&self.route, asked, &tried)
+        {
+            tried.add(place);
+            match self.attempt(place).await {
+                Ok((answer, link)) => {
+                    self.upstream(place).welcome();
+                    return self.finish(answer, link, place).await;
+                }
+                Err(failed) => fault = failed,
+            }
+        }
+        self.own(fault)
+    }
+
+    fn upstream(&self, place: usize) -> &UpstreamEntry {
+        &self.route.targets[place].upstream
+    }
+
+    /// Where idle connections of an upstream are kept.
+    fn pool(&self, place: usize) -> u64 {
+        self.upstream(place).id << 1 | u64::from(self.h2)
+    }
+
+    /// One upstream: by an idle connection, and if its end crossed the request, by a new one. The request is left if it may
+    /// go elsewhere.
+    async fn attempt(&mut self, place: usize) -> Result<(Response<Incoming>, Link), Fault> {
+        let pool = self.pool(place);
+        if let Some(exchange) = &mut self.exchange {
+            exchange.goes_to(place, pool);
+        }
+        loop {
+            let mut link = match self.idle_link(pool) {
+                Some(link) => link,
+                // Rare, and so large that every request would have to carry the room for it.
+                None => Box::pin(self.new_link(place)).await.ok_or(Fault::Connect)?,
+            };
+            let Some(request) = self.request.take() else {
+                return Err(Fault::None);
+            };
+            let copy = may_repeat(&request).then(|| copy(&request));
+            let was_used = link.is_used;
+            let answered = self.in_time(link.exchange(request)).await;
+            let upstream = self.upstream(place);
+            let stats = upstream.stats.of(self.worker.index);
+            let mut error = match answered {
+                Some(Ok(answer)) => return Ok((answer, link)),
+                None => {
+                    stats.errors.add(1);
+                    return Err(Fault::Late);
+                }
+                Some(Err(error)) => error,
+            };
+            let again = error.take_message().or(copy);
+            if let Some(failed) = self.upload.as_ref().and_then(|upload| upload.failed.get()) {
+                return Err(match failed {
+                    Failed::TooLarge => Fault::TooLarge,
+                    Failed::Client => Fault::Client,
+                });
+            }
+            // It may have closed the connection for being idle: that says nothing of the upstream.
+            if was_used && again.is_some() {
+                self.worker.pool.forget(pool);
+                self.request = again;
+                continue;
+            }
+            let (route, name, address) = (&self.route.name, &upstream.name, upstream.address);
+            tracing::debug!(route, upstream = name, %address, "no answer: {}", error.error());
+            stats.errors.add(1);
+            if again.is_some() {
+                upstream.shun(self.worker.shared.clock.coarse_ms());
+            }
+            self.request = again;
+            return Err(Fault::Broken);
+        }
+    }
+
+    /// An idle connection, unless every client has connections of its own.
+    fn idle_link(&self, pool: u64) -> Option<Link> {
+        // One that told of a client is that client's.
+        if self.serving.settings.send_proxy_protocol {
             return None;
         }
-        deadline = sent + limit;
+        self.worker.pool.take(pool)
     }
-}
 
-/// The upstream's answer as the client gets it.
-async fn finish(
-    job: Job<'_>,
-    answer: Response<Incoming>,
-    link: Link,
-    mut exchange: Exchange,
-    on_client: Option<OnUpgrade>,
-    new_cookie: Option<u64>,
-) -> Response<Reply> {
-    let Job {
-        serving,
-        client,
-        route,
-        ..
-    } = job;
-    if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-        return match on_client {
-            Some(on_client) => upgrade::begin(job.worker, answer, link, exchange, on_client),
-            // Nobody asked for it: what would come is no HTTP.
-            None => own(exchange, Fault::Broken),
-        };
-    }
-    exchange.answered(answer.status().as_u16());
-    let (mut parts, incoming) = answer.into_parts();
-    request::strip_hop_by_hop(&mut parts.headers);
-    parts.version = Version::HTTP_11;
-    if let (Some(name), Some(cookie)) = (&route.settings.sticky_cookie, new_cookie) {
-        let secure = if client.is_tls { "; Secure" } else { "" };
-        let text = format!("{name}={cookie:016x}; Path=/; HttpOnly; SameSite=Lax{secure}");
-        if let Ok(value) = HeaderValue::from_str(&text) {
-            parts.headers.append(header::SET_COOKIE, value);
-        }
-    }
-    if client.is_tls && route.settings.tls.only && serving.settings.hsts_s > 0 {
-        let text = format!("max-age={}", serving.settings.hsts_s);
-        if let Ok(value) = HeaderValue::from_str(&text) {
-            parts
-                .headers
-                .entry(header::STRICT_TRANSPORT_SECURITY)
-                .or_insert(value);
-        }
-    }
-    let reply = if incoming.is_end_stream() {
-        let mut link = Some(link);
-        std::future::poll_fn(|cx| {
-            if let Some(link) = link.take() {
-                exchange.give_back(link, cx);
+    /// A new connection to an upstream.
+    async fn new_link(&self, place: usize) -> Option<Link> {
+        let settings = &self.serving.settings;
+        let (client, upstream) = (&self.client, self.upstream(place));
+        let introduction = settings
+            .send_proxy_protocol
+            .then(|| proxy_protocol::header(client.address, client.local));
+        let headers = self.request.as_ref()?.headers();
+        let given = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+        let name = given.and_then(host::normal);
+        let connected = self
+            .worker
+            .shared
+            .connector
+            .connect(
+                upstream.address,
+                self.route.settings.upstream_tls,
+                name.as_deref().unwrap_or_default(),
+                self.h2,
+                introduction.as_deref(),
+                settings.timeouts.connect,
+            )
+            .await;
+        let stats = upstream.stats.of(self.worker.index);
+        let now_ms = self.worker.shared.clock.coarse_ms();
+        match connected {
+            Ok(link) => {
+                stats.connections.add(1);
+                if let (Some(shared), None) = (link.share(), introduction) {
+                    self.worker.pool.put(self.pool(place), shared, now_ms);
+                }
+                Some(link)
             }
-            std::task::Poll::Ready(())
-        })
-        .await;
-        Reply::Empty
-    } else {
-        let silence = serving.settings.timeouts.server;
-        Reply::Upstream(Box::new(Download::new(incoming, link, silence, exchange)))
-    };
-    Response::from_parts(parts, reply)
-}
+            Err(error) => {
+                let (route, name, address) = (&self.route.name, &upstream.name, upstream.address);
+                tracing::debug!(route, upstream = name, %address, "no connection: {error}");
+                stats.connect_errors.add(1);
+                upstream.shun(now_ms);
+                None
+            }
+        }
+    }
 
-/// The answer when no upstream gave one.
-fn own(mut exchange: Exchange, fault: Fault) -> Response<Reply> {
-    let answer = match fault {
-        Fault::None => {
-            exchange.leaves_upstream();
-            answer::page(
+    /// Waits for the header of an answer; `None`: it took too long. The time begins when the request has been sent.
+    async fn in_time<T>(&self, exchange: impl Future<Output = T>) -> Option<T> {
+        let timeouts = &self.serving.settings.timeouts;
+        let limit = timeouts.server.min(timeouts.request);
+        let begun = Instant::now();
+        let mut exchange = std::pin::pin!(exchange);
+        let mut deadline = begun + limit;
+        loop {
+            if let Ok(answer) = tokio::time::timeout_at(deadline.into(), exchange.as_mut()).await {
+                return Some(answer);
+            }
+            let now = Instant::now();
+            let sent = self
+                .upload
+                .as_ref()
+                .map_or(begun, |upload| match upload.waits.get() {
+                    // The client's silence has a limit of its own.
+                    true => now,
+                    false => upload.progress.get().into_std().max(begun),
+                });
+            if sent + limit <= now {
+                return None;
+            }
+            deadline = sent + limit;
+        }
+    }
+
+    /// The upstream's answer as the client gets it.
+    async fn finish(&mut self, answer: Response<Incoming>, link: Link, place: usize) -> Response<Reply> {
+        let Some(mut exchange) = self.exchange.take() else {
+            return self.own(Fault::None);
+        };
+        if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
+            return match self.on_client.take().filter(|_| self.upgrades) {
+                Some(on_client) => upgrade::begin(&self.worker, answer, link, exchange, on_client),
+                // Nobody asked for it: what would come is no HTTP.
+                None => {
+                    self.exchange = Some(exchange);
+                    self.own(Fault::Broken)
+                }
+            };
+        }
+        exchange.answered(answer.status().as_u16());
+        let (mut parts, incoming) = answer.into_parts();
+        request::strip_hop_by_hop(&mut parts.headers);
+        parts.version = Version::HTTP_11;
+        self.add_own_headers(&mut parts.headers, place);
+        let reply = if incoming.is_end_stream() {
+            let mut link = Some(link);
+            std::future::poll_fn(|cx| {
+                if let Some(link) = link.take() {
+                    exchange.give_back(link, cx);
+                }
+                std::task::Poll::Ready(())
+            })
+            .await;
+            Reply::Empty
+        } else {
+            let silence = self.serving.settings.timeouts.server;
+            Reply::Upstream(Box::new(Download::new(incoming, link, silence, exchange)))
+        };
+        Response::from_parts(parts, reply)
+    }
+
+    /// What the route adds to an answer of this upstream.
+    fn add_own_headers(&self, headers: &mut HeaderMap, place: usize) {
+        let (route, is_tls) = (&self.route.settings, self.client.is_tls);
+        let cookie = self.upstream(place).cookie;
+        if let Some(name) = &route.sticky_cookie
+            && self.cookie != Some(cookie)
+        {
+            let secure = if is_tls { "; Secure" } else { "" };
+            let text = format!("{name}={cookie:016x}; Path=/; HttpOnly; SameSite=Lax{secure}");
+            if let Ok(value) = HeaderValue::from_str(&text) {
+                headers.append(header::SET_COOKIE, value);
+            }
+        }
+        let hsts_s = self.serving.settings.hsts_s;
+        if is_tls
+            && route.tls.only
+            && hsts_s > 0
+            && let Ok(value) = HeaderValue::from_str(&format!("max-age={hsts_s}"))
+        {
+            headers.entry(header::STRICT_TRANSPORT_SECURITY).or_insert(value);
+        }
+    }
+
+    /// The answer when no upstream gave one.
+    fn own(&mut self, fault: Fault) -> Response<Reply> {
+        let answer = match fault {
+            Fault::None => answer::page(
                 StatusCode::SERVICE_UNAVAILABLE,
                 "503 no upstream of this host serves now\n",
-            )
+            ),
+            Fault::Connect => answer::page(StatusCode::BAD_GATEWAY, "502 no upstream could be reached\n"),
+            Fault::Broken => answer::page(
+                StatusCode::BAD_GATEWAY,
+                "502 the upstream gave no proper answer\n",
+            ),
+            Fault::Late => answer::page(
+                StatusCode::GATEWAY_TIMEOUT,
+                "504 the upstream gave no answer in time\n",
+            ),
+            Fault::TooLarge => answer::refusal(StatusCode::PAYLOAD_TOO_LARGE, "413 the body is too long\n"),
+            Fault::Client => answer::refusal(StatusCode::REQUEST_TIMEOUT, "408 the body did not come\n"),
+        };
+        if let Some(mut exchange) = self.exchange.take() {
+            if fault == Fault::None {
+                exchange.leaves_upstream();
+            }
+            exchange.answered(answer.status().as_u16());
         }
-        Fault::Connect => answer::page(StatusCode::BAD_GATEWAY, "502 no upstream could be reached\n"),
-        Fault::Broken => answer::page(
-            StatusCode::BAD_GATEWAY,
-            "502 the upstream gave no proper answer\n",
-        ),
-        Fault::Late => answer::page(
-            StatusCode::GATEWAY_TIMEOUT,
-            "504 the upstream gave no answer in time\n",
-        ),
-        Fault::TooLarge => answer::refusal(StatusCode::PAYLOAD_TOO_LARGE, "413 the body is too long\n"),
-        Fault::Client => answer::refusal(StatusCode::REQUEST_TIMEOUT, "408 the body did not come\n"),
-    };
-    exchange.answered(answer.status().as_u16());
-    answer
+        answer
+    }
 }
 
 /// Whether a request may be sent a second time: it changes nothing, or the same, and there is nothing of it that is gone.

@@ -1,6 +1,6 @@
 //! A request on its way: which route, which upstream, what comes back.
 
-use std::{convert::Infallible, rc::Rc, sync::Arc};
+use std::{convert::Infallible, future::Future, rc::Rc};
 
 use hyper::{
     Method, Request, Response, StatusCode, Version,
@@ -18,71 +18,87 @@ mod upgrade;
 
 pub use body::{OutBody, Reply};
 pub use exchange::Exchange;
+use forward::Forward;
 
 use crate::{
     log::Log,
-    served::{Action, Served, Serving},
+    served::{Action, Serving},
     table::Found,
-    worker::{Client, Worker},
+    worker::{Client, View, Worker},
 };
 
 /// Answers one request.
 ///
 /// # Errors
 /// None: what fails is told to the client.
-pub async fn handle(
+pub fn handle(
     worker: Rc<Worker>,
     client: Rc<Client>,
     request: Request<Incoming>,
-) -> Result<Response<Reply>, Infallible> {
-    let serving = worker.serving();
-    let (parts, incoming) = request.into_parts();
-    let version = parts.version;
-    let line = Log::line(serving.settings.access_log, client.address, &parts);
-    let mut exchange = Exchange::begin(&worker, &client, line);
-    let mut answer = match choose(&worker, &serving, &parts, &client) {
-        Choice::Forward(host, route) => {
-            let job = forward::Job {
-                worker: &worker,
-                serving: &serving,
-                client: &client,
-                host: &host,
-                route: &route,
-            };
-            forward::forward(job, parts, incoming, exchange).await
-        }
-        Choice::Answer(route, mut answer) => {
-            if let Some(route) = &route {
-                exchange.routed(route);
-            }
-            exchange.answered(answer.status().as_u16());
-            if !incoming.is_end_stream() {
-                // Its body stays unread: what follows on the connection would be it.
+) -> impl Future<Output = Result<Response<Reply>, Infallible>> {
+    let version = request.version();
+    // Before the future begins, which has room for what is waited for alone: it is moved for every request.
+    let mut begun = begin(&worker, client, request);
+    async move {
+        let mut answer = match &mut begun {
+            Begun::Forward(forward) => forward.run().await,
+            Begun::Answered(answer) => std::mem::take(answer),
+        };
+        if version < Version::HTTP_2 {
+            if worker.is_draining() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
                 answer::close(answer.headers_mut());
             }
-            answer
+        } else {
+            // HTTP/2 has no such thing.
+            answer.headers_mut().remove(header::CONNECTION);
         }
-    };
-    if version < Version::HTTP_2 {
-        if worker.is_draining() && answer.status() != StatusCode::SWITCHING_PROTOCOLS {
-            answer::close(answer.headers_mut());
-        }
-    } else {
-        // HTTP/2 has no such thing.
-        answer.headers_mut().remove(header::CONNECTION);
+        Ok(answer)
     }
-    Ok(answer)
+}
+
+/// What is known of a request when its header has been read.
+enum Begun {
+    /// An upstream has to answer.
+    Forward(Forward),
+    /// The answer is there.
+    Answered(Response<Reply>),
+}
+
+fn begin(worker: &Rc<Worker>, client: Rc<Client>, request: Request<Incoming>) -> Begun {
+    let serving = worker.serving();
+    let (parts, incoming) = request.into_parts();
+    let line = Log::line(serving.settings.access_log, client.address, &parts);
+    let mut exchange = Exchange::begin(worker, &client, line);
+    let (route, mut answer) = match choose(worker, &serving, &parts, &client) {
+        Choice::Forward(place) => {
+            let (worker, route) = (Rc::clone(worker), Rc::clone(serving.route(place)));
+            let request = (parts, incoming);
+            let forward = Forward::new(worker, serving, client, route, request, exchange);
+            return Begun::Forward(forward);
+        }
+        Choice::Answer(route, answer) => (route, answer),
+    };
+    if let Some(place) = route {
+        exchange.routed(serving.route(place));
+    }
+    exchange.answered(answer.status().as_u16());
+    if !incoming.is_end_stream() {
+        // Its body stays unread: what follows on the connection would be it.
+        client.stage.leave_unread();
+        answer::close(answer.headers_mut());
+    }
+    Begun::Answered(answer)
 }
 
 /// What is done with a request.
 enum Choice {
-    /// To an upstream of this route; the host as the table names it.
-    Forward(String, Arc<Served>),
+    /// To an upstream of the route at this place.
+    Forward(usize),
     /// By ourselves, for this route if it is one's.
-    Answer(Option<Arc<Served>>, Response<Reply>),
+    Answer(Option<usize>, Response<Reply>),
 }
 
-fn choose(worker: &Worker, serving: &Serving, parts: &Parts, client: &Client) -> Choice {
+fn choose(worker: &Worker, serving: &View, parts: &Parts, client: &Client) -> Choice {
     let own = |answer| Choice::Answer(None, answer);
     let host = match request::host(parts) {
         Ok(host) => host,
@@ -117,17 +133,17 @@ fn choose(worker: &Worker, serving: &Serving, parts: &Parts, client: &Client) ->
         Action::Redirect(to) => own(answer::redirect(StatusCode::FOUND, &answer::target(to, whole))),
         Action::ToHttps => own(to_https(serving, &host, whole)),
         Action::StatusPage => own(crate::page::answer(&worker.shared, serving, parts)),
-        Action::Serve(route) => {
-            let tls = &route.settings.tls;
+        Action::Serve(place) => {
+            let tls = &serving.route(*place).settings.tls;
             if tls.passthrough && client.is_tls {
                 // Its TLS was begun for another name.
                 let text = "421 ask for this host by its own connection\n";
                 return own(answer::page(StatusCode::MISDIRECTED_REQUEST, text));
             }
             if (tls.only || tls.passthrough) && !is_secure(parts, client) {
-                return Choice::Answer(Some(Arc::clone(route)), to_https(serving, &host, whole));
+                return Choice::Answer(Some(*place), to_https(serving, &host, whole));
             }
-            Choice::Forward(host.into_owned(), Arc::clone(route))
+            Choice::Forward(*place)
         }
     }
 }

@@ -105,7 +105,27 @@ fn has_token(headers: &HeaderMap, name: &HeaderName, token: &str) -> bool {
         .any(|word| word.trim().eq_ignore_ascii_case(token))
 }
 
-/// Takes off what is between two neighbours only (RFC 9110, 7.6.1).
+/// What is between two neighbours only (RFC 9110, 7.6.1), besides `Connection` itself.
+const HOP_BY_HOP: [HeaderName; 4] = [
+    KEEP_ALIVE,
+    PROXY_CONNECTION,
+    header::TRANSFER_ENCODING,
+    header::UPGRADE,
+];
+/// What else goes no further in a request.
+const FOR_US: [HeaderName; 4] = [
+    HTTP2_SETTINGS,
+    header::EXPECT,
+    header::PROXY_AUTHORIZATION,
+    header::TE,
+];
+
+/// Whether any of these is there. One look at the few that are is less than a search for each of these.
+fn has_any(headers: &HeaderMap, of: &[HeaderName]) -> bool {
+    headers.keys().any(|name| of.contains(name))
+}
+
+/// Takes off what is between two neighbours only.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if let Some(named) = headers.remove(header::CONNECTION) {
         let words = named.to_str().unwrap_or_default().split(',').map(str::trim);
@@ -117,23 +137,25 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
             }
         }
     }
-    headers.remove(&KEEP_ALIVE);
-    headers.remove(&PROXY_CONNECTION);
-    headers.remove(header::TRANSFER_ENCODING);
-    headers.remove(header::UPGRADE);
+    if has_any(headers, &HOP_BY_HOP) {
+        for name in &HOP_BY_HOP {
+            headers.remove(name);
+        }
+    }
 }
 
 /// Makes the header of a client that of a request to an upstream.
 ///
-/// `host` is the one that the request is for, `prefix` what is taken off its path, `upgrade` the protocol it changes to.
-pub fn prepare(parts: &mut Parts, host: &str, prefix: &str, upgrade: Option<&HeaderValue>, client: &Client) {
-    let trailers = has_token(&parts.headers, &header::TE, "trailers");
+/// `prefix` is what is taken off its path, `upgrade` the protocol it changes to.
+pub fn prepare(parts: &mut Parts, prefix: &str, upgrade: Option<&HeaderValue>, client: &Client) {
     let headers = &mut parts.headers;
+    let trailers = has_token(headers, &header::TE, "trailers");
     strip_hop_by_hop(headers);
-    headers.remove(&HTTP2_SETTINGS);
-    headers.remove(header::EXPECT);
-    headers.remove(header::PROXY_AUTHORIZATION);
-    headers.remove(header::TE);
+    if has_any(headers, &FOR_US) {
+        for name in &FOR_US {
+            headers.remove(name);
+        }
+    }
     if trailers {
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
@@ -147,10 +169,9 @@ pub fn prepare(parts: &mut Parts, host: &str, prefix: &str, upgrade: Option<&Hea
         && let Ok(value) = HeaderValue::from_str(authority.as_str())
     {
         headers.insert(header::HOST, value);
-    } else if !headers.contains_key(header::HOST)
-        && let Ok(value) = HeaderValue::from_str(host)
-    {
-        headers.insert(header::HOST, value);
+    } else if !headers.contains_key(header::HOST) {
+        // HTTP/1.0 knows none.
+        headers.insert(header::HOST, HeaderValue::from_static(""));
     }
     if parts.uri.scheme().is_some() || parts.uri.authority().is_some() || !prefix.is_empty() {
         parts.uri = origin_form(&parts.uri, prefix);
@@ -177,8 +198,10 @@ fn forwarded(headers: &mut HeaderMap, authority: Option<&str>, client: &Client) 
         }
         return;
     }
-    headers.remove(&X_FORWARDED_PORT);
-    headers.remove(&X_REAL_IP);
+    if has_any(headers, &[X_FORWARDED_PORT, X_REAL_IP]) {
+        headers.remove(&X_FORWARDED_PORT);
+        headers.remove(&X_REAL_IP);
+    }
     headers.insert(X_FORWARDED_FOR, client.address_value.clone());
     headers.insert(X_FORWARDED_PROTO, client.scheme_value());
     match host {
@@ -313,7 +336,7 @@ mod tests {
                 .header("x-secret", "1")
                 .header("cookie", "c"),
         );
-        prepare(&mut parts, "a", "", None, &client(false));
+        prepare(&mut parts, "", None, &client(false));
         let names: std::collections::BTreeSet<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
         assert_eq!(
             names.into_iter().collect::<Vec<_>>(),
@@ -343,7 +366,7 @@ mod tests {
         };
         let mut known = parts(build());
         let mut unknown = parts(build());
-        prepare(&mut unknown, "a.example", "", None, &client(false));
+        prepare(&mut unknown, "", None, &client(false));
         assert_eq!(text(&unknown, "x-forwarded-for"), ["192.0.2.7"]);
         assert_eq!(text(&unknown, "x-forwarded-proto"), ["http"]);
         assert_eq!(text(&unknown, "x-forwarded-host"), ["a.example:8080"]);
@@ -352,7 +375,7 @@ mod tests {
             ["for=192.0.2.7;host=\"a.example:8080\";proto=http"]
         );
         assert!(text(&unknown, "x-real-ip").is_empty());
-        prepare(&mut known, "a.example", "", None, &client(true));
+        prepare(&mut known, "", None, &client(true));
         assert_eq!(text(&known, "x-forwarded-for"), ["10.9.9.9, 192.0.2.7"]);
         assert_eq!(text(&known, "x-forwarded-proto"), ["https"]);
         assert_eq!(
@@ -365,7 +388,7 @@ mod tests {
     fn cookies_are_one_line() {
         let build = Request::builder().uri("/").header("host", "a");
         let mut parts = parts(build.header("cookie", "a=1").header("cookie", "b=2; c=3"));
-        prepare(&mut parts, "a", "", None, &client(false));
+        prepare(&mut parts, "", None, &client(false));
         assert_eq!(text(&parts, "cookie"), ["a=1; b=2; c=3"]);
     }
 
@@ -379,7 +402,7 @@ mod tests {
             ("http://a.example", "", "/"),
         ] {
             let mut parts = parts(Request::builder().uri(uri).header("host", "a.example"));
-            prepare(&mut parts, "a.example", prefix, None, &client(false));
+            prepare(&mut parts, prefix, None, &client(false));
             assert_eq!(parts.uri.to_string(), want, "{uri}");
         }
         let mut parts = parts(
@@ -387,7 +410,7 @@ mod tests {
                 .uri("http://b.example:81/")
                 .header("host", "a.example"),
         );
-        prepare(&mut parts, "b.example", "", None, &client(false));
+        prepare(&mut parts, "", None, &client(false));
         assert_eq!(text(&parts, "host"), ["b.example:81"]);
     }
 

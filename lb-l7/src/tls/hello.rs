@@ -3,17 +3,38 @@
 use std::io;
 
 use bytes::BytesMut;
-use rustls::server::Acceptor;
+use rustls::server::{Accepted, Acceptor};
 use tokio::net::TcpStream;
 
 /// Longest first message: one record, with room for the ones of large keys.
 const LONGEST: usize = 18 * 1024;
 
-/// Reads the message; the bytes as they came, and the server name in it.
+/// What a client began with.
+pub struct Hello {
+    /// As it came, for whoever it is passed on to.
+    pub bytes: BytesMut,
+    /// As it is understood.
+    pub accepted: Accepted,
+    /// So many bytes are in `accepted`: what is behind them belongs to what comes next.
+    pub fed: usize,
+}
+
+impl Hello {
+    /// The server that the client wants, as tables name it.
+    pub fn name(&self) -> Option<String> {
+        name(&self.accepted)
+    }
+}
+
+fn name(accepted: &Accepted) -> Option<String> {
+    accepted.client_hello().server_name().map(str::to_ascii_lowercase)
+}
+
+/// Reads the message.
 ///
 /// # Errors
 /// The client went, or it speaks no TLS.
-pub async fn read(stream: &TcpStream) -> io::Result<(BytesMut, Option<String>)> {
+pub async fn read(stream: &TcpStream) -> io::Result<Hello> {
     let mut bytes = BytesMut::with_capacity(1024);
     let mut acceptor = Acceptor::default();
     let mut fed = 0;
@@ -25,8 +46,8 @@ pub async fn read(stream: &TcpStream) -> io::Result<(BytesMut, Option<String>)> 
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             Err(error) => return Err(error),
         }
-        if let Some(name) = name(&mut acceptor, &bytes, &mut fed)? {
-            return Ok((bytes, name));
+        if let Some(accepted) = accept(&mut acceptor, &bytes, &mut fed)? {
+            return Ok(Hello { bytes, accepted, fed });
         }
         if bytes.len() > LONGEST {
             return Err(io::Error::new(
@@ -37,22 +58,17 @@ pub async fn read(stream: &TcpStream) -> io::Result<(BytesMut, Option<String>)> 
     }
 }
 
-/// The name, once all of the message is there.
-fn name(acceptor: &mut Acceptor, bytes: &[u8], fed: &mut usize) -> io::Result<Option<Option<String>>> {
-    while *fed < bytes.len() {
+/// The message, once all of it is there.
+fn accept(acceptor: &mut Acceptor, bytes: &[u8], fed: &mut usize) -> io::Result<Option<Accepted>> {
+    let mut found = None;
+    while *fed < bytes.len() && found.is_none() {
         let mut rest = &bytes[*fed..];
         *fed += acceptor.read_tls(&mut rest)?;
-        match acceptor.accept() {
-            Ok(Some(accepted)) => {
-                return Ok(Some(
-                    accepted.client_hello().server_name().map(str::to_ascii_lowercase),
-                ));
-            }
-            Ok(None) => {}
-            Err((error, _alert)) => return Err(io::Error::new(io::ErrorKind::InvalidData, error)),
-        }
+        found = acceptor
+            .accept()
+            .map_err(|(error, _alert)| io::Error::new(io::ErrorKind::InvalidData, error))?;
     }
-    Ok(None)
+    Ok(found)
 }
 
 #[cfg(test)]
@@ -83,11 +99,12 @@ mod tests {
         for step in [1, 7, 100, bytes.len()] {
             let (mut acceptor, mut fed, mut found) = (Acceptor::default(), 0, None);
             for end in (0..bytes.len()).step_by(step).chain([bytes.len()]) {
-                found = found.or(name(&mut acceptor, &bytes[..end], &mut fed).unwrap());
+                found = found.or(accept(&mut acceptor, &bytes[..end], &mut fed).unwrap());
             }
-            assert_eq!(found, Some(Some("vote.example".into())), "{step} bytes at a time");
+            let found = found.and_then(|accepted| super::name(&accepted));
+            assert_eq!(found.as_deref(), Some("vote.example"), "{step} bytes at a time");
         }
         let mut fed = 0;
-        assert!(name(&mut Acceptor::default(), b"GET / HTTP/1.1\r\n\r\n", &mut fed).is_err());
+        assert!(accept(&mut Acceptor::default(), b"GET / HTTP/1.1\r\n\r\n", &mut fed).is_err());
     }
 }

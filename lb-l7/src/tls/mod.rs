@@ -3,14 +3,20 @@
 use std::{path::PathBuf, sync::Arc};
 
 use lb_route::{State, TlsVersion};
-use rustls::{ServerConfig, server::ProducesTickets, version};
+use rustls::{
+    ServerConfig,
+    server::{ClientHello, ProducesTickets},
+    version,
+};
 
 mod certificates;
 pub mod hello;
 pub mod passthrough;
+mod provider;
 mod watch;
 
 pub use certificates::{Certificates, Fault, pair_of_file};
+pub use provider::provider;
 pub use watch::follow;
 
 use crate::acme::{Folder, Wanted};
@@ -18,8 +24,10 @@ use crate::acme::{Folder, Wanted};
 /// What TLS listeners serve by.
 #[derive(Clone, Debug)]
 pub struct Tls {
-    /// Of rustls.
-    pub config: Arc<ServerConfig>,
+    /// For clients that do AES as fast as we: our order of ciphers counts.
+    config: Arc<ServerConfig>,
+    /// For the others: theirs does.
+    for_chacha: Arc<ServerConfig>,
     /// What could not be read.
     pub faults: Vec<Fault>,
     /// What ACME has to do beside these certificates.
@@ -61,8 +69,7 @@ impl Maker {
             TlsVersion::Tls12 => &[&version::TLS13, &version::TLS12],
             TlsVersion::Tls13 => &[&version::TLS13],
         };
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let mut config = ServerConfig::builder_with_provider(provider)
+        let mut config = ServerConfig::builder_with_provider(provider())
             .with_protocol_versions(versions)?
             .with_no_client_auth()
             .with_cert_resolver(Arc::new(certificates));
@@ -70,8 +77,13 @@ impl Maker {
         if let Some(tickets) = &self.tickets {
             config.ticketer = Arc::clone(tickets);
         }
+        // Each resumed session gives another one.
+        config.send_tls13_tickets = 1;
+        let for_chacha = Arc::new(config.clone());
+        config.ignore_client_order = true;
         Ok(Tls {
             config: Arc::new(config),
+            for_chacha,
             faults,
             acme,
         })
@@ -92,6 +104,18 @@ impl Maker {
             .cloned()
             .chain(acme.map(|folder| folder.path().to_owned()))
             .collect()
+    }
+}
+
+// === impl Tls ===
+
+impl Tls {
+    /// What this client is served by.
+    pub fn config(&self, hello: &ClientHello<'_>) -> Arc<ServerConfig> {
+        Arc::clone(match provider::prefers_chacha(hello.cipher_suites()) {
+            true => &self.for_chacha,
+            false => &self.config,
+        })
     }
 }
 

@@ -10,12 +10,14 @@ use std::{
     task::{Context, Poll},
 };
 
+use futures_util::future::Either;
 use hyper::{
     Request, Response,
     body::Incoming,
     client::conn::{TrySendError, http1, http2},
 };
 use hyper_util::rt::TokioIo;
+use pin_project_lite::pin_project;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -57,6 +59,38 @@ enum Kind {
 
 /// hyper's side of a connection: a future without a name.
 type Connection = Pin<Box<dyn Future<Output = hyper::Result<()>>>>;
+
+pin_project! {
+    /// Waits for an answer, and drives the connection meanwhile. Written out because an `async` block keeps room for the
+    /// request twice.
+    struct Exchange<'l, A> {
+        connection: Option<&'l mut Option<Connection>>,
+        #[pin]
+        answer: A,
+    }
+}
+
+impl<A: Future> Future for Exchange<'_, A> {
+    type Output = A::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<A::Output> {
+        let this = self.project();
+        if let Some(connection) = this.connection {
+            drive(connection, cx);
+        }
+        this.answer.poll(cx)
+    }
+}
+
+/// Drives a connection as far as it goes.
+fn drive(connection: &mut Option<Connection>, cx: &mut Context<'_>) {
+    if let Some(running) = connection
+        && running.as_mut().poll(cx).is_ready()
+    {
+        // Its error, if there is one, is told to the request.
+        *connection = None;
+    }
+}
 
 /// What came of a request.
 pub type Exchanged = Result<Response<Incoming>, TrySendError<Request<OutBody>>>;
@@ -108,12 +142,8 @@ impl Link {
 
     /// Drives the connection as far as it goes.
     pub fn drive(&mut self, cx: &mut Context<'_>) {
-        if let Kind::H1 { connection, .. } = &mut self.kind
-            && let Some(running) = connection
-            && running.as_mut().poll(cx).is_ready()
-        {
-            // Its error, if there is one, is told to the request.
-            *connection = None;
+        if let Kind::H1 { connection, .. } = &mut self.kind {
+            drive(connection, cx);
         }
     }
 
@@ -144,22 +174,14 @@ impl Link {
     }
 
     /// Sends a request; ready when the header of its answer has come.
-    pub async fn exchange(&mut self, request: Request<OutBody>) -> Exchanged {
-        match &mut self.kind {
-            Kind::H2(sender) => sender.try_send_request(request).await,
+    pub fn exchange(&mut self, request: Request<OutBody>) -> impl Future<Output = Exchanged> {
+        let (connection, answer) = match &mut self.kind {
             Kind::H1 { sender, connection } => {
-                let mut answer = std::pin::pin!(sender.try_send_request(request));
-                std::future::poll_fn(|cx| {
-                    if let Some(running) = connection
-                        && running.as_mut().poll(cx).is_ready()
-                    {
-                        *connection = None;
-                    }
-                    answer.as_mut().poll(cx)
-                })
-                .await
+                (Some(connection), Either::Left(sender.try_send_request(request)))
             }
-        }
+            Kind::H2(sender) => (None, Either::Right(sender.try_send_request(request))),
+        };
+        Exchange { connection, answer }
     }
 
     /// Drives the connection until it has ended: an upgraded one hands over its bytes then.

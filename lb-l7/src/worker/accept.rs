@@ -5,33 +5,25 @@ use std::{
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
-    task::Poll,
     time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
-use hyper::{server::conn, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::TcpStream;
-use tokio_rustls::TlsAcceptor;
+use tokio_rustls::server::StartHandshake;
 
-use super::{Client, Phase, Worker, client::Seat};
+use super::{Client, Phase, Worker, client::Seat, http};
 use crate::{
-    client::{ClientIo, Prefixed, Stage, Transport, Word},
+    client::{ClientIo, Prefixed, Stage, Transport},
     listen::Listener,
-    proxy, proxy_protocol,
+    proxy_protocol,
     tls::{hello, passthrough},
-    upstream::LocalExec,
 };
 
 /// What every connection of HTTP/2 begins with.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Room for the first bytes of a connection: most requests fit in it.
 const FIRST_BYTES: usize = 2048;
-/// Longest header of a request, bytes; a longer one is answered by 431.
-const LONGEST_HEADER: usize = 64 * 1024;
-/// Streams of one HTTP/2 connection at a time.
-const MOST_STREAMS: u32 = 128;
 /// Pause when no file descriptor is left.
 const BREATH: Duration = Duration::from_millis(50);
 
@@ -101,11 +93,11 @@ async fn connection(
     tls: bool,
 ) {
     let limit = worker.serving().settings.timeouts.header;
+    // On the heap: large, and over soon. The room for it is not kept for as long as the connection lasts.
+    let begun = Box::pin(begin(&worker, stream, peer, stage, seat, tls));
     // What fails before the first request is the client's fault, or its end: there is nobody to tell.
-    if let Ok(Ok(Some((client, io, is_h2)))) =
-        tokio::time::timeout(limit, begin(&worker, stream, peer, stage, seat, tls)).await
-    {
-        http(worker, client, io, is_h2).await;
+    if let Ok(Ok(Some((client, io, is_h2)))) = tokio::time::timeout(limit, begun).await {
+        http::serve(worker, client, io, is_h2).await;
     }
 }
 
@@ -129,86 +121,44 @@ async fn begin(
         true => client.came_to(stream.local_addr()?),
         false => client,
     };
-    let clock = Arc::clone(&worker.shared.clock);
     if !tls {
+        let clock = Arc::clone(&worker.shared.clock);
         let first = first_bytes(&stream).await?;
         let is_h2 = first.starts_with(PREFACE);
         let io = ClientIo::new(Transport::Plain(stream), first, stage, clock);
         return Ok(Some((Rc::new(client), io, is_h2)));
     }
-    let (first, name) = hello::read(&stream).await?;
-    if let Some(route) = passthrough::route(&serving, name.as_deref()) {
+    // Not all connections need the room for it.
+    Box::pin(begin_tls(worker, stream, client, stage)).await
+}
+
+/// As [`begin`], where a client begins TLS.
+async fn begin_tls(
+    worker: &Rc<Worker>,
+    stream: TcpStream,
+    client: Client,
+    stage: Arc<Stage>,
+) -> io::Result<Option<(Rc<Client>, ClientIo, bool)>> {
+    let serving = worker.serving();
+    let clock = Arc::clone(&worker.shared.clock);
+    let mut hello = hello::read(&stream).await?;
+    if let Some(route) = passthrough::route(&serving, hello.name().as_deref()) {
         let (worker, route) = (Rc::clone(worker), Arc::clone(route));
         tokio::task::spawn_local(async move {
-            passthrough::pass(&worker, &client, &route, stream, first).await;
+            passthrough::pass(&worker, &client, &route, stream, hello.bytes).await;
         });
         return Ok(None);
     }
-    let config = Arc::clone(&worker.shared.tls.borrow().config);
+    let config = worker.shared.tls.borrow().config(&hello.accepted.client_hello());
     let prefixed = Prefixed {
-        prefix: first.freeze(),
+        prefix: hello.bytes.split_off(hello.fed).freeze(),
         stream,
     };
-    let stream = TlsAcceptor::from(config).accept(prefixed).await?;
+    let begun = StartHandshake::from_parts(hello.accepted, prefixed);
+    let stream = begun.into_stream(config).await?;
     let is_h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
     let io = ClientIo::new(Transport::Tls(Box::new(stream)), Bytes::new(), stage, clock);
     Ok(Some((Rc::new(client), io, is_h2)))
-}
-
-/// Speaks HTTP with a client.
-async fn http(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo, is_h2: bool) {
-    let stage = Arc::clone(&client.stage);
-    let io = TokioIo::new(io);
-    let service = {
-        let worker = Rc::clone(&worker);
-        service_fn(move |request| proxy::handle(Rc::clone(&worker), Rc::clone(&client), request))
-    };
-    // What ends a connection is the client's business; what failed of a request has been counted.
-    if is_h2 {
-        stage.is_h2();
-        let mut builder = conn::http2::Builder::new(LocalExec);
-        builder
-            .timer(TokioTimer::new())
-            .max_concurrent_streams(MOST_STREAMS)
-            .max_header_list_size(LONGEST_HEADER as u32)
-            .adaptive_window(true);
-        let mut connection = std::pin::pin!(builder.serve_connection(io, service));
-        let mut told = worker.is_draining();
-        if told {
-            connection.as_mut().graceful_shutdown();
-        }
-        let _ended = std::future::poll_fn(|cx| {
-            match stage.poll_word(cx) {
-                Word::End => return Poll::Ready(Ok(())),
-                Word::Finish if !told => {
-                    told = true;
-                    connection.as_mut().graceful_shutdown();
-                }
-                Word::Finish | Word::GoOn => {}
-            }
-            connection.as_mut().poll(cx)
-        })
-        .await;
-    } else {
-        let mut builder = conn::http1::Builder::new();
-        // The sweep sees to silence.
-        builder.header_read_timeout(None).max_buf_size(LONGEST_HEADER);
-        let connection = builder.serve_connection(io, service).with_upgrades();
-        let mut connection = std::pin::pin!(connection);
-        let mut told = false;
-        let _ended = std::future::poll_fn(|cx| {
-            match stage.poll_word(cx) {
-                Word::End => return Poll::Ready(Ok(())),
-                Word::Finish if !told => {
-                    told = true;
-                    connection.as_mut().graceful_shutdown();
-                }
-                Word::Finish | Word::GoOn => {}
-            }
-            connection.as_mut().poll(cx)
-        })
-        .await;
-    }
 }
 
 /// The first bytes of a connection: enough to know what it speaks.
@@ -242,7 +192,7 @@ fn now_or_never<T>(future: impl Future<Output = T>) -> Option<T> {
     let mut future = std::pin::pin!(future);
     let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
     match future.as_mut().poll(&mut cx) {
-        Poll::Ready(value) => Some(value),
-        Poll::Pending => None,
+        std::task::Poll::Ready(value) => Some(value),
+        std::task::Poll::Pending => None,
     }
 }

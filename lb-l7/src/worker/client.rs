@@ -79,17 +79,28 @@ impl Client {
         {
             return Some(element.clone());
         }
-        let who = match self.address {
-            SocketAddr::V4(address) => address.ip().to_string(),
-            SocketAddr::V6(address) => format!("\"[{}]\"", address.ip()),
+        let mut element = match self.address {
+            SocketAddr::V4(address) => format!("for={}", address.ip()),
+            SocketAddr::V6(address) => format!("for=\"[{}]\"", address.ip()),
         };
-        let proto = if self.is_tls { "https" } else { "http" };
+        if let Some(host) = host {
+            // Pieces, because every connection makes one and the machinery of formatting costs more than the bytes.
+            for piece in [";host=\"", host.to_str().ok()?, "\""] {
+                element.push_str(piece);
+            }
+        }
+        element.push_str(if self.is_tls {
+            ";proto=https"
+        } else {
+            ";proto=http"
+        });
+        let element = HeaderValue::try_from(element).ok()?;
         let Some(host) = host else {
-            return HeaderValue::try_from(format!("for={who};proto={proto}")).ok();
+            return Some(element);
         };
-        let text = host.to_str().ok()?;
-        let element = HeaderValue::try_from(format!("for={who};host=\"{text}\";proto={proto}")).ok()?;
-        *self.forwarded.borrow_mut() = Some((host.clone(), element.clone()));
+        // A copy: the one that came is a part of all that was read with it.
+        let host = HeaderValue::from_bytes(host.as_bytes()).ok()?;
+        *self.forwarded.borrow_mut() = Some((host, element.clone()));
         Some(element)
     }
 }

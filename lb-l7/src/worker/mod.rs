@@ -16,6 +16,7 @@ use tokio::{
 
 mod accept;
 mod client;
+mod http;
 
 pub use client::Client;
 
@@ -23,7 +24,7 @@ use crate::{
     client::{Clock, Stage, Word},
     listen::Listener,
     log::Log,
-    served::Serving,
+    served::{Served, Serving},
     stats::{Shard, Shards},
     tls::Tls,
     upstream::{Connector, Pool},
@@ -83,14 +84,26 @@ pub struct Worker {
     draining: Cell<bool>,
     next_client: Cell<u64>,
     clients: RefCell<HashMap<u64, Arc<Stage>>>,
+    /// Whether a connection has let go what it does not need meanwhile.
+    rested: Cell<bool>,
     /// Clients whose connections or upgrades are open.
     seats: Cell<usize>,
     emptied: tokio::sync::Notify,
 }
 
-/// What is served, counted by one worker alone: the counter of the [`Arc`] would be written by every worker for every
-/// request.
-pub type Snapshot = Rc<Arc<Serving>>;
+/// What is served, as one worker holds it: counted by this worker alone. The counters of the [`Arc`]s would be written by
+/// every worker for every request.
+#[derive(Debug)]
+pub struct View {
+    serving: Arc<Serving>,
+    routes: Box<[LocalRoute]>,
+}
+
+/// What is served, for as long as it is looked at.
+pub type Snapshot = Rc<View>;
+
+/// A route, as one worker holds it.
+pub type LocalRoute = Rc<Arc<Served>>;
 
 /// What is served, as it was looked at last.
 #[derive(Debug)]
@@ -99,13 +112,36 @@ struct News {
     last: Snapshot,
 }
 
+// === impl View ===
+
+impl View {
+    fn new(serving: Arc<Serving>) -> Snapshot {
+        let routes = serving.routes.iter().map(|route| Rc::new(Arc::clone(route)));
+        let routes = routes.collect();
+        Rc::new(Self { serving, routes })
+    }
+
+    /// The route at this place of [`Serving::routes`].
+    pub fn route(&self, place: usize) -> &LocalRoute {
+        &self.routes[place]
+    }
+}
+
+impl std::ops::Deref for View {
+    type Target = Serving;
+
+    fn deref(&self) -> &Serving {
+        &self.serving
+    }
+}
+
 // === impl Worker ===
 
 impl Worker {
     /// The worker of this number.
     pub fn new(index: usize, shared: Arc<Shared>) -> Rc<Self> {
         let mut news = shared.serving.subscribe();
-        let last = Rc::new(Arc::clone(&news.borrow_and_update()));
+        let last = View::new(Arc::clone(&news.borrow_and_update()));
         let serving = RefCell::new(News { news, last });
         Rc::new(Self {
             index,
@@ -115,6 +151,7 @@ impl Worker {
             draining: Cell::new(false),
             next_client: Cell::new(0),
             clients: RefCell::default(),
+            rested: Cell::new(false),
             seats: Cell::new(0),
             emptied: tokio::sync::Notify::new(),
         })
@@ -124,7 +161,7 @@ impl Worker {
     pub fn serving(&self) -> Snapshot {
         let News { news, last } = &mut *self.serving.borrow_mut();
         if news.has_changed().unwrap_or(false) {
-            *last = Rc::new(Arc::clone(&news.borrow_and_update()));
+            *last = View::new(Arc::clone(&news.borrow_and_update()));
         }
         Rc::clone(last)
     }
@@ -212,9 +249,14 @@ impl Worker {
             for stage in self.clients.borrow().values() {
                 if stage.is_late(now, &serving.settings.timeouts) {
                     stage.say(Word::End);
+                } else if stage.may_rest(now) {
+                    stage.wake();
                 }
             }
             if tick % 4 == 0 {
+                if self.rested.take() {
+                    crate::memory::give_back();
+                }
                 let known = |pool: u64| serving.upstreams.contains(&(pool >> 1));
                 self.pool.sweep(now, known);
             }

@@ -111,7 +111,7 @@ impl Default for Connector {
 
 /// TLS 1.2 and later.
 fn builder() -> rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier> {
-    ClientConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+    ClientConfig::builder_with_provider(crate::tls::provider())
         .with_safe_default_protocol_versions()
         .unwrap_or_else(|_| ClientConfig::builder())
 }
