@@ -57,6 +57,10 @@ pub fn handle(
 }
 
 /// What is known of a request when its header has been read.
+#[expect(
+    clippy::large_enum_variant,
+    reason = "nearly all are forwarded, and the room is a part of the connection"
+)]
 enum Begun {
     /// An upstream has to answer.
     Forward(Forward),

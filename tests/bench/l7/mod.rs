@@ -25,8 +25,10 @@ const ROUNDS: usize = 5;
 const LIMIT: Duration = Duration::from_secs(240);
 /// Seconds of each load.
 const SECONDS: u32 = 2;
-/// Connections that are open and say nothing.
-const IDLE: usize = 10_000;
+/// Connections that are open and say nothing: nearly as many as every proxy here is told to hold.
+const IDLE: usize = proxy::CONNECTIONS - 100;
+/// How long they have said nothing when memory is read.
+const QUIET: Duration = Duration::from_secs(3);
 /// Changes during one load, and the time between them.
 const CHANGES: usize = 10;
 const PAUSE: Duration = Duration::from_millis(400);
@@ -147,7 +149,7 @@ fn memory(rig: &Rig) -> Result<()> {
     // What the proxies inherit too.
     setrlimit(Resource::RLIMIT_NOFILE, most, most)?;
     println!(
-        "\nmemory (PSS), MiB\n{:<10} {:>10} {:>22} {:>22}",
+        "\nmemory (PSS), MiB, {QUIET:?} after the last answer\n{:<10} {:>10} {:>22} {:>22}",
         "proxy",
         "no clients",
         format!("{IDLE} idle clients"),
@@ -159,6 +161,7 @@ fn memory(rig: &Rig) -> Result<()> {
         let clients = rig
             .client
             .run(|| (0..IDLE).map(|_| idle()).collect::<Result<Vec<_>>>())?;
+        std::thread::sleep(QUIET);
         let with = running.memory()?;
         drop(clients);
         println!(

@@ -18,7 +18,7 @@ pub const HOST: &str = "host-7.bench.example";
 const WORKERS: usize = 2;
 /// Connections that each must be able to hold: HAProxy wants two files for each, and 20,000 are all that many machines let a
 /// process have.
-const CONNECTIONS: usize = 9_900;
+pub const CONNECTIONS: usize = 9_900;
 /// How long a process may take to end.
 const PATIENCE: Duration = Duration::from_secs(10);
 
