@@ -4,7 +4,7 @@ use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode
 
 use clap::Parser;
 
-use crate::shim;
+use crate::{acme::Folder, shim};
 
 /// Where the agent tells its routes unless told otherwise.
 const DEFAULT_SOCKET: &str = "/run/weir/l7.sock";
@@ -25,6 +25,9 @@ pub struct Cli {
     /// Keep the last good state in this file, and begin with it
     #[arg(long, env = "WEIR_L7_STATE", value_name = "FILE")]
     pub state: Option<PathBuf>,
+    /// Keep the account and the certificates of ACME in this folder; without it in `acme` beside the file of --state
+    #[arg(long, env = "WEIR_L7_ACME", value_name = "FOLDER")]
+    pub acme: Option<PathBuf>,
     /// Serve HTTP here instead of where [l7] says; may be given several times
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub http: Vec<SocketAddr>,
@@ -49,6 +52,14 @@ const HELP: &str =
     "Signals: SIGTERM and SIGINT stop after what is under way has ended; a second one stops at once.
 With --handover, SIGUSR2 starts the program anew (another version, after an upgrade), which takes over without a gap.
 The log is written to standard error, the log of requests ([l7] access-log) to standard output.";
+
+impl Cli {
+    /// Where the account and the certificates of ACME are; `None`: nowhere.
+    pub fn acme_folder(&self) -> Option<Folder> {
+        let beside = || Some(self.state.as_ref()?.with_file_name("acme"));
+        self.acme.clone().or_else(beside).map(|path| Folder::new(&path))
+    }
+}
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
@@ -96,7 +107,15 @@ mod tests {
             "--http",
             "[::1]:80",
         ]);
-        assert_eq!(cli.unwrap().http.len(), 2);
+        let cli = cli.unwrap();
+        assert_eq!((cli.http.len(), cli.acme_folder()), (2, None));
+        for (words, folder) in [
+            (&["--state", "/var/s.json"][..], "/var/acme"),
+            (&["--state", "/var/s.json", "--acme", "/a"], "/a"),
+        ] {
+            let cli = Cli::try_parse_from([&["weir-l7"][..], words].concat()).unwrap();
+            assert_eq!(cli.acme_folder(), Some(Folder::new(folder.as_ref())));
+        }
         for wrong in [
             &["--workers", "0"][..],
             &["--http", "80"],

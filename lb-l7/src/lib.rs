@@ -3,6 +3,7 @@
 //! A process of its own without privileges: it knows nothing of BPF and of Docker. State comes in by [`feed`], becomes a
 //! [`served::Serving`] that every [`worker`] reads, and [`proxy`] sends requests by it.
 
+pub mod acme;
 pub mod balance;
 pub mod cli;
 pub mod client;

@@ -163,15 +163,11 @@ impl Registry {
 
     /// What is served from now on.
     pub fn serving(&mut self, state: &State, now_ms: u64) -> Serving {
-        let ours = |route: &&Route| {
-            let cluster = &route.settings.cluster;
-            cluster.is_none() || *cluster == state.settings.cluster
-        };
         let mut seen = BTreeSet::new();
         let mut routes = Vec::new();
         let mut entries = Vec::new();
         let mut passthrough = Vec::new();
-        for route in state.routes.iter().filter(ours) {
+        for route in state.served() {
             let served = Arc::new(self.served(route, &mut seen, now_ms));
             for host in std::iter::once(&route.host).chain(&route.aliases) {
                 if route.settings.tls.passthrough {

@@ -20,6 +20,7 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
+    acme,
     cli::Cli,
     client::Clock,
     feed::{self, Store},
@@ -111,9 +112,10 @@ async fn shim(cli: &Cli) -> Result<()> {
     let mut registry = Registry::new(workers);
     let clock = Clock::new();
     let serving = registry.serving(&first, clock.coarse_ms());
-    let mut maker = tls::Maker::new();
+    let mut maker = tls::Maker::new().with_acme(cli.acme_folder());
     let shared = Arc::new(Shared {
         tls: watch::Sender::new(Arc::new(maker.make(&first)?)),
+        acme: acme::Board::default(),
         places: Arc::new(Semaphore::new(first.settings.max_connections as usize)),
         serving: watch::Sender::new(Arc::new(serving)),
         phase: watch::Sender::new(Phase::Serving),
@@ -143,6 +145,7 @@ async fn shim(cli: &Cli) -> Result<()> {
         });
     }
     tokio::task::spawn_local(tls::follow(maker, state.clone(), shared.tls.clone()));
+    tokio::task::spawn_local(acme::follow(cli.acme_folder(), Arc::clone(&shared)));
     let updating = tokio::task::spawn_local({
         let shared = Arc::clone(&shared);
         async move {

@@ -9,6 +9,8 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+use crate::Acme;
+
 /// Where browsers look for HTTP and HTTPS.
 pub const DEFAULT_PORTS: (u16, u16) = (80, 443);
 /// As many as Interlock gave its proxies.
@@ -34,6 +36,8 @@ pub struct L7 {
     pub certificates: Option<PathBuf>,
     /// Certificate chain and private key in one PEM file, for hosts that name none.
     pub default_certificate: Option<PathBuf>,
+    /// Certificates that the shim gets by itself; `None`: none.
+    pub acme: Option<Acme>,
     /// Oldest version of TLS that is spoken.
     pub min_tls: TlsVersion,
     /// `Strict-Transport-Security` of hosts that are HTTPS only, seconds; 0: none.
@@ -118,6 +122,7 @@ impl Default for L7 {
             max_body: None,
             certificates: None,
             default_certificate: None,
+            acme: None,
             min_tls: TlsVersion::default(),
             hsts_s: 31_536_000,
             redirect_to_https: Vec::new(),

@@ -45,6 +45,15 @@ pub struct State {
 }
 
 impl State {
+    /// The routes that this shim serves: those that name another cluster are not its own.
+    pub fn served(&self) -> impl Iterator<Item = &Route> {
+        let own = |route: &&Route| {
+            let cluster = &route.settings.cluster;
+            cluster.is_none() || *cluster == self.settings.cluster
+        };
+        self.routes.iter().filter(own)
+    }
+
     /// The message after which `old` is as this; `None` if it is already.
     pub fn since(&self, old: &Self) -> Option<Message> {
         if self == old {

@@ -7,6 +7,7 @@
     reason = "helpers of tests fail as tests do"
 )]
 
+mod acme;
 mod agent;
 mod bodies;
 mod http2;

@@ -42,7 +42,10 @@ impl Shim {
 
     /// As [`Shim::start`], with these arguments about what it serves.
     pub fn start_with(folder: &Path, arguments: &[&str]) -> Self {
-        let mut command = Command::new(binary());
+        Self::spawn(folder, Command::new(binary()), arguments)
+    }
+
+    fn spawn(folder: &Path, mut command: Command, arguments: &[&str]) -> Self {
         command
             .arg("--agent")
             .arg(super::agent::socket(folder))
@@ -120,6 +123,11 @@ impl Shim {
 
     fn states_in(&self, lines: &[Value]) -> usize {
         lines.iter().filter(|line| line["message"] == "routes").count()
+    }
+
+    /// As [`Shim::start_with`], in a namespace.
+    pub fn start_in(namespace: &lb_tests::netns::Namespace, folder: &Path, arguments: &[&str]) -> Self {
+        Self::spawn(folder, namespace.command(binary()), arguments)
     }
 
     /// Sends it a signal.

@@ -237,7 +237,7 @@ fn a_new_process_takes_over_under_load_without_a_failed_request() {
 }
 
 /// A process that is nobody's child any more, killed on drop.
-struct Orphan(i32);
+pub struct Orphan(pub i32);
 
 impl Drop for Orphan {
     fn drop(&mut self) {

@@ -3,7 +3,7 @@
 //! `packet` builds frames, `world` says what the maps hold, `kernel` and `model` run one frame through the core as the
 //! kernel and as the host compile it, `row` compares what came of it. `netns`, `guard` and `weir` are for tests with
 //! real traffic, `docker` and `load` for those with real containers, `etcd`, `node` and `fleet` for those with
-//! many nodes, `pki` for those with certificates; the demo is made of the same parts.
+//! many nodes, `pki` and `pebble` for those with certificates; the demo is made of the same parts.
 
 #![expect(
     clippy::expect_used,
@@ -21,6 +21,7 @@ pub mod model;
 pub mod netns;
 pub mod node;
 pub mod packet;
+pub mod pebble;
 pub mod pki;
 pub mod row;
 pub mod site;

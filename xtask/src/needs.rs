@@ -126,6 +126,13 @@ pub const NEEDS: &[Need] = {
             "a client of HTTP/2 that is not ours",
         ),
         program(
+            L7,
+            "pebble",
+            "pebble",
+            "an authority of ACME, with its DNS server",
+        ),
+        program(L7, "ip", "iproute2", "makes the namespaces of the tests"),
+        program(
             E2e,
             "ip",
             "iproute2",

@@ -7,7 +7,7 @@ use std::{
 
 use lb_route::BackendState;
 
-use super::report::{Numbers, Report};
+use super::report::{CertificateReport, Numbers, Report};
 
 const STYLE: &str = "body{font:14px system-ui,sans-serif;margin:2em;color:#222;background:#fff}\
 h1{font-size:1.3em}h2{font-size:1.05em;margin:1.6em 0 .4em}\
@@ -75,8 +75,41 @@ pub(super) fn page(report: &Report) -> String {
         }
         page.push_str("</table>");
     }
+    certificates(&mut page, &report.certificates);
     page.push_str("</body></html>\n");
     page
+}
+
+/// Those that the shim gets by itself, if any.
+fn certificates(page: &mut String, certificates: &[CertificateReport]) {
+    if certificates.is_empty() {
+        return;
+    }
+    page.push_str(
+        "<h2>Certificates of ACME</h2><table>\
+         <tr><th>Host</th><th>Ends in</th><th>Failures</th><th class=\"l\">Fault</th></tr>",
+    );
+    for certificate in certificates {
+        let host = match certificate.host.as_str() {
+            "" => "(all)".to_owned(),
+            host => escaped(host),
+        };
+        let left = match certificate
+            .until
+            .map(|until| until.duration_since(SystemTime::now()))
+        {
+            Some(Ok(left)) => span(left),
+            Some(Err(_)) => "expired".to_owned(),
+            None => "none yet".to_owned(),
+        };
+        let fault = certificate.fault.as_deref().map(escaped).unwrap_or_default();
+        let _ = write!(
+            page,
+            "<tr><td>{host}</td><td>{left}</td><td>{}</td><td class=\"l unready\">{fault}</td></tr>",
+            certificate.failures
+        );
+    }
+    page.push_str("</table>");
 }
 
 fn numbers(page: &mut String, n: &Numbers) {
@@ -114,7 +147,12 @@ fn bytes(count: u64) -> String {
 
 /// How long ago.
 fn ago(when: SystemTime) -> String {
-    let seconds = when.elapsed().unwrap_or(Duration::ZERO).as_secs();
+    span(when.elapsed().unwrap_or(Duration::ZERO))
+}
+
+/// A time as people read it.
+fn span(time: Duration) -> String {
+    let seconds = time.as_secs();
     match seconds {
         0..60 => format!("{seconds}s"),
         60..3600 => format!("{}m{}s", seconds / 60, seconds % 60),
@@ -147,6 +185,9 @@ mod tests {
             "class=\"l draining\"",
             "&lt;b&gt;&quot;x",
             "1m3",
+            "<td>a.test</td>",
+            "none yet",
+            "no &lt;answer&gt;",
         ] {
             assert!(page.contains(part), "{part} is missing in {page}");
         }

@@ -1,10 +1,10 @@
 //! Prometheus metrics.
 
-use std::fmt::Write as _;
+use std::{fmt::Write as _, time::UNIX_EPOCH};
 
 use lb_route::BackendState;
 
-use super::report::{Numbers, Report, RouteReport, UpstreamReport};
+use super::report::{CertificateReport, Numbers, Report, RouteReport, UpstreamReport};
 use crate::stats::BOUNDS_US;
 
 /// A metric of upstreams: its name, kind, help, and where it is.
@@ -155,7 +155,33 @@ pub(super) fn exposition(report: &Report) -> String {
         head(&mut text, name, kind, help);
         let _ = writeln!(text, "{name} {value}");
     }
+    certificates(&mut text, &report.certificates);
     text
+}
+
+/// Of the certificates that the shim gets by itself.
+fn certificates(text: &mut String, certificates: &[CertificateReport]) {
+    let name = "weir_l7_certificate_expiry_seconds";
+    head(
+        text,
+        name,
+        "gauge",
+        "Unix time until which a certificate of ACME is good",
+    );
+    for certificate in certificates {
+        let until = certificate.until.map(|until| until.duration_since(UNIX_EPOCH));
+        if let Some(until) = until {
+            let (host, until) = (escaped(&certificate.host), until.unwrap_or_default().as_secs());
+            let _ = writeln!(text, "{name}{{host=\"{host}\"}} {until}");
+        }
+    }
+    let name = "weir_l7_acme_errors_total";
+    let help = "Orders of certificates that failed; without a host: those of all of them at once";
+    head(text, name, "counter", help);
+    for certificate in certificates {
+        let host = escaped(&certificate.host);
+        let _ = writeln!(text, "{name}{{host=\"{host}\"}} {}", certificate.failures);
+    }
 }
 
 fn head(text: &mut String, name: &str, kind: &str, help: &str) {
@@ -214,6 +240,9 @@ mod tests {
             "weir_l7_request_duration_seconds_bucket{route=\"a/\",upstream=\"c0\",address=\"10.0.0.0:80\",le=\"5\"} 1",
             "weir_l7_request_duration_seconds_bucket{route=\"a/\",upstream=\"c0\",address=\"10.0.0.0:80\",le=\"+Inf\"} 2",
             "weir_l7_unrouted_requests_total{class=\"4xx\"} 1",
+            "weir_l7_certificate_expiry_seconds{host=\"a.test\"} 1900000000",
+            "weir_l7_acme_errors_total{host=\"bad.test\"} 2",
+            "weir_l7_acme_errors_total{host=\"new.test\"} 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\nis missing in\n{text}");
         }

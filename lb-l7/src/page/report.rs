@@ -1,11 +1,16 @@
 //! The numbers of now.
 
-use std::{net::SocketAddr, time::SystemTime};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::SocketAddr,
+    time::SystemTime,
+};
 
 use lb_route::BackendState;
 use serde::Serialize;
 
 use crate::{
+    acme::{Trouble, Wanted},
     served::{Served, Serving, Target},
     stats::{BOUNDS_US, CLASSES, Shards},
     worker::Shared,
@@ -26,6 +31,21 @@ pub struct Report {
     pub log_lines_lost: u64,
     /// The routes.
     pub routes: Vec<RouteReport>,
+    /// Certificates of ACME.
+    pub certificates: Vec<CertificateReport>,
+}
+
+/// A certificate that the shim gets by itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct CertificateReport {
+    /// Its host; empty: what concerns the orders of all of them.
+    pub host: String,
+    /// Until when it is good; `None`: there is none yet.
+    pub until: Option<SystemTime>,
+    /// Orders that failed.
+    pub failures: u64,
+    /// Why the last one failed; `None`: it did not.
+    pub fault: Option<String>,
 }
 
 /// Client connections.
@@ -119,7 +139,31 @@ impl Report {
             unrouted: std::array::from_fn(sum),
             log_lines_lost: shared.log.lost(),
             routes: routes.collect(),
+            certificates: CertificateReport::all(&shared.tls.borrow().acme, shared.acme.troubles()),
         }
+    }
+}
+
+impl CertificateReport {
+    /// Those that are wanted, those that are there, and those that failed, by host.
+    fn all(wanted: &Wanted, mut troubles: BTreeMap<String, Trouble>) -> Vec<Self> {
+        let hosts: BTreeSet<String> = wanted
+            .hosts
+            .iter()
+            .chain(wanted.issued.keys())
+            .chain(troubles.keys())
+            .cloned()
+            .collect();
+        let report = |host: String| {
+            let Trouble { failures, fault } = troubles.remove(&host).unwrap_or_default();
+            Self {
+                until: wanted.issued.get(&host).copied(),
+                host,
+                failures,
+                fault,
+            }
+        };
+        hosts.into_iter().map(report).collect()
     }
 }
 
@@ -196,6 +240,23 @@ pub(super) mod tests {
             unrouted: [0, 0, 0, 1, 0],
             log_lines_lost: 0,
             routes: vec![route],
+            certificates: CertificateReport::all(
+                &Wanted {
+                    hosts: BTreeSet::from(["bad.test".into(), "new.test".into()]),
+                    issued: BTreeMap::from([(
+                        "a.test".into(),
+                        SystemTime::UNIX_EPOCH + Duration::from_secs(1_900_000_000),
+                    )]),
+                    ..Wanted::default()
+                },
+                BTreeMap::from([(
+                    "bad.test".into(),
+                    Trouble {
+                        failures: 2,
+                        fault: Some("no <answer>".into()),
+                    },
+                )]),
+            ),
         }
     }
 
@@ -208,5 +269,17 @@ pub(super) mod tests {
             (2, [0, 1, 0, 0, 1], 1)
         );
         assert_eq!((numbers.latency[1], numbers.latency[BOUNDS_US.len()]), (1, 1));
+        let certificates = report.certificates.iter();
+        let shown: Vec<_> = certificates
+            .map(|c| (c.host.as_str(), c.until.is_some(), c.failures))
+            .collect();
+        assert_eq!(
+            shown,
+            [
+                ("a.test", true, 0),
+                ("bad.test", false, 2),
+                ("new.test", false, 0)
+            ]
+        );
     }
 }

@@ -114,6 +114,9 @@ fn choose(worker: &Worker, serving: &View, parts: &Parts, client: &Client) -> Ch
             "405 TRACE is not answered\n",
         ));
     }
+    if let Some(answer) = crate::acme::answer(&worker.shared, &host, parts) {
+        return own(answer);
+    }
     let whole = parts.uri.path_and_query().map_or("/", |p| p.as_str());
     let action = match serving.table.find(&host, parts.uri.path()) {
         Found::This(action) => action,

@@ -1,10 +1,12 @@
-//! Certificates by name: those that routes name, those that the folder holds, and the one of every host.
+//! Certificates by name: those that routes name, those that the folder holds, those that came by ACME, and the one of every
+//! host.
 
 use std::{
     collections::{BTreeMap, HashMap},
     fmt, fs,
     path::{Path, PathBuf},
     sync::Arc,
+    time::SystemTime,
 };
 
 use lb_route::State;
@@ -13,6 +15,8 @@ use rustls::{
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
+
+use crate::acme::{Folder, Validity, Wanted};
 
 /// Largest file that is read as a certificate or key.
 const LARGEST: u64 = 1 << 20;
@@ -33,6 +37,8 @@ pub struct Fault {
 pub struct Certificates {
     /// Lower case; `*.` in front is one label.
     by_name: HashMap<String, Arc<CertifiedKey>>,
+    /// Those of ACME, each for one host.
+    issued: BTreeMap<String, Arc<CertifiedKey>>,
     fallback: Option<Arc<CertifiedKey>>,
     /// What was read last of each pair of files.
     by_file: BTreeMap<(PathBuf, Option<PathBuf>), Arc<CertifiedKey>>,
@@ -43,6 +49,7 @@ impl fmt::Debug for Certificates {
         // No keys in any log.
         f.debug_struct("Certificates")
             .field("names", &self.by_name.keys())
+            .field("issued", &self.issued.keys())
             .finish_non_exhaustive()
     }
 }
@@ -69,8 +76,8 @@ struct Reader<'r> {
 // === impl Certificates ===
 
 impl Certificates {
-    /// Reads what a state names. `before` holds what a file had when it could be read.
-    pub fn read(state: &State, before: &Self) -> (Self, Vec<Fault>) {
+    /// Reads what a state names, and what came by ACME. `before` holds what a file had when it could be read.
+    pub fn read(state: &State, before: &Self, acme: Option<&Folder>) -> (Self, Vec<Fault>) {
         let mut reader = Reader {
             before,
             now: Self::default(),
@@ -83,7 +90,7 @@ impl Certificates {
         if let Some(folder) = &settings.certificates {
             reader.folder(folder);
         }
-        for route in &state.routes {
+        for route in state.served() {
             let tls = &route.settings.tls;
             let Some(name) = &tls.certificate else { continue };
             let of = format!("route {}", route.address());
@@ -108,7 +115,30 @@ impl Certificates {
                 }
             }
         }
+        if let Some(folder) = acme.filter(|folder| settings.acme.is_some() && folder.path().is_dir()) {
+            reader.issued(folder.path());
+        }
         (reader.now, reader.faults)
+    }
+
+    /// What ACME has to do for a state of which these are the certificates.
+    pub fn wanted(&self, state: &State) -> Wanted {
+        let end = |pair: &CertifiedKey| Some(Validity::of(pair.cert.first()?)?.until);
+        let issued = self.issued.iter();
+        let issued: BTreeMap<String, SystemTime> = issued
+            .filter_map(|(name, pair)| Some((name.clone(), end(pair)?)))
+            .collect();
+        Wanted {
+            issued,
+            ..Wanted::new(state, |host| self.own(host).is_some())
+        }
+    }
+
+    /// The certificate that somebody has put here for a name: for it alone, or a wildcard's.
+    fn own(&self, name: &str) -> Option<&Arc<CertifiedKey>> {
+        let parent = || name.split_once('.').map(|(_, parent)| format!("*.{parent}"));
+        let exact = self.by_name.get(name);
+        exact.or_else(|| self.by_name.get(&parent()?))
     }
 
     /// The certificate for a name; `None`: the one of every host, if there is one.
@@ -116,7 +146,7 @@ impl Certificates {
         let by_name = name.and_then(|name| {
             let name = name.to_ascii_lowercase();
             let name = name.strip_suffix('.').unwrap_or(&name);
-            let exact = self.by_name.get(name);
+            let exact = self.own(name).or_else(|| self.issued.get(name));
             let wildcard = || {
                 // Certificates cover one label, routes any number of them.
                 let mut rest = name;
@@ -176,17 +206,38 @@ impl Reader<'_> {
 
     /// Every certificate of the folder serves the names that are in it: `NAME.pem` with its key inside, or in `NAME.key`.
     fn folder(&mut self, folder: &Path) {
+        let Some(pairs) = self.pairs(folder, "the folder") else {
+            // What was known before is better than nothing.
+            self.now.by_name = self.before.by_name.clone();
+            return;
+        };
+        for pair in pairs {
+            for name in names(&pair) {
+                self.now.by_name.entry(name).or_insert_with(|| Arc::clone(&pair));
+            }
+        }
+    }
+
+    /// The folder of ACME is one more of them.
+    fn issued(&mut self, folder: &Path) {
+        let Some(pairs) = self.pairs(folder, "ACME") else {
+            self.now.issued = self.before.issued.clone();
+            return;
+        };
+        for pair in pairs {
+            for name in names(&pair) {
+                self.now.issued.entry(name).or_insert_with(|| Arc::clone(&pair));
+            }
+        }
+    }
+
+    /// The certificates of a folder, by the names of their files; `None` if it cannot be read.
+    fn pairs(&mut self, folder: &Path, of: &str) -> Option<Vec<Arc<CertifiedKey>>> {
         let entries = match fs::read_dir(folder) {
             Ok(entries) => entries,
             Err(error) => {
-                self.fault(
-                    folder,
-                    "the folder",
-                    format!("{error}; make it readable for this user"),
-                );
-                // What was known before is better than nothing.
-                self.now.by_name = self.before.by_name.clone();
-                return;
+                self.fault(folder, of, format!("{error}; make it readable for this user"));
+                return None;
             }
         };
         let mut files: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
@@ -195,15 +246,11 @@ impl Reader<'_> {
             let kind = file.extension().and_then(|kind| kind.to_str());
             matches!(kind, Some("pem" | "crt" | "cert"))
         };
-        for file in files.iter().filter(is_certificate) {
+        let pair = |file: &PathBuf| {
             let key = Some(file.with_extension("key")).filter(|key| files.contains(key));
-            let Some(pair) = self.pair(file, key.as_deref(), "the folder") else {
-                continue;
-            };
-            for name in names(&pair) {
-                self.now.by_name.entry(name).or_insert_with(|| Arc::clone(&pair));
-            }
-        }
+            self.pair(file, key.as_deref(), of)
+        };
+        Some(files.iter().filter(is_certificate).filter_map(pair).collect())
     }
 }
 
@@ -223,6 +270,14 @@ fn read(file: &Path) -> Result<Vec<u8>, String> {
         return Err(format!("{}: {size} bytes are no certificate", file.display()));
     }
     fs::read(file).map_err(told)
+}
+
+/// The chain and the key in one file.
+///
+/// # Errors
+/// What is wrong with it.
+pub fn pair_of_file(file: &Path) -> Result<CertifiedKey, String> {
+    read_pair(file, None)
 }
 
 fn read_pair(file: &Path, key: Option<&Path>) -> Result<CertifiedKey, String> {
@@ -297,7 +352,7 @@ mod tests {
             ],
         }))
         .unwrap();
-        let (certificates, faults) = Certificates::read(&state, &Certificates::default());
+        let (certificates, faults) = Certificates::read(&state, &Certificates::default(), None);
         for (name, want) in [
             (Some("A.example."), "a.example"),
             (Some("x.wild.example"), "*.wild.example"),
@@ -315,13 +370,13 @@ mod tests {
 
         // A file that is being written is what it was before.
         write(dir.path(), "a.pem", "");
-        let (again, faults) = Certificates::read(&state, &certificates);
+        let (again, faults) = Certificates::read(&state, &certificates, None);
         assert_eq!(shown(&again, Some("a.example")), ["a.example"]);
         assert!(faults[0].text.contains("used on"), "{faults:?}");
         let (cert, key) = pem(&["a.example", "new.test"]);
         write(dir.path(), "a.key", &key);
         write(dir.path(), "a.pem", &cert);
-        let (again, _) = Certificates::read(&state, &again);
+        let (again, _) = Certificates::read(&state, &again, None);
         assert_eq!(shown(&again, Some("new.test")).len(), 2);
     }
 
@@ -332,8 +387,62 @@ mod tests {
         write(dir.path(), "a.pem", &cert);
         write(dir.path(), "a.key", &key);
         let state = serde_json::from_value(json!({ "settings": { "certificates": dir.path() } })).unwrap();
-        let (certificates, faults) = Certificates::read(&state, &Certificates::default());
+        let (certificates, faults) = Certificates::read(&state, &Certificates::default(), None);
         assert!(certificates.find(Some("a")).is_none());
         assert_eq!(faults.len(), 1, "{faults:?}");
+    }
+
+    #[test]
+    fn those_of_acme_come_after_those_that_somebody_has_put_here() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = Folder::new(&dir.path().join("acme"));
+        folder.create().unwrap();
+        let keep = |host: &str| {
+            let (cert, key) = pem(&[host]);
+            folder.keep(host, "https://ca/dir", &cert, &key).unwrap()
+        };
+        let validity = keep("a.example");
+        keep("x.wild.example");
+        keep("y.x.wild.example");
+        let own = dir.path().join("own");
+        fs::create_dir(&own).unwrap();
+        let state = |own: Option<&Path>| -> State {
+            let route = |host: &str| json!({ "host": host, "upstreams": [] });
+            serde_json::from_value(json!({
+                "settings": { "certificates": own, "acme": { "hosts": ["*.example"] } },
+                "routes": [route("a.example"), route("x.wild.example"), route("y.x.wild.example"), route("other.test")],
+            }))
+            .unwrap()
+        };
+        let (certificates, faults) =
+            Certificates::read(&state(None), &Certificates::default(), Some(&folder));
+        assert_eq!(faults, []);
+        assert_eq!(shown(&certificates, Some("a.example")), ["a.example"]);
+        let wanted = certificates.wanted(&state(None));
+        assert_eq!(wanted.hosts.len(), 3);
+        assert_eq!(wanted.issued["a.example"], validity.until);
+
+        for (file, names) in [("a", "a.example"), ("wild", "*.wild.example")] {
+            let (cert, key) = pem(&[names, "mark.test"]);
+            write(&own, &format!("{file}.pem"), &(cert + &key));
+        }
+        let (certificates, _) = Certificates::read(&state(Some(&own)), &certificates, Some(&folder));
+        for name in ["a.example", "x.wild.example"] {
+            assert_eq!(shown(&certificates, Some(name)).len(), 2, "{name} is not its own");
+        }
+        // A certificate's wildcard is one label.
+        assert_eq!(
+            shown(&certificates, Some("y.x.wild.example")),
+            ["y.x.wild.example"]
+        );
+        let hosts = certificates.wanted(&state(Some(&own))).hosts;
+        assert_eq!(hosts.into_iter().collect::<Vec<_>>(), ["y.x.wild.example"]);
+
+        let without = State::default();
+        let (certificates, _) = Certificates::read(&without, &certificates, Some(&folder));
+        assert!(
+            certificates.find(Some("a.example")).is_none(),
+            "ACME is not spoken of"
+        );
     }
 }

@@ -15,9 +15,11 @@ pub mod passthrough;
 mod provider;
 mod watch;
 
-pub use certificates::{Certificates, Fault};
+pub use certificates::{Certificates, Fault, pair_of_file};
 pub use provider::provider;
 pub use watch::follow;
+
+use crate::acme::{Folder, Wanted};
 
 /// What TLS listeners serve by.
 #[derive(Clone, Debug)]
@@ -28,6 +30,8 @@ pub struct Tls {
     for_chacha: Arc<ServerConfig>,
     /// What could not be read.
     pub faults: Vec<Fault>,
+    /// What ACME has to do beside these certificates.
+    pub acme: Arc<Wanted>,
 }
 
 /// Makes [`Tls`] of states, and remembers what has to outlive them.
@@ -35,6 +39,8 @@ pub struct Tls {
 pub struct Maker {
     tickets: Option<Arc<dyn ProducesTickets>>,
     last: Certificates,
+    /// Where the certificates of ACME are.
+    acme: Option<Folder>,
 }
 
 // === impl Maker ===
@@ -45,12 +51,19 @@ impl Maker {
         Self {
             tickets: rustls::crypto::ring::Ticketer::new().ok(),
             last: Certificates::default(),
+            acme: None,
         }
+    }
+
+    /// The same, with the folder of ACME.
+    pub fn with_acme(self, folder: Option<Folder>) -> Self {
+        Self { acme: folder, ..self }
     }
 
     /// Reads the certificates that a state names. What cannot be read now, and could before, stays as it was.
     pub fn make(&mut self, state: &State) -> Result<Tls, rustls::Error> {
-        let (certificates, faults) = Certificates::read(state, &self.last);
+        let (certificates, faults) = Certificates::read(state, &self.last, self.acme.as_ref());
+        let acme = Arc::new(certificates.wanted(state));
         self.last = certificates.clone();
         let versions: &[_] = match state.settings.min_tls {
             TlsVersion::Tls12 => &[&version::TLS13, &version::TLS12],
@@ -72,7 +85,25 @@ impl Maker {
             config: Arc::new(config),
             for_chacha,
             faults,
+            acme,
         })
+    }
+
+    /// The files and folders that a state's certificates come from. The folder of ACME is made here if it is to be used:
+    /// what is not there cannot be watched.
+    fn sources(&self, state: &State) -> Vec<PathBuf> {
+        let settings = &state.settings;
+        let acme = self.acme.iter().filter(|folder| {
+            // Why it cannot be made is told by the orders.
+            settings.acme.is_some() && folder.create().is_ok()
+        });
+        settings
+            .certificates
+            .iter()
+            .chain(&settings.default_certificate)
+            .cloned()
+            .chain(acme.map(|folder| folder.path().to_owned()))
+            .collect()
     }
 }
 
@@ -92,15 +123,4 @@ impl Default for Maker {
     fn default() -> Self {
         Self::new()
     }
-}
-
-/// The files and folders that a state's certificates come from.
-fn sources(state: &State) -> Vec<PathBuf> {
-    let settings = &state.settings;
-    settings
-        .certificates
-        .iter()
-        .chain(&settings.default_certificate)
-        .cloned()
-        .collect()
 }

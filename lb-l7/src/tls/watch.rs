@@ -7,7 +7,7 @@ use notify::{RecursiveMode, Watcher as _};
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use super::{Maker, Tls, sources};
+use super::{Maker, Tls};
 
 /// Files are written in pairs: time for the second one.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -34,7 +34,8 @@ pub async fn follow(
     loop {
         let state = states.borrow_and_update().clone().unwrap_or_default();
         // Files are replaced, folders stay: those are watched.
-        let folders: Vec<PathBuf> = sources(&state)
+        let folders: Vec<PathBuf> = maker
+            .sources(&state)
             .into_iter()
             .filter_map(|path| {
                 if path.is_dir() {
@@ -72,8 +73,14 @@ pub async fn follow(
             let of = |route: &lb_route::Route| {
                 (route.address(), route.aliases.clone(), route.settings.tls.clone())
             };
-            let routes: Vec<_> = state.routes.iter().map(of).collect();
-            (sources(state), state.settings.min_tls, routes)
+            let routes: Vec<_> = state.served().map(of).collect();
+            let settings = &state.settings;
+            (
+                maker.sources(state),
+                settings.min_tls,
+                settings.acme.clone(),
+                routes,
+            )
         };
         let known = named(&state);
         loop {

@@ -44,6 +44,8 @@ pub struct Shared {
     pub phase: watch::Sender<Phase>,
     /// What TLS is served by.
     pub tls: watch::Sender<Arc<Tls>>,
+    /// What orders of certificates tell.
+    pub acme: crate::acme::Board,
     /// Places for client connections.
     pub places: Arc<Semaphore>,
     /// The clock.

@@ -322,7 +322,21 @@ pub(super) struct RawL7 {
     pub(super) certificates: Given<String>,
     pub(super) default_certificate: Given<String>,
     pub(super) min_tls: Given<String>,
+    pub(super) acme: Given<RawAcme>,
     pub(super) timeouts: RawL7Timeouts,
+}
+
+/// `[l7.acme]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawAcme {
+    pub(super) directory: Given<String>,
+    pub(super) contact: Given<Strings>,
+    pub(super) agree_terms: Given<bool>,
+    pub(super) hosts: Given<Strings>,
+    pub(super) ca: Given<String>,
+    pub(super) renew_before: Given<String>,
+    pub(super) retry: Given<String>,
 }
 
 /// `[l7.timeouts]`.

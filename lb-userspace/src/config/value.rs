@@ -261,6 +261,18 @@ pub fn weight(text: &str) -> Result<u32, ValueError> {
 
 /// A duration from zero to [`limits::MAX_TIMEOUT_S`].
 pub fn duration(text: &str) -> Result<Duration, ValueError> {
+    at_most(
+        any_duration(text)?,
+        Duration::from_secs(limits::MAX_TIMEOUT_S.into()),
+    )
+}
+
+/// A duration of at least `least` and at most `most`.
+pub fn duration_between(least: Duration, most: Duration) -> impl Fn(&str) -> Result<Duration, ValueError> {
+    move |text| at_least(at_most(any_duration(text)?, most)?, least)
+}
+
+fn any_duration(text: &str) -> Result<Duration, ValueError> {
     let fault = |why: String| ValueError::Duration {
         text: text.to_owned(),
         why,
@@ -269,16 +281,19 @@ pub fn duration(text: &str) -> Result<Duration, ValueError> {
         .trim()
         .parse()
         .map_err(|e: jiff::Error| fault(e.to_string()))?;
-    let value = Duration::try_from(signed).map_err(|_| fault("it is negative".into()))?;
-    at_most(value, Duration::from_secs(limits::MAX_TIMEOUT_S.into()))
+    Duration::try_from(signed).map_err(|_| fault("it is negative".into()))
 }
 
 /// A [`duration`] of at least `limit`.
 pub fn duration_from(limit: Duration) -> impl Fn(&str) -> Result<Duration, ValueError> {
-    move |text| match duration(text)? {
-        value if value < limit => Err(ValueError::DurationLimit { value, limit }),
-        value => Ok(value),
+    move |text| at_least(duration(text)?, limit)
+}
+
+fn at_least(value: Duration, limit: Duration) -> Result<Duration, ValueError> {
+    if value < limit {
+        return Err(ValueError::DurationLimit { value, limit });
     }
+    Ok(value)
 }
 
 fn at_most(value: Duration, limit: Duration) -> Result<Duration, ValueError> {

@@ -14,7 +14,7 @@ use super::{
         raw::{Given, RawL7},
         value::{self, ValueError},
     },
-    Check, sections,
+    Check, acme, sections,
 };
 
 /// A shorter timeout ends what is alive.
@@ -96,6 +96,7 @@ pub(super) fn l7(check: &mut Check<'_>, raw: &RawL7) -> L7 {
             &raw.default_certificate,
             "/etc/weir/default.pem",
         ),
+        acme: raw.acme.as_ref().map(|given| acme::acme(check, given)),
         min_tls,
         timeouts,
     }

@@ -1,5 +1,6 @@
 //! Raw → checked: every value is judged, every fault is kept, and only a file without one becomes a [`Config`].
 
+mod acme;
 mod docker;
 mod etcd;
 mod health;

@@ -151,6 +151,7 @@ fn the_example_shows_the_defaults_and_every_key_is_documented() {
         "[events]",
         "[bpf]",
         "[l7]",
+        "[l7.acme]",
         "[l7.timeouts]",
         "[[services]]",
         "[[services]]\n[[services.backends]]",
@@ -526,4 +527,51 @@ client = \"1ms\"
             "8:10 l7.timeouts.client",
         ]
     );
+}
+
+#[test]
+fn certificates_are_ordered_for_named_hosts_and_with_agreed_terms_only() {
+    let text = format!(
+        "{MINIMAL}[l7.acme]\nagree-terms = true\nhosts = [\"Vote.example.com\", \"*.apps.example.com\"]\n\
+         contact = \"ops@example.com\"\nrenew-before = \"240h\"\n"
+    );
+    let acme = parse(&text).unwrap().l7.acme.unwrap();
+    assert_eq!(acme.hosts, ["vote.example.com", "*.apps.example.com"]);
+    assert_eq!(acme.contact, ["ops@example.com"]);
+    assert_eq!(
+        (acme.directory.as_str(), acme.retry),
+        (l7::DEFAULT_DIRECTORY, l7::DEFAULT_RETRY)
+    );
+    assert_eq!(acme.renew_before, Some(Duration::from_secs(864_000)));
+    assert_eq!(parse(MINIMAL).unwrap().l7.acme, None);
+    assert_eq!(
+        places("interfaces = [\"lo\"]\n[l7.acme]\n"),
+        ["2:1 l7.acme.agree-terms", "2:1 l7.acme.hosts"]
+    );
+    let text = "interfaces = [\"lo\"]
+[l7.acme]
+directory = \"http://ca.example/dir\"
+contact = [\"ops\"]
+agree-terms = false
+hosts = [\"*\"]
+ca = \"ca.pem\"
+renew-before = \"1ms\"
+retry = \"0s\"
+";
+    assert_eq!(
+        places(text),
+        [
+            "3:13 l7.acme.directory",
+            "4:11 l7.acme.contact",
+            "5:15 l7.acme.agree-terms",
+            "6:9 l7.acme.hosts",
+            "7:6 l7.acme.ca",
+            "8:16 l7.acme.renew-before",
+            "9:9 l7.acme.retry",
+        ]
+    );
+    for host in ["a*.example", "*.", "192.0.2.1", "a b", "[::1]", "a/b", ""] {
+        let text = format!("interfaces = [\"lo\"]\n[l7.acme]\nagree-terms = true\nhosts = [\"{host}\"]\n");
+        assert_eq!(places(&text), ["4:9 l7.acme.hosts"], "{host}");
+    }
 }
