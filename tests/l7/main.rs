@@ -7,12 +7,14 @@
     reason = "helpers of tests fail as tests do"
 )]
 
+mod activation;
 mod agent;
 mod bodies;
 mod http2;
 mod hygiene;
 mod origin;
 mod page;
+mod places;
 mod rig;
 mod routing;
 mod shim;

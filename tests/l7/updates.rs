@@ -20,14 +20,14 @@ use super::{
 };
 
 /// Clients that ask all the time, half of them on connections that stay open.
-struct Load {
+pub struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicUsize>,
     clients: Vec<JoinHandle<Vec<u16>>>,
 }
 
 impl Load {
-    fn start(address: std::net::SocketAddr, host: &'static str) -> Self {
+    pub fn start(address: std::net::SocketAddr, host: &'static str) -> Self {
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let clients = (0..4)
             .map(|client| {
@@ -56,7 +56,7 @@ impl Load {
     }
 
     /// Waits until so many more requests have been answered.
-    fn more(&self, requests: usize) {
+    pub fn more(&self, requests: usize) {
         let until = self.done.load(SeqCst) + requests;
         while self.done.load(SeqCst) < until {
             assert!(
@@ -68,7 +68,7 @@ impl Load {
     }
 
     /// How many requests were answered, and what those got that failed.
-    fn end(self) -> (usize, Vec<u16>) {
+    pub fn end(self) -> (usize, Vec<u16>) {
         self.stop.store(true, SeqCst);
         let failed = self
             .clients
@@ -237,7 +237,7 @@ fn a_new_process_takes_over_under_load_without_a_failed_request() {
 }
 
 /// A process that is nobody's child any more, killed on drop.
-struct Orphan(i32);
+pub struct Orphan(pub i32);
 
 impl Drop for Orphan {
     fn drop(&mut self) {
