@@ -32,7 +32,8 @@ pub struct Serving {
     pub passthrough: Table<Arc<Served>>,
     /// The routes in the table.
     pub routes: Vec<Arc<Served>>,
-    /// Ids of all their upstreams.
+    /// Ids of their upstreams that are active: idle connections to others are let go, as a container that stops may wait for
+    /// the last one.
     pub upstreams: HashSet<u64>,
     /// Upstreams that take nothing new, or are gone, since their numbers still count: when, and how long what is upgraded
     /// may go on.
@@ -207,7 +208,12 @@ impl Registry {
             table: Table::new(entries),
             passthrough: Table::new(passthrough),
             routes,
-            upstreams: self.known.values().map(|known| known.entry.id).collect(),
+            upstreams: self
+                .known
+                .values()
+                .filter(|known| known.entry.changed.0 == BackendState::Active)
+                .map(|known| known.entry.id)
+                .collect(),
             fates: self.fates.clone(),
         }
     }
@@ -396,6 +402,7 @@ pub(crate) mod tests {
         assert!(first.fates.is_empty());
         let drained = registry.serving(&with("one", "draining"), 10);
         assert_eq!(id(&first), id(&drained));
+        assert!(first.upstreams.contains(&id(&first)) && drained.upstreams.is_empty());
         assert_eq!(
             drained.routes[0].targets[0].upstream.stats.sum(|s| &s.answers[1]),
             1
