@@ -167,12 +167,15 @@ fn redirects_are_answered_by_the_shim() {
             { "from": "http://old.example", "to": "https://new.example" }] } })
         ),
     ]);
-    let settings = json!({ "redirect_to_https": ["ucp.example"], "https_port": 8443 });
+    let settings = json!({
+        "redirect_to_https": ["ucp.example"], "https_port": 8443, "trusted_proxies": ["127.0.0.0/8"]
+    });
     let _agent = Agent::start(folder.path(), &settings, &routes);
     let shim = Shim::start(folder.path());
     for (host, status, location) in [
         ("secure", 301, "https://secure:8443/a?b"),
-        ("ucp.example:80", 301, "https://ucp.example:8443/a?b"),
+        // Not by the shim's port: it is served around it.
+        ("ucp.example:80", 301, "https://ucp.example/a?b"),
         ("old.example", 302, "https://new.example/a?b"),
     ] {
         let answer = get(shim.address(), host, "/a?b");
@@ -181,6 +184,10 @@ fn redirects_are_answered_by_the_shim() {
             (status, Some(location))
         );
     }
+    // One that comes back by HTTPS is not sent around again.
+    let mut wire = Wire::connect(shim.address());
+    wire.send("GET / HTTP/1.1\r\nHost: ucp.example\r\nX-Forwarded-Proto: https\r\n\r\n");
+    assert_eq!(wire.answer().status, 503);
     assert!(origin.requests().is_empty());
 }
 
