@@ -86,8 +86,12 @@ pub struct Served {
 pub struct Target {
     /// The upstream.
     pub upstream: Arc<UpstreamEntry>,
-    /// Its weight.
+    /// What requests are spread by: its weight, in tenths while one of the route's upstreams comes back slowly.
     pub weight: u32,
+    /// Its weight.
+    pub nominal: u32,
+    /// Tenths of its share while it comes back slowly.
+    pub tenths: Option<u8>,
     /// Its state.
     pub state: BackendState,
 }
@@ -282,7 +286,9 @@ impl Registry {
             seen.insert(key);
             targets.push(Target {
                 upstream: entry,
-                weight: upstream.weight,
+                weight: upstream.weight.saturating_mul(route.share(upstream.address)),
+                nominal: upstream.weight,
+                tenths: route.slow.get(&upstream.address).copied(),
                 state: upstream.state,
             });
         }
@@ -379,6 +385,7 @@ pub(crate) mod tests {
                     drain: Duration::from_secs(1),
                 })
                 .collect(),
+            slow: BTreeMap::new(),
             remarks: BTreeSet::new(),
         };
         Registry::new(1).served(&route, &mut BTreeSet::new(), 0)
@@ -424,6 +431,27 @@ pub(crate) mod tests {
         let gone = registry.serving(&state("{}"), 30);
         assert_eq!(gone.fates.len(), 2);
         assert!(registry.serving(&state("{}"), 10_000_000).fates.is_empty());
+    }
+
+    #[test]
+    fn an_upstream_that_comes_back_has_tenths_of_its_share() {
+        let serving = |slow: &str| {
+            let text = format!(
+                r#"{{"routes":[{{"host":"a","upstreams":[
+                    {{"address":"10.0.0.1:80","weight":2}},{{"address":"10.0.0.2:80"}}]{slow}}}]}}"#
+            );
+            Registry::new(1).serving(&state(&text), 0)
+        };
+        let turns = |serving: &Serving, place: u16| {
+            let schedule = &serving.routes[0].schedule;
+            (schedule.iter().filter(|p| **p == place).count(), schedule.len())
+        };
+        let slow = serving(r#","slow":{"10.0.0.2:80":3}"#);
+        assert_eq!((turns(&slow, 0), turns(&slow, 1)), ((20, 23), (3, 23)));
+        let target = &slow.routes[0].targets[1];
+        assert_eq!((target.weight, target.nominal, target.tenths), (3, 1, Some(3)));
+        let whole = serving("");
+        assert_eq!((turns(&whole, 0), turns(&whole, 1)), ((2, 3), (1, 3)));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::{
 
 use lb_route::BackendState;
 
-use super::report::{Numbers, Report};
+use super::report::{Numbers, Report, UpstreamReport};
 
 const STYLE: &str = "body{font:14px system-ui,sans-serif;margin:2em;color:#222;background:#fff}\
 h1{font-size:1.3em}h2{font-size:1.05em;margin:1.6em 0 .4em}\
@@ -63,7 +63,7 @@ pub(super) fn page(report: &Report) -> String {
                 escaped(&upstream.name),
                 upstream.address,
                 ago(upstream.changed),
-                upstream.weight,
+                weight(upstream),
             );
             numbers(&mut page, &upstream.numbers);
             page.push_str("</tr>");
@@ -113,6 +113,14 @@ fn bytes(count: u64) -> String {
 }
 
 /// How long ago.
+/// The weight, and how much of it counts while an upstream comes back slowly.
+fn weight(upstream: &UpstreamReport) -> String {
+    match upstream.tenths {
+        Some(tenths) => format!("{} × 0.{tenths}", upstream.weight),
+        None => upstream.weight.to_string(),
+    }
+}
+
 fn ago(when: SystemTime) -> String {
     let seconds = when.elapsed().unwrap_or(Duration::ZERO).as_secs();
     match seconds {

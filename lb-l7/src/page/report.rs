@@ -67,6 +67,9 @@ pub struct UpstreamReport {
     pub shunned: bool,
     /// Weight.
     pub weight: u32,
+    /// Tenths of its share while it comes back slowly, 1 to 9; absent otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenths: Option<u8>,
     /// Its numbers.
     pub numbers: Numbers,
 }
@@ -131,7 +134,8 @@ impl RouteReport {
             state: target.state,
             changed: target.upstream.changed.1,
             shunned: target.upstream.is_shunned(now_ms),
-            weight: target.weight,
+            weight: target.nominal,
+            tenths: target.tenths,
             numbers: Numbers::new(&target.upstream.stats),
         };
         Self {
