@@ -56,7 +56,7 @@ pub struct Taken {
     old: UnixStream,
 }
 
-/// Takes over from the process that answers at this path; `None` if nobody does.
+/// Takes over from the process that answers at this path; `None` if nobody does, or it ends before it gives anything.
 ///
 /// # Errors
 /// Somebody answers, and says what cannot be understood.
@@ -68,7 +68,13 @@ pub fn take(path: &Path) -> io::Result<Option<Taken>> {
     old.set_write_timeout(Some(PATIENCE))?;
     let mut parcels: Vec<(Parcel, Vec<Socket>)> = Vec::new();
     loop {
-        let (parcel, received) = receive(&old)?;
+        let (parcel, received) = match receive(&old) {
+            Err(error) if parcels.is_empty() && is_end(&error) => {
+                tracing::warn!("the shim before ended when it was asked for its sockets: {error}");
+                return Ok(None);
+            }
+            received => received?,
+        };
         if parcel.place.is_none() {
             break;
         }
@@ -111,6 +117,12 @@ impl Old {
     }
 }
 
+/// Whether the other process has gone, or wants to.
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+}
+
 /// One message: where its sockets listen, and they.
 fn receive(from: &UnixStream) -> io::Result<(Parcel, Vec<Socket>)> {
     let mut text = [0; LONGEST];
@@ -130,6 +142,9 @@ fn receive(from: &UnixStream) -> io::Result<(Parcel, Vec<Socket>)> {
         }
     }
     let length = message.bytes;
+    if length == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
     let parcel: Parcel = serde_json::from_slice(&text[..length])?;
     if parcel.sockets != sockets.len() {
         return Err(io::Error::new(
@@ -284,5 +299,19 @@ mod tests {
         assert!(!waiting.is_finished());
         taken.into_parts().1.serving().unwrap();
         waiting.join().unwrap();
+    }
+
+    #[test]
+    fn one_that_ends_when_it_is_asked_is_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("handover.sock");
+        let dying = UnixListener::bind(&path).unwrap();
+        let ends = std::thread::spawn(move || drop(dying.accept().unwrap()));
+        assert!(take(&path).unwrap().is_none());
+        ends.join().unwrap();
+        // As does one that has nothing to give any more.
+        let giver = Arc::new(Giver::new(&path, Vec::new()).unwrap());
+        std::thread::spawn(move || giver.wait());
+        assert!(take(&path).unwrap().is_none());
     }
 }

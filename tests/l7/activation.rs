@@ -212,7 +212,7 @@ fn sockets_of_systemd_go_to_the_next_process_at_a_handover_and_it_keeps_them() {
     let (_, failed) = load.end();
     assert_eq!(failed, [0; 0]);
     // It knows that they are systemd's: its queue outlives it.
-    drop(new);
+    new.end();
     let mut waiting = Wire::connect(address);
     waiting.send("GET /waited HTTP/1.1\r\nHost: a\r\n\r\n");
     let _next = start(folder.path(), &[&http], &arguments);

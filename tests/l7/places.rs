@@ -17,7 +17,9 @@ use super::{
 
 /// Settings that listen on loopback: the port of HTTP at two addresses, none of HTTPS.
 fn settings(addresses: &[&str], port: u16) -> Value {
-    json!({ "listen": addresses, "http_port": port, "https_port": null })
+    json!({
+        "listen": addresses, "http_port": port, "https_port": null, "status_page": "status.test/weir"
+    })
 }
 
 fn at(address: &str, port: u16) -> SocketAddr {
@@ -102,6 +104,19 @@ fn a_port_that_another_program_has_is_told_and_takes_nothing_away() {
         lines.iter().any(is_it).then_some(())
     });
     assert_eq!(get(before, "a", "/").status, 200);
+    // Whoever looks at the page sees both.
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let page = get(before, "status.test", "/weir/json");
+        let report: Value = serde_json::from_slice(&page.body).unwrap();
+        let places = report["places"].as_array().unwrap();
+        if places.len() == 2 {
+            assert_eq!(places[0]["address"], json!(before));
+            assert!(places[0]["fault"].is_null() && places[1]["fault"].is_string());
+            break;
+        }
+        assert!(Instant::now() < until, "{report:#}");
+    }
     // Another change is another try.
     drop(theirs);
     let mut more = settings(&["127.0.0.1"], wanted.port());

@@ -8,7 +8,10 @@ use std::{
     thread::JoinHandle,
 };
 
-use nix::sys::signal::Signal;
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
 use serde_json::json;
 
 use super::{
@@ -238,6 +241,21 @@ fn a_new_process_takes_over_under_load_without_a_failed_request() {
 
 /// A process that is nobody's child any more, killed on drop.
 pub struct Orphan(pub i32);
+
+impl Orphan {
+    /// Kills it, and waits until nothing of it is left.
+    pub fn end(self) {
+        use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
+        // SAFETY: a system call without pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.0, 0) };
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: the kernel has just made it for us.
+        let ended = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        drop(self);
+        let mut fds = [PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, PollTimeout::from(20_000_u16)), Ok(1));
+    }
+}
 
 impl Drop for Orphan {
     fn drop(&mut self) {

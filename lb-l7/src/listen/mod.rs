@@ -17,7 +17,7 @@ mod places;
 
 pub use activation::{Activated, activated};
 pub use gate::{Gate, Listener, Nascent};
-pub use places::{Places, follow};
+pub use places::{PlaceReport, Places, follow};
 
 /// Connections that may wait to be accepted; the kernel's own limit (net.core.somaxconn) is smaller or equal.
 const QUEUE: i32 = 4096;

@@ -2,6 +2,7 @@
 //! cannot be had takes nothing away.
 
 use std::{
+    net::SocketAddr,
     sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
@@ -25,9 +26,23 @@ pub struct Places {
     workers: Vec<mpsc::UnboundedSender<Nascent>>,
     handed_over: Arc<AtomicBool>,
     held: Vec<Held>,
-    /// Places that could not be had when it was last tried.
-    missing: Vec<Place>,
+    /// Places that could not be had when it was last tried, and why.
+    missing: Vec<(Place, String)>,
     silence: Duration,
+}
+
+/// A place as people and Prometheus are told of it.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct PlaceReport {
+    /// Address and port.
+    pub address: SocketAddr,
+    /// TLS is spoken there.
+    pub tls: bool,
+    /// systemd holds the socket.
+    pub by_systemd: bool,
+    /// Why nobody listens there; absent if it is served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fault: Option<String>,
 }
 
 #[derive(Debug)]
@@ -36,12 +51,12 @@ struct Held {
     gate: Arc<Gate>,
 }
 
-/// Follows the settings for ever; `changed` gets the places after each change.
+/// Follows the settings for ever; `changed` is told of each change.
 pub async fn follow(
     mut places: Places,
     mut states: watch::Receiver<Option<State>>,
     wanted: impl Fn(&L7) -> Vec<Place>,
-    mut changed: impl FnMut(Vec<Open>),
+    mut changed: impl FnMut(&Places),
 ) {
     let mut again = tokio::time::interval(AGAIN_AFTER);
     again.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -64,7 +79,7 @@ pub async fn follow(
         // Most news is of routes.
         if is_due || last.as_ref() != Some(&now) {
             places.set(&now.0, now.1);
-            changed(places.stock());
+            changed(&places);
             last = Some(now);
         }
     }
@@ -120,19 +135,22 @@ impl Places {
             }
         }
         for fault in &faults {
-            if self.missing.contains(&fault.place) {
+            if self.missing.iter().any(|(place, _)| *place == fault.place) {
                 debug!("{fault}");
             } else {
                 warn!("{fault}; the other places are served, and it is tried again");
             }
         }
-        self.missing = faults.iter().map(|fault| fault.place).collect();
+        self.missing = faults
+            .iter()
+            .map(|fault| (fault.place, fault.to_string()))
+            .collect();
         let mut stays = stays.into_iter();
         let missing = &self.missing;
         self.held.retain(|held| {
             let Open { place, is_kept, .. } = held.open;
             let stays = stays.next().unwrap_or(true) || is_kept;
-            let stands_in = missing.iter().any(|missing| missing.tls == place.tls);
+            let stands_in = missing.iter().any(|(missing, _)| missing.tls == place.tls);
             if !stays && !stands_in {
                 info!(address = %place.address, tls = place.tls, "closing");
                 held.gate.give_up();
@@ -176,6 +194,23 @@ impl Places {
     /// Whether nothing is listened to.
     pub fn is_empty(&self) -> bool {
         self.held.is_empty()
+    }
+
+    /// Those that are served, and those that cannot be.
+    pub fn report(&self) -> Vec<PlaceReport> {
+        let served = self.held.iter().map(|held| PlaceReport {
+            address: held.open.place.address,
+            tls: held.open.place.tls,
+            by_systemd: held.open.is_kept,
+            fault: None,
+        });
+        let missing = self.missing.iter().map(|(place, fault)| PlaceReport {
+            address: place.address,
+            tls: place.tls,
+            by_systemd: false,
+            fault: Some(fault.clone()),
+        });
+        served.chain(missing).collect()
     }
 
     /// All of them, for another process.
@@ -233,7 +268,7 @@ impl Held {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{SocketAddr, TcpListener};
+    use std::net::TcpListener;
 
     use super::*;
 
@@ -301,7 +336,10 @@ mod tests {
         let faults = places.set(&wanted, SILENCE);
         assert_eq!((faults.len(), faults[0].place), (1, taken));
         assert_eq!(asked(&places), [http("127.0.0.2:0"), https("127.0.0.3:0")]);
-        assert_eq!(places.missing, [taken]);
+        let report = places.report();
+        assert_eq!((report.len(), report[2].address), (3, taken.address));
+        let fault = report[2].fault.as_deref().unwrap();
+        assert!(fault.contains("another program"), "{fault}");
         drop(other);
         assert!(places.set(&wanted, SILENCE).is_empty());
         assert_eq!(asked(&places), [https("127.0.0.3:0"), taken]);

@@ -36,6 +36,22 @@ pub(super) fn page(report: &Report) -> String {
         report.clients.total,
         report.unrouted.iter().sum::<u64>(),
     );
+    page.push_str("<p>Listening at");
+    for (index, place) in report
+        .places
+        .iter()
+        .filter(|place| place.fault.is_none())
+        .enumerate()
+    {
+        let comma = if index > 0 { "," } else { "" };
+        let protocol = if place.tls { "HTTPS" } else { "HTTP" };
+        let by = if place.by_systemd { " by systemd" } else { "" };
+        let _ = write!(page, "{comma} {} ({protocol}{by})", place.address);
+    }
+    page.push_str(".</p>");
+    for fault in report.places.iter().filter_map(|place| place.fault.as_ref()) {
+        let _ = write!(page, "<p class=\"unready\">{}</p>", escaped(fault));
+    }
     if report.routes.is_empty() {
         page.push_str("<p>No routes.</p>");
     }
@@ -155,6 +171,8 @@ mod tests {
             "class=\"l draining\"",
             "&lt;b&gt;&quot;x",
             "1m3",
+            "Listening at [::]:80 (HTTP by systemd).",
+            "it is &lt;taken&gt;",
         ] {
             assert!(page.contains(part), "{part} is missing in {page}");
         }

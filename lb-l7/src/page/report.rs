@@ -6,6 +6,7 @@ use lb_route::BackendState;
 use serde::Serialize;
 
 use crate::{
+    listen::PlaceReport,
     served::{Served, Serving, Target},
     stats::{BOUNDS_US, CLASSES, Shards},
     worker::Shared,
@@ -18,6 +19,8 @@ pub struct Report {
     pub version: &'static str,
     /// When it began to serve.
     pub since: SystemTime,
+    /// Where it listens, or cannot.
+    pub places: Vec<PlaceReport>,
     /// Client connections.
     pub clients: Clients,
     /// Answers by class to requests that no route took: 1xx to 5xx.
@@ -114,6 +117,7 @@ impl Report {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             since: shared.since,
+            places: shared.listening.borrow().clone(),
             clients: Clients {
                 open: shared.clients.sum(|s| &s.active),
                 total: shared.clients.sum(|s| &s.connections),
@@ -192,6 +196,20 @@ pub(super) mod tests {
         Report {
             version: "1",
             since: SystemTime::now() - Duration::from_secs(90),
+            places: vec![
+                PlaceReport {
+                    address: "[::]:80".parse().unwrap(),
+                    tls: false,
+                    by_systemd: true,
+                    fault: None,
+                },
+                PlaceReport {
+                    address: "[::]:443".parse().unwrap(),
+                    tls: true,
+                    by_systemd: false,
+                    fault: Some("cannot listen on [::]:443: it is <taken>".into()),
+                },
+            ],
             clients: Clients {
                 open: 2,
                 total: 9,

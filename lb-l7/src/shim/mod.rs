@@ -85,6 +85,7 @@ async fn shim(cli: &Cli, activated: listen::Activated) -> Result<()> {
     let mut maker = tls::Maker::new();
     let shared = Arc::new(Shared {
         tls: watch::Sender::new(Arc::new(maker.make(&first)?)),
+        listening: watch::Sender::new(places.report()),
         places: Arc::new(Semaphore::new(first.settings.max_connections as usize)),
         serving: watch::Sender::new(Arc::new(serving)),
         phase: watch::Sender::new(Phase::Serving),
@@ -127,11 +128,12 @@ async fn shim(cli: &Cli, activated: listen::Activated) -> Result<()> {
         )),
     };
     let moving = tokio::task::spawn_local({
-        let (cli, giver) = (cli.clone(), giver.clone());
+        let (cli, giver, shared) = (cli.clone(), giver.clone(), Arc::clone(&shared));
         let wanted = move |settings: &L7| wanted(&cli, settings);
-        listen::follow(places, states, wanted, move |stock| {
+        listen::follow(places, states, wanted, move |places| {
+            shared.listening.send_replace(places.report());
             if let Some(giver) = &giver {
-                giver.has(stock);
+                giver.has(places.stock());
             }
         })
     });

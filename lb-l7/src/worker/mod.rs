@@ -22,7 +22,7 @@ pub use client::Client;
 
 use crate::{
     client::{Clock, Stage, Word},
-    listen::{Gate, Nascent},
+    listen::{Gate, Nascent, PlaceReport},
     log::Log,
     served::Serving,
     stats::{Shard, Shards},
@@ -44,6 +44,8 @@ pub struct Shared {
     pub phase: watch::Sender<Phase>,
     /// What TLS is served by.
     pub tls: watch::Sender<Arc<Tls>>,
+    /// Where the process listens.
+    pub listening: watch::Sender<Vec<PlaceReport>>,
     /// Places for client connections.
     pub places: Arc<Semaphore>,
     /// The clock.
