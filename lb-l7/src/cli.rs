@@ -13,7 +13,7 @@ const DEFAULT_SOCKET: &str = "/run/weir/l7.sock";
 ///
 /// Routes and settings ([l7] of weir.toml) come from the agent on this node. While the agent is gone, what it said last is
 /// served on, after a restart too.
-#[derive(Debug, Parser)]
+#[derive(Clone, Debug, Parser)]
 #[command(name = "weir-l7", bin_name = "weir l7", version, after_help = HELP)]
 pub struct Cli {
     /// The socket on which the agent tells its routes

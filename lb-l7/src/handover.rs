@@ -3,12 +3,14 @@
 //!
 //! The old one listens on a Unix socket that only its own user can open. Whoever connects gets the sockets, says when it serves
 //! by them, and only then does the old one stop accepting. A new one that fails before changes nothing.
+//!
+//! Sockets of systemd go the same way: it gives them only to processes that it starts itself.
 
 use std::{
     fs,
     io::{self, BufRead as _, BufReader, IoSlice, IoSliceMut, Read as _, Write as _},
     os::{
-        fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd},
+        fd::{AsRawFd as _, FromRawFd as _, RawFd},
         unix::{
             fs::PermissionsExt as _,
             net::{UnixListener, UnixStream},
@@ -23,7 +25,7 @@ use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, s
 use serde::{Deserialize, Serialize};
 use socket2::Socket;
 
-use crate::listen::{Place, Sockets};
+use crate::listen::{Open, Place};
 
 /// How long either side waits for the other: a new process reads its state meanwhile.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -38,18 +40,23 @@ const LONGEST: usize = 4096;
 #[derive(Debug, Serialize, Deserialize)]
 struct Parcel {
     place: Option<Place>,
+    /// See [`Open`].
+    #[serde(default)]
+    asked: Option<Place>,
+    #[serde(default)]
+    is_kept: bool,
     sockets: usize,
 }
 
 /// The sockets of an old process that waits until we serve.
 #[derive(Debug)]
 pub struct Taken {
-    /// The sockets.
-    pub sockets: Sockets,
+    /// Where it listens.
+    pub places: Vec<Open>,
     old: UnixStream,
 }
 
-/// Takes over from the process that answers at this path; `None` if nobody does.
+/// Takes over from the process that answers at this path; `None` if nobody does, or it ends before it gives anything.
 ///
 /// # Errors
 /// Somebody answers, and says what cannot be understood.
@@ -59,20 +66,40 @@ pub fn take(path: &Path) -> io::Result<Option<Taken>> {
     };
     old.set_read_timeout(Some(PATIENCE))?;
     old.set_write_timeout(Some(PATIENCE))?;
-    let mut sockets = Sockets::default();
-    while let (Some(place), received) = receive(&old)? {
-        match sockets.0.iter_mut().find(|(known, _)| *known == place) {
+    let mut parcels: Vec<(Parcel, Vec<Socket>)> = Vec::new();
+    loop {
+        let (parcel, received) = match receive(&old) {
+            Err(error) if parcels.is_empty() && is_end(&error) => {
+                tracing::warn!("the shim before ended when it was asked for its sockets: {error}");
+                return Ok(None);
+            }
+            received => received?,
+        };
+        if parcel.place.is_none() {
+            break;
+        }
+        match parcels.iter_mut().find(|(known, _)| known.place == parcel.place) {
             Some((_, all)) => all.extend(received),
-            None => sockets.0.push((place, received)),
+            None => parcels.push((parcel, received)),
         }
     }
-    Ok(Some(Taken { sockets, old }))
+    let open = |(parcel, sockets): (Parcel, Vec<Socket>)| {
+        let place = parcel.place?;
+        Some(Open {
+            asked: parcel.asked.unwrap_or(place),
+            place,
+            is_kept: parcel.is_kept,
+            sockets: Arc::new(sockets),
+        })
+    };
+    let places = parcels.into_iter().filter_map(open).collect();
+    Ok(Some(Taken { places, old }))
 }
 
 impl Taken {
-    /// The sockets, and whom to tell when we serve.
-    pub fn into_parts(self) -> (Sockets, Old) {
-        (self.sockets, Old(self.old))
+    /// Where it listens, and whom to tell when we serve.
+    pub fn into_parts(self) -> (Vec<Open>, Old) {
+        (self.places, Old(self.old))
     }
 }
 
@@ -90,8 +117,14 @@ impl Old {
     }
 }
 
+/// Whether the other process has gone, or wants to.
+fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+}
+
 /// One message: where its sockets listen, and they.
-fn receive(from: &UnixStream) -> io::Result<(Option<Place>, Vec<Socket>)> {
+fn receive(from: &UnixStream) -> io::Result<(Parcel, Vec<Socket>)> {
     let mut text = [0; LONGEST];
     let mut room = nix::cmsg_space!([RawFd; AT_ONCE]);
     let mut parts = [IoSliceMut::new(&mut text)];
@@ -109,6 +142,9 @@ fn receive(from: &UnixStream) -> io::Result<(Option<Place>, Vec<Socket>)> {
         }
     }
     let length = message.bytes;
+    if length == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
     let parcel: Parcel = serde_json::from_slice(&text[..length])?;
     if parcel.sockets != sockets.len() {
         return Err(io::Error::new(
@@ -118,7 +154,7 @@ fn receive(from: &UnixStream) -> io::Result<(Option<Place>, Vec<Socket>)> {
     }
     // Each message is asked for: so none runs into the next.
     (&*from).write_all(b"\n")?;
-    Ok((parcel.place, sockets))
+    Ok((parcel, sockets))
 }
 
 /// The end of the old process.
@@ -126,7 +162,7 @@ fn receive(from: &UnixStream) -> io::Result<(Option<Place>, Vec<Socket>)> {
 pub struct Giver {
     path: PathBuf,
     listener: UnixListener,
-    sockets: Mutex<Vec<(Place, Vec<OwnedFd>)>>,
+    places: Mutex<Vec<Open>>,
 }
 
 impl Giver {
@@ -134,7 +170,7 @@ impl Giver {
     ///
     /// # Errors
     /// The folder is not there or not ours.
-    pub fn new(path: &Path, sockets: Vec<(Place, Vec<OwnedFd>)>) -> io::Result<Self> {
+    pub fn new(path: &Path, places: Vec<Open>) -> io::Result<Self> {
         let next = path.with_extension("next");
         let _of_one_that_was_killed = fs::remove_file(&next);
         let listener = UnixListener::bind(&next)?;
@@ -143,16 +179,18 @@ impl Giver {
         Ok(Self {
             path: path.into(),
             listener,
-            sockets: Mutex::new(sockets),
+            places: Mutex::new(places),
         })
+    }
+
+    /// Has other places to give from now on.
+    pub fn has(&self, places: Vec<Open>) {
+        *self.places.lock().unwrap_or_else(PoisonError::into_inner) = places;
     }
 
     /// Nobody can take over any more: what is given away no longer would keep its place in the kernel.
     pub fn stop(&self) {
-        self.sockets
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
+        self.has(Vec::new());
         let _ = fs::remove_file(&self.path);
     }
 
@@ -171,13 +209,14 @@ impl Giver {
         to.set_read_timeout(Some(PATIENCE))?;
         to.set_write_timeout(Some(PATIENCE))?;
         let mut answers = BufReader::new(to.try_clone()?);
-        let all = self.sockets.lock().unwrap_or_else(PoisonError::into_inner);
+        // Nobody who changes them shall wait for the other process.
+        let all = self.places.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if all.is_empty() {
             return Err(io::ErrorKind::NotConnected.into());
         }
-        for (place, sockets) in all.iter() {
-            for some in sockets.chunks(AT_ONCE) {
-                send(&to, &mut answers, Some(*place), some)?;
+        for open in &all {
+            for some in open.sockets.chunks(AT_ONCE) {
+                send(&to, &mut answers, Some(open), some)?;
             }
         }
         drop(all);
@@ -194,14 +233,16 @@ impl Giver {
 fn send(
     to: &UnixStream,
     answers: &mut BufReader<UnixStream>,
-    place: Option<Place>,
-    sockets: &[OwnedFd],
+    open: Option<&Open>,
+    sockets: &[Socket],
 ) -> io::Result<()> {
     let text = serde_json::to_vec(&Parcel {
-        place,
+        place: open.map(|open| open.place),
+        asked: open.map(|open| open.asked),
+        is_kept: open.is_some_and(|open| open.is_kept),
         sockets: sockets.len(),
     })?;
-    let descriptors: Vec<RawFd> = sockets.iter().map(|fd| fd.as_raw_fd()).collect();
+    let descriptors: Vec<RawFd> = sockets.iter().map(|socket| socket.as_raw_fd()).collect();
     let control = [ControlMessage::ScmRights(&descriptors)];
     let control = if descriptors.is_empty() {
         &[][..]
@@ -224,28 +265,6 @@ fn send(
     }
 }
 
-/// Tells systemd, if it started us and wants to know.
-pub fn notify(text: &str) {
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
-        return;
-    };
-    let told = notify_at(Path::new(&path), text);
-    if let Err(error) = told {
-        tracing::warn!("systemd is not told: {error}");
-    }
-}
-
-fn notify_at(path: &Path, text: &str) -> io::Result<()> {
-    use std::os::{linux::net::SocketAddrExt as _, unix::ffi::OsStrExt as _, unix::net::SocketAddr};
-    let bytes = path.as_os_str().as_bytes();
-    let address = match bytes.strip_prefix(b"@") {
-        Some(name) => SocketAddr::from_abstract_name(name)?,
-        None => SocketAddr::from_pathname(path)?,
-    };
-    let socket = std::os::unix::net::UnixDatagram::unbound()?;
-    socket.send_to_addr(text.as_bytes(), &address).map(drop)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -259,20 +278,23 @@ mod tests {
             address: "127.0.0.1:0".parse().unwrap(),
             tls: false,
         };
-        let old = Sockets::bind(&[place], 100).unwrap();
-        let bound = old.0[0].0;
-        let giver = Arc::new(Giver::new(&path, old.copies().unwrap()).unwrap());
+        let mut old = Open::bind(place, 100).unwrap();
+        let bound = old.place;
+        let giver = Arc::new(Giver::new(&path, Vec::new()).unwrap());
+        // What systemd keeps stays what it is.
+        old.is_kept = true;
+        giver.has(vec![old]);
         let waiting = std::thread::spawn(move || giver.wait());
         // One that goes away in the middle is none.
         drop(UnixStream::connect(&path).unwrap());
         let client = std::net::TcpStream::connect(bound.address).unwrap();
         let taken = take(&path).unwrap().unwrap();
-        drop(old);
-        let [(same, sockets)] = &taken.sockets.0[..] else {
-            panic!("{:?}", taken.sockets)
+        let [same] = &taken.places[..] else {
+            panic!("{:?}", taken.places)
         };
-        assert_eq!((*same, sockets.len()), (bound, 100));
-        let accepted = sockets.iter().filter(|s| s.accept().is_ok()).count();
+        assert_eq!((same.asked, same.place, same.is_kept), (place, bound, true));
+        assert_eq!(same.sockets.len(), 100);
+        let accepted = same.sockets.iter().filter(|s| s.accept().is_ok()).count();
         assert_eq!(accepted, 1, "the connection of {client:?} is lost");
         assert!(!waiting.is_finished());
         taken.into_parts().1.serving().unwrap();
@@ -280,13 +302,16 @@ mod tests {
     }
 
     #[test]
-    fn systemd_is_told_by_a_datagram() {
+    fn one_that_ends_when_it_is_asked_is_nobody() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("notify");
-        let systemd = std::os::unix::net::UnixDatagram::bind(&path).unwrap();
-        notify_at(&path, "READY=1").unwrap();
-        let mut text = [0; 64];
-        let length = systemd.recv(&mut text).unwrap();
-        assert_eq!(&text[..length], b"READY=1");
+        let path = dir.path().join("handover.sock");
+        let dying = UnixListener::bind(&path).unwrap();
+        let ends = std::thread::spawn(move || drop(dying.accept().unwrap()));
+        assert!(take(&path).unwrap().is_none());
+        ends.join().unwrap();
+        // As does one that has nothing to give any more.
+        let giver = Arc::new(Giver::new(&path, Vec::new()).unwrap());
+        std::thread::spawn(move || giver.wait());
+        assert!(take(&path).unwrap().is_none());
     }
 }

@@ -32,7 +32,8 @@ pub struct Serving {
     pub passthrough: Table<Arc<Served>>,
     /// The routes in the table.
     pub routes: Vec<Arc<Served>>,
-    /// Ids of all their upstreams.
+    /// Ids of their upstreams that are active: idle connections to others are let go, as a container that stops may wait for
+    /// the last one.
     pub upstreams: HashSet<u64>,
     /// Upstreams that take nothing new, or are gone, since their numbers still count: when, and how long what is upgraded
     /// may go on.
@@ -85,8 +86,12 @@ pub struct Served {
 pub struct Target {
     /// The upstream.
     pub upstream: Arc<UpstreamEntry>,
-    /// Its weight.
+    /// What requests are spread by: its weight, in tenths while one of the route's upstreams comes back slowly.
     pub weight: u32,
+    /// Its weight.
+    pub nominal: u32,
+    /// Tenths of its share while it comes back slowly.
+    pub tenths: Option<u8>,
     /// Its state.
     pub state: BackendState,
 }
@@ -199,7 +204,12 @@ impl Registry {
             table: Table::new(entries),
             passthrough: Table::new(passthrough),
             routes,
-            upstreams: self.known.values().map(|known| known.entry.id).collect(),
+            upstreams: self
+                .known
+                .values()
+                .filter(|known| known.entry.changed.0 == BackendState::Active)
+                .map(|known| known.entry.id)
+                .collect(),
             fates: self.fates.clone(),
         }
     }
@@ -268,7 +278,9 @@ impl Registry {
             seen.insert(key);
             targets.push(Target {
                 upstream: entry,
-                weight: upstream.weight,
+                weight: upstream.weight.saturating_mul(route.share(upstream.address)),
+                nominal: upstream.weight,
+                tenths: route.slow.get(&upstream.address).copied(),
                 state: upstream.state,
             });
         }
@@ -365,6 +377,7 @@ pub(crate) mod tests {
                     drain: Duration::from_secs(1),
                 })
                 .collect(),
+            slow: BTreeMap::new(),
             remarks: BTreeSet::new(),
         };
         Registry::new(1).served(&route, &mut BTreeSet::new(), 0)
@@ -388,6 +401,7 @@ pub(crate) mod tests {
         assert!(first.fates.is_empty());
         let drained = registry.serving(&with("one", "draining"), 10);
         assert_eq!(id(&first), id(&drained));
+        assert!(first.upstreams.contains(&id(&first)) && drained.upstreams.is_empty());
         assert_eq!(
             drained.routes[0].targets[0].upstream.stats.sum(|s| &s.answers[1]),
             1
@@ -409,6 +423,27 @@ pub(crate) mod tests {
         let gone = registry.serving(&state("{}"), 30);
         assert_eq!(gone.fates.len(), 2);
         assert!(registry.serving(&state("{}"), 10_000_000).fates.is_empty());
+    }
+
+    #[test]
+    fn an_upstream_that_comes_back_has_tenths_of_its_share() {
+        let serving = |slow: &str| {
+            let text = format!(
+                r#"{{"routes":[{{"host":"a","upstreams":[
+                    {{"address":"10.0.0.1:80","weight":2}},{{"address":"10.0.0.2:80"}}]{slow}}}]}}"#
+            );
+            Registry::new(1).serving(&state(&text), 0)
+        };
+        let turns = |serving: &Serving, place: u16| {
+            let schedule = &serving.routes[0].schedule;
+            (schedule.iter().filter(|p| **p == place).count(), schedule.len())
+        };
+        let slow = serving(r#","slow":{"10.0.0.2:80":3}"#);
+        assert_eq!((turns(&slow, 0), turns(&slow, 1)), ((20, 23), (3, 23)));
+        let target = &slow.routes[0].targets[1];
+        assert_eq!((target.weight, target.nominal, target.tenths), (3, 1, Some(3)));
+        let whole = serving("");
+        assert_eq!((turns(&whole, 0), turns(&whole, 1)), ((2, 3), (1, 3)));
     }
 
     #[test]

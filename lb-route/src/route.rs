@@ -1,6 +1,11 @@
 //! The domain words of HTTP: what a service is to the kernel, a route is to the L7 shim. No wire types, no I/O.
 
-use std::{collections::BTreeSet, fmt, net::SocketAddr, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::SocketAddr,
+    time::Duration,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -8,6 +13,9 @@ use serde::{Deserialize, Serialize};
 pub const ANY_HOST: &str = "*";
 /// The path of a route that takes the whole host.
 pub const WHOLE_HOST: &str = "/";
+
+/// A whole share of new requests, in tenths.
+const WHOLE_SHARE: u32 = 10;
 
 /// What a request must match: host and path. The identity of a route; the longest matching path wins.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -171,6 +179,9 @@ pub struct Route<U = Upstream> {
     pub settings: RouteSettings,
     /// Containers that serve it, ordered by address, no address twice.
     pub upstreams: Vec<U>,
+    /// Upstreams that have come back and are given their share little by little: tenths of it, 1 to 9, by address.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub slow: BTreeMap<SocketAddr, u8>,
     /// What of the labels is only approximated, or means nothing here; for people.
     #[serde(default)]
     pub remarks: BTreeSet<String>,
@@ -185,6 +196,17 @@ impl<U> Route<U> {
         }
     }
 
+    /// What an upstream's weight is to be multiplied by: tenths while any upstream of the route has less than its whole share,
+    /// so that proportions hold; else 1.
+    pub fn share(&self, upstream: SocketAddr) -> u32 {
+        if self.slow.is_empty() {
+            return 1;
+        }
+        self.slow
+            .get(&upstream)
+            .map_or(WHOLE_SHARE, |tenths| u32::from(*tenths).min(WHOLE_SHARE))
+    }
+
     /// The same route with other words for its upstreams.
     pub fn with_upstreams<V>(&self, word: impl FnMut(&U) -> V) -> Route<V> {
         Route {
@@ -193,6 +215,7 @@ impl<U> Route<U> {
             path: self.path.clone(),
             settings: self.settings.clone(),
             upstreams: self.upstreams.iter().map(word).collect(),
+            slow: self.slow.clone(),
             remarks: self.remarks.clone(),
         }
     }

@@ -2,6 +2,7 @@
 
 #![expect(clippy::print_stdout, reason = "it is a show")]
 
+mod http;
 mod show;
 mod story;
 

@@ -35,7 +35,7 @@ pub fn bars(served: &BTreeMap<String, u64>) {
     let most = served.values().copied().max().unwrap_or(1).max(1);
     for (name, count) in in_order(served) {
         let bar = "#".repeat((count * BAR).div_ceil(most) as usize);
-        println!("    {name:<7} {bar:<40} {count:>6}");
+        println!("    {name:<8} {bar:<40} {count:>6}");
     }
 }
 

@@ -11,16 +11,16 @@ use lb_tests::{
 };
 
 use crate::{
-    go_on,
+    go_on, http,
     show::{bars, chapter, command, grouped, live, live_head, output, say},
 };
 
 /// Clients that connect, ask, close, and connect again.
-const WORKERS: usize = 6;
+pub const WORKERS: usize = 6;
 /// Clients that stay on one connection.
 const KEEPERS: usize = 2;
 /// Requests between two lines of the live table.
-const A_WHILE: u64 = 400;
+pub const A_WHILE: u64 = 400;
 
 /// All of it. An error is a failed request, or a step that could not be shown.
 pub fn tell() -> Result<()> {
@@ -32,7 +32,8 @@ pub fn tell() -> Result<()> {
 
 All three are made of network namespaces on this machine; Docker is a second, real engine
 of the demo's own. Clients connect to {VIP}:80. No machine has that address: the node's
-kernel sends each connection on to a container. No port is published, no proxy runs."
+kernel sends each connection on to a container. No port is published, and up to chapter 5,
+which is about HTTP by host, no proxy runs."
     ));
     let site = Site::new()?;
     let engine = Engine::start(&site.node, &[])?;
@@ -41,6 +42,7 @@ kernel sends each connection on to a container. No port is published, no proxy r
     scaling(&site, &engine, &mut weir)?;
     agent_killed(&site, &mut weir)?;
     status(&weir)?;
+    http::routes(&site, &engine, &mut weir)?;
     say("\nNot one request failed. Everything that was made for the demo is removed now.");
     Ok(())
 }
@@ -180,13 +182,13 @@ fn status(weir: &Weir<'_>) -> Result<()> {
 }
 
 /// Lets the load go on for so many requests.
-fn a_while(load: &Load, requests: u64) -> Result<()> {
+pub fn a_while(load: &Load, requests: u64) -> Result<()> {
     go_on()?;
     load.await_more(requests)
 }
 
 /// Ends a load and fails if one of its requests did.
-fn judge(load: Load) -> Result<()> {
+pub fn judge(load: Load) -> Result<()> {
     go_on()?;
     let report: Report = load.stop();
     go_on()?;

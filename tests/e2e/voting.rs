@@ -3,8 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::SocketAddr,
     sync::atomic::{AtomicBool, Ordering},
     time::{Duration, Instant},
 };
@@ -13,7 +12,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use lb_tests::{
     docker::Engine,
     netns::Namespace,
-    site::{NODE, Site, VIP, vip},
+    site::{Site, VIP, http_service, vip},
     weir::Weir,
 };
 use serde_json::Value;
@@ -32,29 +31,9 @@ const IMAGES: &[(&str, u16)] = &[
 /// How long the shim may take to hear of a change.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The VIP's HTTP is a service as any other: its backends are shims, here the one of this node.
-fn http_service() -> String {
-    format!(
-        "\n[[services]]\nname = \"http\"\nvip = \"web\"\nlisten = [\"80/tcp\"]\n\n\
-         [[services.backends]]\naddress = \"{NODE}:80\"\n"
-    )
-}
-
 /// Who answers a request at the VIP, by a connection of its own.
 fn fetch(client: &Namespace, host: &str) -> Result<String> {
-    client.run(|| {
-        let mut stream = TcpStream::connect_timeout(&vip(80), PATIENCE).context("connect")?;
-        stream.set_read_timeout(Some(PATIENCE))?;
-        write!(
-            stream,
-            "GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
-        )?;
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer)?;
-        ensure!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
-        let (_, text) = answer.split_once("\r\n\r\n").context("no body")?;
-        Ok(text.split(' ').next().unwrap_or_default().to_owned())
-    })
+    Ok(client.fetch(vip(80), host)?.server)
 }
 
 /// Waits until this many containers answer at the VIP.

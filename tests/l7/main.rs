@@ -8,12 +8,14 @@
 )]
 
 mod acme;
+mod activation;
 mod agent;
 mod bodies;
 mod http2;
 mod hygiene;
 mod origin;
 mod page;
+mod places;
 mod rig;
 mod routing;
 mod shim;

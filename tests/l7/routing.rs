@@ -167,12 +167,15 @@ fn redirects_are_answered_by_the_shim() {
             { "from": "http://old.example", "to": "https://new.example" }] } })
         ),
     ]);
-    let settings = json!({ "redirect_to_https": ["ucp.example"], "https_port": 8443 });
+    let settings = json!({
+        "redirect_to_https": ["ucp.example"], "https_port": 8443, "trusted_proxies": ["127.0.0.0/8"]
+    });
     let _agent = Agent::start(folder.path(), &settings, &routes);
     let shim = Shim::start(folder.path());
     for (host, status, location) in [
         ("secure", 301, "https://secure:8443/a?b"),
-        ("ucp.example:80", 301, "https://ucp.example:8443/a?b"),
+        // Not by the shim's port: it is served around it.
+        ("ucp.example:80", 301, "https://ucp.example/a?b"),
         ("old.example", 302, "https://new.example/a?b"),
     ] {
         let answer = get(shim.address(), host, "/a?b");
@@ -181,6 +184,10 @@ fn redirects_are_answered_by_the_shim() {
             (status, Some(location))
         );
     }
+    // One that comes back by HTTPS is not sent around again.
+    let mut wire = Wire::connect(shim.address());
+    wire.send("GET / HTTP/1.1\r\nHost: ucp.example\r\nX-Forwarded-Proto: https\r\n\r\n");
+    assert_eq!(wire.answer().status, 503);
     assert!(origin.requests().is_empty());
 }
 
@@ -234,4 +241,36 @@ fn curl_is_served() {
         .map(|r| r.contains("host: a.example"))
         .collect();
     assert_eq!(hosts, [true].into());
+}
+
+#[test]
+fn an_upstream_that_comes_back_gets_its_share_in_tenths() {
+    let folder = tempfile::tempdir().unwrap();
+    let (old, new) = (Origin::start(), Origin::start());
+    let both = route("a", &[old.address, new.address]);
+    let with_share = |tenths: u8| {
+        let mut slow = serde_json::Map::new();
+        slow.insert(new.address.to_string(), json!(tenths));
+        json!([with(both.clone(), json!({ "slow": slow }))])
+    };
+    let agent = Agent::start(folder.path(), &json!({}), &with_share(1));
+    let shim = Shim::start_with(folder.path(), &["--http", "127.0.0.1:0", "--workers", "1"]);
+    let mut wire = Wire::connect(shim.address());
+    let mut of_new = |requests: usize| {
+        let names = (0..requests).map(|_| wire.get("a", "/").text());
+        names.filter(|name| *name == new.name()).count()
+    };
+    // Ten to one, in every round of eleven.
+    assert_eq!((of_new(11), of_new(11)), (1, 1));
+    // Ten to five is two to one; ten to nine.
+    for (tenths, round, share) in [(5, 3, 1), (9, 19, 9)] {
+        let states = shim.states();
+        agent.routes(&with_share(tenths));
+        shim.await_states(states + 1);
+        assert_eq!(of_new(2 * round), 2 * share);
+    }
+    let states = shim.states();
+    agent.routes(&json!([both]));
+    shim.await_states(states + 1);
+    assert_eq!(of_new(10), 5);
 }

@@ -2,7 +2,11 @@
 
 use std::{
     io::{BufRead as _, BufReader},
-    net::SocketAddr,
+    net::{SocketAddr, TcpListener},
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
     sync::{Arc, Condvar, Mutex},
@@ -10,7 +14,10 @@ use std::{
 };
 
 use lb_tests::guard::Guard;
-use nix::sys::signal::Signal;
+use nix::{
+    fcntl::{FcntlArg, fcntl},
+    sys::signal::Signal,
+};
 use serde_json::Value;
 
 /// How long the shim may take for anything that a test waits for.
@@ -43,6 +50,45 @@ impl Shim {
     /// As [`Shim::start`], with these arguments about what it serves.
     pub fn start_with(folder: &Path, arguments: &[&str]) -> Self {
         Self::spawn(folder, Command::new(binary()), arguments)
+    }
+
+    /// As systemd starts the service of these sockets, which have these names. It keeps them.
+    pub fn activated(folder: &Path, sockets: &[(&TcpListener, &str)], arguments: &[&str]) -> Self {
+        // Only the new process itself knows its number.
+        let mut command = Command::new("sh");
+        command
+            .args(["-c", "export LISTEN_PID=$$; exec \"$0\" \"$@\""])
+            .arg(binary())
+            .env("LISTEN_FDS", sockets.len().to_string())
+            .env(
+                "LISTEN_FDNAMES",
+                sockets
+                    .iter()
+                    .map(|(_, name)| *name)
+                    .collect::<Vec<_>>()
+                    .join(":"),
+            );
+        // Above those that they get, so that none is overwritten before it has been copied.
+        let copies: Vec<OwnedFd> = sockets
+            .iter()
+            .map(|(socket, _)| {
+                let copy = fcntl(*socket, FcntlArg::F_DUPFD_CLOEXEC(100)).unwrap();
+                // SAFETY: the kernel has just made it for us.
+                unsafe { OwnedFd::from_raw_fd(copy) }
+            })
+            .collect();
+        // SAFETY: system calls alone between fork and exec.
+        unsafe {
+            command.pre_exec(move || {
+                for (copy, number) in copies.iter().zip(3..) {
+                    if libc::dup2(copy.as_raw_fd(), number) < 0 {
+                        return Err(std::io::Error::last_os_error());
+                    }
+                }
+                Ok(())
+            });
+        }
+        Self::spawn(folder, command, arguments)
     }
 
     fn spawn(folder: &Path, mut command: Command, arguments: &[&str]) -> Self {

@@ -8,7 +8,10 @@ use std::{
     thread::JoinHandle,
 };
 
-use nix::sys::signal::Signal;
+use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::signal::Signal,
+};
 use serde_json::json;
 
 use super::{
@@ -20,14 +23,14 @@ use super::{
 };
 
 /// Clients that ask all the time, half of them on connections that stay open.
-struct Load {
+pub struct Load {
     stop: Arc<AtomicBool>,
     done: Arc<AtomicUsize>,
     clients: Vec<JoinHandle<Vec<u16>>>,
 }
 
 impl Load {
-    fn start(address: std::net::SocketAddr, host: &'static str) -> Self {
+    pub fn start(address: std::net::SocketAddr, host: &'static str) -> Self {
         let (stop, done) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let clients = (0..4)
             .map(|client| {
@@ -56,7 +59,7 @@ impl Load {
     }
 
     /// Waits until so many more requests have been answered.
-    fn more(&self, requests: usize) {
+    pub fn more(&self, requests: usize) {
         let until = self.done.load(SeqCst) + requests;
         while self.done.load(SeqCst) < until {
             assert!(
@@ -68,7 +71,7 @@ impl Load {
     }
 
     /// How many requests were answered, and what those got that failed.
-    fn end(self) -> (usize, Vec<u16>) {
+    pub fn end(self) -> (usize, Vec<u16>) {
         self.stop.store(true, SeqCst);
         let failed = self
             .clients
@@ -238,6 +241,21 @@ fn a_new_process_takes_over_under_load_without_a_failed_request() {
 
 /// A process that is nobody's child any more, killed on drop.
 pub struct Orphan(pub i32);
+
+impl Orphan {
+    /// Kills it, and waits until nothing of it is left.
+    pub fn end(self) {
+        use std::os::fd::{AsFd as _, FromRawFd as _, OwnedFd};
+        // SAFETY: a system call without pointers.
+        let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, self.0, 0) };
+        assert!(fd >= 0, "{}", std::io::Error::last_os_error());
+        // SAFETY: the kernel has just made it for us.
+        let ended = unsafe { OwnedFd::from_raw_fd(fd as i32) };
+        drop(self);
+        let mut fds = [PollFd::new(ended.as_fd(), PollFlags::POLLIN)];
+        assert_eq!(poll(&mut fds, PollTimeout::from(20_000_u16)), Ok(1));
+    }
+}
 
 impl Drop for Orphan {
     fn drop(&mut self) {

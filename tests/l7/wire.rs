@@ -131,6 +131,15 @@ impl Wire {
         self.answer_to("GET")
     }
 
+    /// `GET /` on a connection that may have been cut off: the status of the answer, if there is one.
+    pub fn try_get(&mut self, host: &str) -> Option<u16> {
+        self.try_send(format!("GET / HTTP/1.1\r\nHost: {host}\r\n\r\n"))
+            .ok()?;
+        let mut line = String::new();
+        self.stream.read_line(&mut line).ok()?;
+        line.split(' ').nth(1)?.parse().ok()
+    }
+
     /// `GET` on this connection.
     pub fn get(&mut self, host: &str, path: &str) -> Answer {
         self.send(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"));

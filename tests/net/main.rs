@@ -12,6 +12,7 @@ mod pmtu;
 mod policy;
 mod talk;
 mod ucp;
+mod unit;
 
 use std::{
     collections::BTreeSet,

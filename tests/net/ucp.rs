@@ -187,6 +187,28 @@ fn exchange(client: &Namespace, config: &Arc<ClientConfig>, to: SocketAddr) -> R
     })
 }
 
+/// The answer to one request by plain HTTP at the VIP; waits until somebody listens there.
+fn plain_http(client: &Namespace, host: &str, path: &str) -> Result<String> {
+    let until = Instant::now() + PATIENCE;
+    let mut stream = client.run(|| {
+        loop {
+            match TcpStream::connect_timeout(&vip(false, 80), PATIENCE) {
+                Err(error) if Instant::now() > until => return Err(error),
+                Err(_) => std::thread::yield_now(),
+                Ok(stream) => return Ok(stream),
+            }
+        }
+    })?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(
+        stream,
+        "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    )?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text)?;
+    Ok(text)
+}
+
 /// Writes the files of the check, `ca.pem`, `cert.pem` and `key.pem`; the section that names them.
 fn tls(folder: &Path, authority: &Authority, identity: &Identity) -> Result<String> {
     let file = |name: &str, text: &str| -> Result<PathBuf> {
@@ -282,8 +304,8 @@ fn blocks(document: &str) -> Vec<&str> {
     after_heads.filter_map(|text| text.split("```").next()).collect()
 }
 
-/// The recipe of docs/ucp.md as it is printed, with the addresses and files of the lab: all three ports, and a controller that
-/// is killed while clients come all the time.
+/// The recipe of docs/ucp.md as it is printed, with the addresses and files of the lab: all three ports, a controller that
+/// is killed while clients come all the time, and port 80, which the shim redirects.
 #[test]
 fn the_documented_recipe_serves_three_ports() -> Result<()> {
     const PORTS: [u16; 3] = [443, 2376, 12379];
@@ -298,7 +320,7 @@ fn the_documented_recipe_serves_three_ports() -> Result<()> {
         }
     }
     let document = include_str!("../../docs/ucp.md");
-    let [file, _etcd, key] = blocks(document)[..] else {
+    let [file, _etcd, key, http] = blocks(document)[..] else {
         anyhow::bail!("docs/ucp.md has other blocks");
     };
     let folder = tempfile::tempdir()?;
@@ -324,9 +346,10 @@ fn the_documented_recipe_serves_three_ports() -> Result<()> {
     let plain = |text: &str| -> Result<toml::Table> { Ok(text.replace("[[services]]", "").parse()?) };
     ensure!(plain(&same)? == plain(&own(key))?, "the two recipes differ");
 
-    let mut weir = lab.start(&text)?;
+    let mut weir = lab.start(&(text + "\n" + http))?;
     let serving = |status: &Value| -> usize {
         let services = status["services"].as_array().into_iter().flatten();
+        let services = services.filter(|service| service["name"] == "ucp");
         let backends = services.flat_map(|s| s["backends"].as_array().into_iter().flatten());
         backends.filter(|b| b["ring_share"].as_u64() > Some(0)).count()
     };
@@ -348,6 +371,17 @@ fn the_documented_recipe_serves_three_ports() -> Result<()> {
             "not all answer on port {port}"
         );
     }
+    let _shim = weir.start_shim()?;
+    for path in ["/", "/manage/resources?all=1", "/_ping"] {
+        let answer = plain_http(&lab.client, NAME, path)?;
+        let location = format!("\r\nlocation: https://{NAME}{path}\r\n");
+        ensure!(
+            answer.starts_with("HTTP/1.1 301 ") && answer.to_lowercase().contains(&location),
+            "{path}: {answer}"
+        );
+    }
+    let other = plain_http(&lab.client, "other.example.com", "/")?;
+    ensure!(other.starts_with("HTTP/1.1 503 "), "{other}");
     // The second one dies on all its ports. What it had accepted dies with it; nobody who comes later fails.
     let dead = OnceLock::new();
     std::thread::scope(|scope| -> Result<()> {

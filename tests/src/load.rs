@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{BufRead as _, BufReader, Read as _, Write as _},
     net::{IpAddr, SocketAddr, TcpStream},
     sync::{
         Arc, Mutex,
@@ -84,6 +84,11 @@ impl Namespace {
             Ok(answer)
         })
     }
+
+    /// One request for a host from here, on a connection of its own. An answer other than 200 is the error.
+    pub fn fetch(&self, to: SocketAddr, host: &str) -> Result<Answer> {
+        self.run(|| fetch(to, host))
+    }
 }
 
 /// What a load has seen so far.
@@ -116,7 +121,7 @@ impl Report {
 }
 
 /// Clients at work until it is dropped or stopped.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Load {
     stop: Arc<AtomicBool>,
     report: Arc<Mutex<Report>>,
@@ -127,35 +132,51 @@ impl Load {
     /// `workers` clients that connect, talk and close, one connection after the other, and `keepers` that stay on one
     /// connection for as long as its server lets them.
     pub fn start(from: &Namespace, to: SocketAddr, workers: usize, keepers: usize) -> Self {
-        let mut load = Self {
-            stop: Arc::default(),
-            report: Arc::default(),
-            workers: Vec::new(),
+        let mut load = Self::default();
+        for index in 0..workers + keepers {
+            load.client(from, move |stop, report| {
+                if index < workers {
+                    once(to, report)
+                } else {
+                    keep(to, stop, report)
+                }
+            });
+        }
+        load
+    }
+
+    /// `workers` clients that ask each of these hosts in turn by HTTP, one connection after the other.
+    pub fn start_http(from: &Namespace, to: SocketAddr, hosts: &[&str], workers: usize) -> Self {
+        let mut load = Self::default();
+        for _ in 0..workers {
+            let hosts: Vec<String> = hosts.iter().map(|&host| host.to_owned()).collect();
+            load.client(from, move |_, report| {
+                for host in &hosts {
+                    record(report, fetch(to, host)?);
+                }
+                Ok(())
+            });
+        }
+        load
+    }
+
+    /// One more client, which does this again and again.
+    fn client(
+        &mut self,
+        from: &Namespace,
+        work: impl Fn(&AtomicBool, &Mutex<Report>) -> Result<()> + Send + 'static,
+    ) {
+        let (stop, report) = (Arc::clone(&self.stop), Arc::clone(&self.report));
+        let work = move || {
+            while !stop.load(Ordering::Relaxed) {
+                if let Err(fault) = work(&stop, &report) {
+                    lock(&report).failures.push(format!("{fault:#}"));
+                }
+                std::thread::sleep(PACE);
+            }
         };
         // Threads made in the namespace stay in it.
-        load.workers = from.run(|| {
-            let start = |keeps: bool| {
-                let (stop, report) = (Arc::clone(&load.stop), Arc::clone(&load.report));
-                std::thread::spawn(move || {
-                    while !stop.load(Ordering::Relaxed) {
-                        let result = if keeps {
-                            keep(to, &stop, &report)
-                        } else {
-                            once(to, &report)
-                        };
-                        if let Err(fault) = result {
-                            lock(&report).failures.push(format!("{fault:#}"));
-                        }
-                        std::thread::sleep(PACE);
-                    }
-                })
-            };
-            (0..workers)
-                .map(|_| start(false))
-                .chain((0..keepers).map(|_| start(true)))
-                .collect()
-        });
-        load
+        self.workers.push(from.run(|| std::thread::spawn(work)));
     }
 
     /// What has been seen so far.
@@ -215,6 +236,25 @@ fn once(to: SocketAddr, report: &Mutex<Report>) -> Result<()> {
     }
     record(report, talk.say()?);
     Ok(())
+}
+
+fn fetch(to: SocketAddr, host: &str) -> Result<Answer> {
+    let mut stream = TcpStream::connect_timeout(&to, PATIENCE).context("connect")?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    write!(
+        stream,
+        "GET / HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    )
+    .context("send")?;
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).context("receive")?;
+    ensure!(answer.starts_with("HTTP/1.1 200 "), "{answer}");
+    let (_, text) = answer.split_once("\r\n\r\n").context("no body")?;
+    let mut words = text.split_whitespace();
+    Ok(Answer {
+        server: words.next().context("no name")?.to_owned(),
+        client: words.next().context("no client")?.parse()?,
+    })
 }
 
 /// One connection for as long as the load lasts: it must stay with its server and never break.

@@ -50,6 +50,14 @@ impl Site {
     }
 }
 
+/// The VIP's HTTP is a service as any other: its backends are shims, here the one of the node.
+pub fn http_service() -> String {
+    format!(
+        "\n[[services]]\nname = \"http\"\nvip = \"web\"\nlisten = [\"80/tcp\"]\n\n\
+         [[services.backends]]\naddress = \"{NODE}:80\"\n"
+    )
+}
+
 /// A port of the VIP.
 pub fn vip(port: u16) -> SocketAddr {
     SocketAddr::new(VIP.ip(), port)

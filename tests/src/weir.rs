@@ -14,6 +14,10 @@ use crate::{guard::Guard, kernel::object_path, netns::Namespace};
 
 /// How long an agent may take to be ready: it loads three programs.
 const READY: Duration = Duration::from_secs(60);
+/// The user of the L7 shim.
+pub const SHIM_USER: u32 = 65_534;
+/// The group of those who may listen to the agent, `weir-l7` on a machine.
+pub const SHIM_GROUP: u32 = 64_990;
 
 /// An agent in a namespace. Dropping it kills it and detaches its datapath.
 #[derive(Debug)]
@@ -289,31 +293,71 @@ impl<'n> Weir<'n> {
         Ok(command.args(words).arg("--socket").arg(self.socket()).output()?)
     }
 
-    /// Starts the L7 shim of this agent as an operator does, as a user without any capability.
+    /// Starts the L7 shim of this agent as its unit file does: the command line, a user of its own whose directories nobody
+    /// else can enter, the group that may listen to the agent, and the capabilities.
     pub fn start_shim(&self) -> Result<Guard> {
         use std::{
             fs::Permissions,
             os::unix::fs::{PermissionsExt as _, chown},
         };
-        const NOBODY: u32 = 65_534;
-        // What the group weir-l7 and CAP_NET_BIND_SERVICE give on a machine.
-        chown(self.socket().with_file_name("l7.sock"), None, Some(NOBODY))?;
+        let unit = include_str!("../../deploy/weir-l7.service");
+        let of = |key: &str| {
+            let mut lines = unit.lines();
+            let value = lines.find_map(|line| line.strip_prefix(key)?.strip_prefix('='));
+            value.with_context(|| format!("{key}= of the unit"))
+        };
+        let socket = self.socket().with_file_name("l7.sock");
+        chown(&socket, None, Some(SHIM_GROUP))?;
         std::fs::set_permissions(self.directory.path(), Permissions::from_mode(0o755))?;
-        self.namespace
-            .sysctl("net.ipv4.ip_unprivileged_port_start", "80")?;
+        let own = |name: &str, mode: &str| -> Result<String> {
+            let path = self.directory.path().join(name);
+            std::fs::create_dir_all(&path)?;
+            chown(&path, Some(SHIM_USER), Some(SHIM_USER))?;
+            let mode = u32::from_str_radix(of(mode)?, 8)?;
+            std::fs::set_permissions(&path, Permissions::from_mode(mode))?;
+            Ok(path.display().to_string())
+        };
+        let state = own("shim-state", "StateDirectoryMode")?;
+        let runtime = own("shim-runtime", "RuntimeDirectoryMode")?;
+        let capability = of("CapabilityBoundingSet")?.to_lowercase();
+        ensure!(
+            of("AmbientCapabilities")?.to_lowercase() == capability,
+            "the unit bounds other capabilities than it gives"
+        );
+        let only = format!("-all,+{}", capability.trim_start_matches("cap_"));
+        let mut command = self.namespace.command("setpriv");
+        let (user, group) = (SHIM_USER.to_string(), SHIM_GROUP.to_string());
+        command.args([
+            "--reuid",
+            &user,
+            "--regid",
+            &user,
+            "--groups",
+            &group,
+            "--no-new-privs",
+        ]);
+        command.args([
+            "--bounding-set",
+            &only,
+            "--inh-caps",
+            &only,
+            "--ambient-caps",
+            &only,
+        ]);
+        for word in of("ExecStart")?.split(' ') {
+            let word = word
+                .replace("/run/weir/l7.sock", &socket.display().to_string())
+                .replace("${STATE_DIRECTORY}", &state)
+                .replace("${RUNTIME_DIRECTORY}", &runtime);
+            match word.strip_prefix("/usr/local/bin/") {
+                Some(program) => command.arg(self.binary.with_file_name(program)),
+                None => command.arg(word),
+            };
+        }
         let log = std::fs::File::options()
             .create(true)
             .append(true)
             .open(self.log_path())?;
-        let mut command = self.namespace.command("setpriv");
-        let id = NOBODY.to_string();
-        command.args(["--reuid", &id, "--regid", &id, "--clear-groups", "--no-new-privs"]);
-        command.args(["--bounding-set", "-all", "--inh-caps", "-all"]);
-        command
-            .arg(&self.binary)
-            .arg("--socket")
-            .arg(self.socket())
-            .arg("l7");
         Guard::spawn(command.stdout(log.try_clone()?).stderr(log))
     }
 

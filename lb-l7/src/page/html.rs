@@ -7,7 +7,7 @@ use std::{
 
 use lb_route::BackendState;
 
-use super::report::{CertificateReport, Numbers, Report};
+use super::report::{CertificateReport, Numbers, Report, UpstreamReport};
 
 const STYLE: &str = "body{font:14px system-ui,sans-serif;margin:2em;color:#222;background:#fff}\
 h1{font-size:1.3em}h2{font-size:1.05em;margin:1.6em 0 .4em}\
@@ -36,6 +36,22 @@ pub(super) fn page(report: &Report) -> String {
         report.clients.total,
         report.unrouted.iter().sum::<u64>(),
     );
+    page.push_str("<p>Listening at");
+    for (index, place) in report
+        .places
+        .iter()
+        .filter(|place| place.fault.is_none())
+        .enumerate()
+    {
+        let comma = if index > 0 { "," } else { "" };
+        let protocol = if place.tls { "HTTPS" } else { "HTTP" };
+        let by = if place.by_systemd { " by systemd" } else { "" };
+        let _ = write!(page, "{comma} {} ({protocol}{by})", place.address);
+    }
+    page.push_str(".</p>");
+    for fault in report.places.iter().filter_map(|place| place.fault.as_ref()) {
+        let _ = write!(page, "<p class=\"unready\">{}</p>", escaped(fault));
+    }
     if report.routes.is_empty() {
         page.push_str("<p>No routes.</p>");
     }
@@ -63,7 +79,7 @@ pub(super) fn page(report: &Report) -> String {
                 escaped(&upstream.name),
                 upstream.address,
                 ago(upstream.changed),
-                upstream.weight,
+                weight(upstream),
             );
             numbers(&mut page, &upstream.numbers);
             page.push_str("</tr>");
@@ -145,6 +161,14 @@ fn bytes(count: u64) -> String {
     format!("{value:.1} TiB")
 }
 
+/// The weight, and how much of it counts while an upstream comes back slowly.
+fn weight(upstream: &UpstreamReport) -> String {
+    match upstream.tenths {
+        Some(tenths) => format!("{} × 0.{tenths}", upstream.weight),
+        None => upstream.weight.to_string(),
+    }
+}
+
 /// How long ago.
 fn ago(when: SystemTime) -> String {
     span(when.elapsed().unwrap_or(Duration::ZERO))
@@ -188,6 +212,8 @@ mod tests {
             "<td>a.test</td>",
             "none yet",
             "no &lt;answer&gt;",
+            "Listening at [::]:80 (HTTP by systemd).",
+            "it is &lt;taken&gt;",
         ] {
             assert!(page.contains(part), "{part} is missing in {page}");
         }

@@ -126,6 +126,22 @@ pub(super) fn exposition(report: &Report) -> String {
             "weir_l7_unrouted_requests_total{{class=\"{class}xx\"}} {count}"
         );
     }
+    let name = "weir_l7_listening";
+    head(
+        &mut text,
+        name,
+        "gauge",
+        "1: the place is served; 0: it cannot be had",
+    );
+    for place in &report.places {
+        let protocol = if place.tls { "https" } else { "http" };
+        let served = u8::from(place.fault.is_none());
+        let address = place.address;
+        let _ = writeln!(
+            text,
+            "{name}{{address=\"{address}\",protocol=\"{protocol}\"}} {served}"
+        );
+    }
     for (name, kind, help, value) in [
         (
             "weir_l7_client_connections",
@@ -243,6 +259,8 @@ mod tests {
             "weir_l7_certificate_expiry_seconds{host=\"a.test\"} 1900000000",
             "weir_l7_acme_errors_total{host=\"bad.test\"} 2",
             "weir_l7_acme_errors_total{host=\"new.test\"} 0",
+            "weir_l7_listening{address=\"[::]:80\",protocol=\"http\"} 1",
+            "weir_l7_listening{address=\"[::]:443\",protocol=\"https\"} 0",
         ] {
             assert!(text.lines().any(|l| l == line), "{line}\nis missing in\n{text}");
         }

@@ -13,7 +13,7 @@ mod report;
 mod serve;
 
 pub use report::Report;
-pub use serve::serve;
+pub use serve::follow;
 
 use crate::{
     proxy::{Reply, answer},

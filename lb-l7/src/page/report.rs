@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::{
     acme::{Trouble, Wanted},
+    listen::PlaceReport,
     served::{Served, Serving, Target},
     stats::{BOUNDS_US, CLASSES, Shards},
     worker::Shared,
@@ -23,6 +24,8 @@ pub struct Report {
     pub version: &'static str,
     /// When it began to serve.
     pub since: SystemTime,
+    /// Where it listens, or cannot.
+    pub places: Vec<PlaceReport>,
     /// Client connections.
     pub clients: Clients,
     /// Answers by class to requests that no route took: 1xx to 5xx.
@@ -87,6 +90,9 @@ pub struct UpstreamReport {
     pub shunned: bool,
     /// Weight.
     pub weight: u32,
+    /// Tenths of its share while it comes back slowly, 1 to 9; absent otherwise.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tenths: Option<u8>,
     /// Its numbers.
     pub numbers: Numbers,
 }
@@ -131,6 +137,7 @@ impl Report {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             since: shared.since,
+            places: shared.listening.borrow().clone(),
             clients: Clients {
                 open: shared.clients.sum(|s| &s.active),
                 total: shared.clients.sum(|s| &s.connections),
@@ -175,7 +182,8 @@ impl RouteReport {
             state: target.state,
             changed: target.upstream.changed.1,
             shunned: target.upstream.is_shunned(now_ms),
-            weight: target.weight,
+            weight: target.nominal,
+            tenths: target.tenths,
             numbers: Numbers::new(&target.upstream.stats),
         };
         Self {
@@ -232,6 +240,20 @@ pub(super) mod tests {
         Report {
             version: "1",
             since: SystemTime::now() - Duration::from_secs(90),
+            places: vec![
+                PlaceReport {
+                    address: "[::]:80".parse().unwrap(),
+                    tls: false,
+                    by_systemd: true,
+                    fault: None,
+                },
+                PlaceReport {
+                    address: "[::]:443".parse().unwrap(),
+                    tls: true,
+                    by_systemd: false,
+                    fault: Some("cannot listen on [::]:443: it is <taken>".into()),
+                },
+            ],
             clients: Clients {
                 open: 2,
                 total: 9,

@@ -22,7 +22,7 @@ use forward::Forward;
 
 use crate::{
     log::Log,
-    served::{Action, Serving},
+    served::Action,
     table::Found,
     worker::{Client, View, Worker},
 };
@@ -135,7 +135,13 @@ fn choose(worker: &Worker, serving: &View, parts: &Parts, client: &Client) -> Ch
     };
     match action {
         Action::Redirect(to) => own(answer::redirect(StatusCode::FOUND, &answer::target(to, whole))),
-        Action::ToHttps => own(to_https(serving, &host, whole)),
+        // It came back from where it was sent: whoever has the port of HTTPS, it is not the one who serves this host.
+        Action::ToHttps if is_secure(parts, client) => own(answer::page(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "503 nobody serves this host here by HTTPS\n",
+        )),
+        // Served around the shim, by the usual port.
+        Action::ToHttps => own(to_https(None, &host, whole)),
         Action::StatusPage => own(crate::page::answer(&worker.shared, serving, parts)),
         Action::Serve(place) => {
             let tls = &serving.route(*place).settings.tls;
@@ -145,7 +151,7 @@ fn choose(worker: &Worker, serving: &View, parts: &Parts, client: &Client) -> Ch
                 return own(answer::page(StatusCode::MISDIRECTED_REQUEST, text));
             }
             if (tls.only || tls.passthrough) && !is_secure(parts, client) {
-                return Choice::Answer(Some(*place), to_https(serving, &host, whole));
+                return Choice::Answer(Some(*place), to_https(serving.settings.https_port, &host, whole));
             }
             Choice::Forward(*place)
         }
@@ -158,8 +164,8 @@ fn is_secure(parts: &Parts, client: &Client) -> bool {
     client.is_tls || (client.is_trusted && said().is_some_and(|proto| proto == "https"))
 }
 
-fn to_https(serving: &Serving, host: &str, whole: &str) -> Response<Reply> {
-    let to = match serving.settings.https_port {
+fn to_https(port: Option<u16>, host: &str, whole: &str) -> Response<Reply> {
+    let to = match port {
         None | Some(443) => format!("https://{host}{whole}"),
         Some(port) => format!("https://{host}:{port}{whole}"),
     };

@@ -15,7 +15,7 @@ use tokio_rustls::server::StartHandshake;
 use super::{Client, Phase, Worker, client::Seat, http};
 use crate::{
     client::{ClientIo, Prefixed, Stage, Transport},
-    listen::Listener,
+    listen::{Gate, Listener},
     proxy_protocol,
     tls::{hello, passthrough},
 };
@@ -26,29 +26,48 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FIRST_BYTES: usize = 2048;
 /// Pause when no file descriptor is left.
 const BREATH: Duration = Duration::from_millis(50);
+/// How long a place that is given up still takes connections whose handshake has begun.
+const HANDSHAKE: Duration = Duration::from_millis(500);
 
-/// Accepts until the process drains, and then what is left in the queue.
+/// Accepts until nobody shall come here any more, and then what is left in the queue.
 pub(super) async fn accept(worker: Rc<Worker>, listener: Listener) {
-    let mut phase = worker.shared.phase.subscribe();
+    let mut closed = std::pin::pin!(closed(&worker, &listener.gate));
     loop {
         let accepted = tokio::select! {
             biased;
             accepted = listener.socket.accept() => accepted,
-            changed = phase.changed() => {
-                if changed.is_ok() && *phase.borrow() == Phase::Serving {
-                    continue;
-                }
-                break;
-            }
+            () = &mut closed => break,
         };
         take(&worker, &listener, accepted).await;
     }
-    if listener.is_handed_over() {
+    if listener.gate.leaves_its_queue() {
         return;
     }
     // What the kernel has shaken hands with would get a RST.
     while let Some(accepted) = now_or_never(listener.socket.accept()) {
         take(&worker, &listener, accepted).await;
+    }
+}
+
+/// Ready when the process drains, or the place is given up.
+async fn closed(worker: &Worker, gate: &Gate) {
+    let drained = async {
+        let mut phase = worker.shared.phase.subscribe();
+        let _an_end_is_one_too = phase.wait_for(|phase| *phase != Phase::Serving).await;
+        if gate.waits_for_a_successor() {
+            // Until the clients of before have gone, new ones would wait for nothing.
+            let mut relieved = worker.relieved.subscribe();
+            let _an_end_is_one_too = relieved.wait_for(|relieved| *relieved).await;
+        }
+    };
+    let given_up = async {
+        gate.given_up().await;
+        // Handshakes that have begun.
+        tokio::time::sleep(HANDSHAKE).await;
+    };
+    tokio::select! {
+        () = drained => {}
+        () = given_up => {}
     }
 }
 
@@ -63,7 +82,14 @@ async fn take(worker: &Rc<Worker>, listener: &Listener, accepted: io::Result<(Tc
             let stage = Stage::new(worker.shared.clock.coarse_ms());
             let seat = Seat::take(worker, place, &stage);
             let peer = SocketAddr::new(peer.ip().to_canonical(), peer.port());
-            let connection = connection(Rc::clone(worker), stream, peer, stage, seat, listener.tls);
+            let connection = connection(
+                Rc::clone(worker),
+                stream,
+                peer,
+                stage,
+                seat,
+                listener.gate.is_tls(),
+            );
             tokio::task::spawn_local(connection);
         }
         Err(error) if is_of_one_connection(&error) => {}

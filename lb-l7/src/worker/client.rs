@@ -113,7 +113,6 @@ impl Seat {
         let id = worker.next_client.get();
         worker.next_client.set(id + 1);
         worker.clients.borrow_mut().insert(id, Arc::clone(stage));
-        worker.seats.set(worker.seats.get() + 1);
         worker.shared.clients.of(worker.index).begin();
         worker.shared.clients.of(worker.index).connections.add(1);
         Self {
@@ -129,8 +128,7 @@ impl Drop for Seat {
         let worker = &self.worker;
         worker.clients.borrow_mut().remove(&self.id);
         worker.shared.clients.of(worker.index).active.sub(1);
-        worker.seats.set(worker.seats.get() - 1);
-        if worker.seats.get() == 0 {
+        if worker.is_draining() {
             worker.emptied.notify_waiters();
         }
     }

@@ -4,7 +4,7 @@ use std::{
     future::poll_fn,
     pin::{Pin, pin},
     rc::Rc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use hyper::{server::conn, service::service_fn};
@@ -124,12 +124,12 @@ impl Stage {
     /// Waits until its client says something, or it is told to end.
     async fn rest(&self, io: &mut ClientIo) -> Word {
         self.rests(true);
-        let word = poll_fn(|cx: &mut Context<'_>| {
-            let word = self.poll_word(cx);
-            if word == Word::GoOn {
-                ready!(io.poll_readable(cx));
-            }
-            Poll::Ready(word)
+        let word = poll_fn(|cx: &mut Context<'_>| match self.poll_word(cx) {
+            Word::End => Poll::Ready(Word::End),
+            // What has been asked already is answered before the end.
+            _ if io.poll_readable(cx).is_ready() => Poll::Ready(Word::GoOn),
+            Word::GoOn => Poll::Pending,
+            Word::Finish => Poll::Ready(Word::Finish),
         })
         .await;
         self.rests(false);
@@ -169,6 +169,8 @@ mod tests {
             serving: watch::Sender::new(Arc::new(Registry::new(1).serving(&state, 0))),
             phase: watch::Sender::new(Phase::Serving),
             tls: watch::Sender::new(Arc::new(Maker::new().make(&state).unwrap())),
+            acme: crate::acme::Board::default(),
+            listening: watch::Sender::new(Vec::new()),
             places: Arc::new(Semaphore::new(10)),
             clock: Clock::new(),
             connector: Connector::new(),

@@ -10,7 +10,8 @@ use std::{
 };
 
 use tokio::{
-    sync::{Semaphore, watch},
+    sync::{Semaphore, mpsc, watch},
+    task::JoinSet,
     time::Instant,
 };
 
@@ -22,7 +23,7 @@ pub use client::Client;
 
 use crate::{
     client::{Clock, Stage, Word},
-    listen::Listener,
+    listen::{Gate, Nascent, PlaceReport},
     log::Log,
     served::{Served, Serving},
     stats::{Shard, Shards},
@@ -46,6 +47,8 @@ pub struct Shared {
     pub tls: watch::Sender<Arc<Tls>>,
     /// What orders of certificates tell.
     pub acme: crate::acme::Board,
+    /// Where the process listens.
+    pub listening: watch::Sender<Vec<PlaceReport>>,
     /// Places for client connections.
     pub places: Arc<Semaphore>,
     /// The clock.
@@ -83,12 +86,14 @@ pub struct Worker {
     serving: RefCell<News>,
     draining: Cell<bool>,
     next_client: Cell<u64>,
-    clients: RefCell<HashMap<u64, Arc<Stage>>>,
     /// Whether a connection has let go what it does not need meanwhile.
     rested: Cell<bool>,
     /// Clients whose connections or upgrades are open.
-    seats: Cell<usize>,
+    clients: RefCell<HashMap<u64, Arc<Stage>>>,
+    /// A client has gone while the process drains.
     emptied: tokio::sync::Notify,
+    /// Whether the clients that were there when the process began to drain have gone, or have had their time.
+    relieved: watch::Sender<bool>,
 }
 
 /// What is served, as one worker holds it: counted by this worker alone. The counters of the [`Arc`]s would be written by
@@ -152,8 +157,8 @@ impl Worker {
             next_client: Cell::new(0),
             clients: RefCell::default(),
             rested: Cell::new(false),
-            seats: Cell::new(0),
             emptied: tokio::sync::Notify::new(),
+            relieved: watch::Sender::new(false),
         })
     }
 
@@ -176,20 +181,30 @@ impl Worker {
         self.shared.unrouted.of(self.index)
     }
 
-    /// Serves until the process has drained. Must run on a runtime of this thread alone.
-    pub async fn run(self: Rc<Self>, listeners: Vec<Listener>) {
-        let accepting: Vec<_> = listeners
-            .into_iter()
-            .map(|listener| tokio::task::spawn_local(accept::accept(Rc::clone(&self), listener)))
-            .collect();
+    /// Serves by these sockets until the process has drained. Must run on a runtime of this thread alone.
+    pub async fn run(self: Rc<Self>, mut listeners: mpsc::UnboundedReceiver<Nascent>) {
+        let mut accepting = JoinSet::new();
         let sweeping = tokio::task::spawn_local(Rc::clone(&self).sweep());
         let mut phase = self.shared.phase.subscribe();
+        let mut gates = Vec::new();
         let deadline = loop {
             if let Phase::Draining(deadline) = *phase.borrow_and_update() {
                 break deadline;
             }
-            if phase.changed().await.is_err() {
-                break Instant::now();
+            tokio::select! {
+                changed = phase.changed() => if changed.is_err() {
+                    break Instant::now();
+                },
+                Some(nascent) = listeners.recv() => match nascent.adopt() {
+                    Ok(listener) => {
+                        gates.retain(|gate: &Arc<Gate>| !gate.is_given_up());
+                        gates.push(Arc::clone(&listener.gate));
+                        accepting.spawn_local(accept::accept(Rc::clone(&self), listener));
+                    }
+                    Err(error) => tracing::error!(worker = self.index, "cannot wait for connections: {error}"),
+                },
+                // One whose place was given up.
+                Some(_) = accepting.join_next() => {}
             }
         };
         self.draining.set(true);
@@ -200,17 +215,19 @@ impl Worker {
                 Word::GoOn
             }
         });
-        for task in accepting {
-            // They take what waits in their queues, and end; where no place is free they may not come to it.
-            let _a_panic_has_been_told = tokio::time::timeout_at(deadline, task).await;
+        if gates.iter().any(|gate| gate.waits_for_a_successor()) {
+            self.relieve(deadline).await;
         }
+        // They take what waits in their queues, and end; where no place is free they may not come to it.
+        let _too_late =
+            tokio::time::timeout_at(deadline, async { while accepting.join_next().await.is_some() {} }).await;
         let farewell = deadline.min(Instant::now() + FAREWELL);
-        if !self.emptied_by(farewell).await {
+        if !self.emptied_by(farewell, u64::MAX).await {
             self.tell(|_| Word::Finish);
-            if !self.emptied_by(deadline).await {
+            if !self.emptied_by(deadline, u64::MAX).await {
                 tracing::warn!(
                     worker = self.index,
-                    connections = self.seats.get(),
+                    connections = self.clients.borrow().len(),
                     "cut off at the deadline"
                 );
                 self.tell(|_| Word::End);
@@ -219,14 +236,31 @@ impl Worker {
         sweeping.abort();
     }
 
-    /// Waits until no client is left; whether that was in time.
-    async fn emptied_by(&self, deadline: Instant) -> bool {
-        while self.seats.get() > 0 {
+    /// Waits until the clients of now have gone, while others come: nobody else accepts where they come to. They are told to
+    /// end early enough that those who came late can end too.
+    async fn relieve(&self, deadline: Instant) {
+        let (now, old) = (Instant::now(), self.next_client.get());
+        let last_call = deadline - FAREWELL.min(deadline.saturating_duration_since(now) / 2);
+        if !self.emptied_by(last_call.min(now + FAREWELL), old).await {
+            for (id, stage) in &*self.clients.borrow() {
+                if *id < old {
+                    stage.say(Word::Finish);
+                }
+            }
+            self.emptied_by(last_call, old).await;
+        }
+        self.relieved.send_replace(true);
+    }
+
+    /// Waits until no client is left that came before this one; whether that was in time.
+    async fn emptied_by(&self, deadline: Instant, before: u64) -> bool {
+        let is_empty = || self.clients.borrow().keys().all(|id| *id >= before);
+        while !is_empty() {
             if tokio::time::timeout_at(deadline, self.emptied.notified())
                 .await
                 .is_err()
             {
-                return self.seats.get() == 0;
+                return is_empty();
             }
         }
         true

@@ -79,6 +79,7 @@ fn route() -> RouteStatus {
                     "container stopping",
                 ),
             ],
+            slow: [].into(),
             remarks: ["balance `uri` is approximated by `round-robin`".into()].into(),
         },
         waiting_for: Some("the L7 shim".into()),

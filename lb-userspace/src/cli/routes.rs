@@ -37,7 +37,7 @@ pub(super) fn routes(status: &Status) -> Table {
             table.row(vec![
                 upstream.name.clone().into(),
                 upstream.address.to_string().into(),
-                state(upstream),
+                state(upstream, route.slow.get(&upstream.address)),
                 upstream.reason.clone().into(),
             ]);
         }
@@ -101,10 +101,12 @@ fn settings(settings: &RouteSettings) -> String {
     parts.join(", ")
 }
 
-fn state(upstream: &Backend) -> Cell {
-    match upstream.state {
-        BackendState::Active => Cell::new("active", Tone::Good),
-        BackendState::Unready => Cell::new("unready", Tone::Bad),
-        BackendState::Draining => Cell::new("draining", Tone::Warn),
+/// The state, and how much of its share an upstream has while it comes back slowly.
+fn state(upstream: &Backend, tenths: Option<&u8>) -> Cell {
+    match (upstream.state, tenths) {
+        (BackendState::Active, Some(tenths)) => Cell::new(format!("active × 0.{tenths}"), Tone::Good),
+        (BackendState::Active, None) => Cell::new("active", Tone::Good),
+        (BackendState::Unready, _) => Cell::new("unready", Tone::Bad),
+        (BackendState::Draining, _) => Cell::new("draining", Tone::Warn),
     }
 }

@@ -311,7 +311,7 @@ pub(super) struct RawL7 {
     pub(super) max_connections: Given<u32>,
     pub(super) max_body: Option<u64>,
     pub(super) hsts: Option<u64>,
-    pub(super) redirect_to_https: Option<Strings>,
+    pub(super) redirect_to_https: Given<Strings>,
     pub(super) cluster: Option<String>,
     pub(super) proxy_protocol: Given<Strings>,
     pub(super) send_proxy_protocol: Option<bool>,

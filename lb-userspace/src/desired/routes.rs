@@ -41,6 +41,8 @@ struct Name {
     candidates: Vec<Candidate>,
     sources: Vec<String>,
     upstreams: Vec<Backend>,
+    /// Upstreams that have come back, and tenths of their share.
+    slow: BTreeMap<SocketAddr, u8>,
     remarks: BTreeSet<String>,
 }
 
@@ -129,7 +131,7 @@ impl Routes {
             let name = name.map(|mut name| {
                 let candidates = name.candidates.clone();
                 let policy = UnhealthyPolicy::default();
-                (name.upstreams, _) = health.judge(None, candidates, &name.sources, policy, today);
+                (name.upstreams, name.slow) = health.judge(None, candidates, &name.sources, policy, today);
                 name
             });
             changed |= self.names.get(&address) != name.as_ref();
@@ -217,6 +219,7 @@ impl Routes {
             candidates: candidates.into_values().collect(),
             sources: names,
             upstreams: Vec::new(),
+            slow: BTreeMap::new(),
             remarks,
         };
         (Some(name), rejections)
@@ -245,6 +248,7 @@ impl Routes {
                     path: address.path.clone(),
                     settings: name.settings.clone(),
                     upstreams: name.upstreams.clone(),
+                    slow: name.slow.clone(),
                     remarks: name.remarks.clone(),
                 }),
             }

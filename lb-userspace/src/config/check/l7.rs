@@ -10,6 +10,7 @@ use toml::Spanned;
 
 use super::{
     super::{
+        health,
         l7::{AccessLog, L7, L7Timeouts, MAX_CONNECTIONS, TlsVersion},
         raw::{Given, RawL7},
         value::{self, ValueError},
@@ -68,12 +69,11 @@ pub(super) fn l7(check: &mut Check<'_>, raw: &RawL7) -> L7 {
         value::one_of(text, &["off", "json", "combined"], &logs)
     });
     let listen = check.list("l7.listen", raw.listen.as_ref(), ip);
-    let redirect_to_https = raw.redirect_to_https.as_ref().map(|hosts| hosts.0.clone());
     L7 {
         listen: if listen.is_empty() { base.listen } else { listen },
         max_body: raw.max_body.filter(|most| *most > 0),
         hsts_s: raw.hsts.unwrap_or(base.hsts_s),
-        redirect_to_https: redirect_to_https.unwrap_or_default(),
+        redirect_to_https: check.list("l7.redirect-to-https", raw.redirect_to_https.as_ref(), host),
         cluster: raw.cluster.clone(),
         send_proxy_protocol: raw.send_proxy_protocol.unwrap_or(base.send_proxy_protocol),
         proxy_protocol: check.list("l7.proxy-protocol", raw.proxy_protocol.as_ref(), value::prefix),
@@ -109,6 +109,15 @@ fn ip(text: &str) -> Result<IpAddr, ValueError> {
         // It says what is wrong with one that is none.
         Err(_) => value::address(text),
     }
+}
+
+/// A host as routes have it: a name or an address without a port, `*.` and a name, or `*`.
+fn host(text: &str) -> Result<String, ValueError> {
+    let name = text.strip_prefix("*.").unwrap_or(text);
+    if text != "*" {
+        health::server_name(name)?;
+    }
+    Ok(text.to_lowercase())
 }
 
 fn status_page(check: &mut Check<'_>, given: &Given<String>) -> Option<String> {

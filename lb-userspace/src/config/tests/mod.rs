@@ -493,7 +493,8 @@ fn a_file_that_is_not_there_is_one_fault() {
 fn the_l7_section_is_read_and_checked() {
     let text = format!(
         "{MINIMAL}[l7]\nhttp-port = 8080\nhttps-port = 0\nmax-connections = 256\nmin-tls = \"1.3\"\n\
-         certificates = \"/certs\"\n[l7.timeouts]\nserver = \"50s\"\n"
+         certificates = \"/certs\"\nredirect-to-https = [\"UCP.example.com\", \"192.0.2.10\", \"*.a.example\", \"*\"]\n\
+         [l7.timeouts]\nserver = \"50s\"\n"
     );
     let l7 = parse(&text).unwrap().l7;
     assert_eq!(
@@ -505,6 +506,10 @@ fn the_l7_section_is_read_and_checked() {
         (TlsVersion::Tls13, Some("/certs".into()))
     );
     assert_eq!(
+        l7.redirect_to_https,
+        ["ucp.example.com", "192.0.2.10", "*.a.example", "*"]
+    );
+    assert_eq!(
         (l7.timeouts.server, l7.timeouts.connect),
         (Duration::from_secs(50), Duration::from_secs(5))
     );
@@ -514,6 +519,7 @@ http-port = 443
 max-connections = 0
 certificates = \"certs\"
 min-tls = \"1.1\"
+redirect-to-https = [\"https://ucp.example.com\"]
 [l7.timeouts]
 client = \"1ms\"
 ";
@@ -524,7 +530,8 @@ client = \"1ms\"
             "4:19 l7.max-connections",
             "5:16 l7.certificates",
             "6:11 l7.min-tls",
-            "8:10 l7.timeouts.client",
+            "7:21 l7.redirect-to-https",
+            "9:10 l7.timeouts.client",
         ]
     );
 }

@@ -430,18 +430,31 @@ fn upstreams_are_checked_once_for_all_their_routes() {
         states(shown(&rig, "b")),
         [BackendState::Active, BackendState::Unready]
     );
-    let verdict = |i: u8, fit: bool, rig: &Rig| {
+    let share = |i: u8, fit: bool, tenths: u8, rig: &Rig| {
         Update::Verdicts(vec![Verdict {
             key: upstream(i),
             generation: rig.targets.active[&upstream(i)].generation,
             by: By::Check,
             fit,
-            tenths: WHOLE,
+            tenths,
             reason: "as told".into(),
             since: at(1),
         }])
     };
+    let verdict = |i: u8, fit: bool, rig: &Rig| share(i, fit, WHOLE, rig);
+    // Its share comes in tenths, in every route that leads there.
+    let slow = |rig: &Rig| -> Vec<BTreeMap<SocketAddr, u8>> {
+        rig.heard
+            .routes()
+            .iter()
+            .map(|route| route.slow.clone())
+            .collect()
+    };
+    rig.hear(share(2, true, 3, &rig));
+    let third: BTreeMap<SocketAddr, u8> = [(address(2), 3)].into();
+    assert_eq!(slow(&rig), [BTreeMap::new(), third.clone(), third]);
     rig.hear(verdict(2, true, &rig));
+    assert!(slow(&rig).iter().all(BTreeMap::is_empty));
     rig.hear(verdict(1, false, &rig));
     for host in ["a", "b"] {
         assert_eq!(

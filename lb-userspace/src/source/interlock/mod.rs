@@ -134,6 +134,12 @@ fn upstream(
     let place = places.iter().find(|place| place.is_ipv4()).or(places.first());
     let address: SocketAddr = *place.ok_or(("network", Refusal::NoAddress))?;
     let (state, reason) = labels::state(container);
+    let mut check = Arc::clone(&spec.check);
+    let slow_start = policy.checks.check.timing.slow_start;
+    if check.timing.slow_start.is_zero() && !slow_start.is_zero() {
+        // The labels, which have no word for it but HAProxy's own, say nothing.
+        Arc::make_mut(&mut check).timing.slow_start = slow_start;
+    }
     Ok(Backend {
         address,
         weight: DEFAULT_WEIGHT,
@@ -141,7 +147,7 @@ fn upstream(
         reason: reason.into(),
         drain: policy.drain,
         name: container.name.clone(),
-        check: Some(Arc::clone(&spec.check)),
+        check: Some(check),
     })
 }
 

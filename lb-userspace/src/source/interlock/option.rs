@@ -58,6 +58,8 @@ pub struct Lines {
     pub rise: Option<u32>,
     /// Failed checks that take one out.
     pub fall: Option<u32>,
+    /// Time in which an upstream that comes back is given its share.
+    pub slow_start: Option<Duration>,
     /// Port to check instead of the upstream's own.
     pub check_port: Option<u16>,
     /// What is approximated, or means nothing here.
@@ -158,7 +160,7 @@ impl Lines {
             [] => {}
             ["httpchk", ..] => self.health_check(line)?,
             [check, ..] if OTHER_CHECKS.contains(check) => self.health_check(line)?,
-            ["check" | "inter" | "rise" | "fall", ..] => self.server_words(&words),
+            ["check" | "inter" | "rise" | "fall" | "slowstart", ..] => self.server_words(&words),
             ["least_conn"] => self.balance = Some(Balance::LeastConnections),
             ["ip_hash"] | ["hash", "$remote_addr" | "$binary_remote_addr", ..] => {
                 self.balance = Some(Balance::ClientIp);
@@ -199,6 +201,11 @@ impl Lines {
                     .next()
                     .and_then(|v| count(v))
                     .map(|v| self.fall = Some(v))
+                    .is_some(),
+                "slowstart" => rest
+                    .next()
+                    .and_then(|v| haproxy_time(v))
+                    .map(|v| self.slow_start = Some(v))
                     .is_some(),
                 "port" => {
                     let port = rest.next().and_then(|v| crate::config::value::port(v).ok());
@@ -251,6 +258,7 @@ impl Lines {
                 timeout: plain.timeout.min(interval),
                 rise: self.rise.unwrap_or(plain.rise),
                 fall: self.fall.unwrap_or(plain.fall),
+                slow_start: self.slow_start.unwrap_or(plain.slow_start),
                 ..plain
             },
             ..Check::of(vec![kind])

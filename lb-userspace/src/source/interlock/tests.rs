@@ -97,6 +97,29 @@ fn the_labels_of_the_voting_application() {
 }
 
 #[test]
+fn upstreams_start_as_slowly_as_the_defaults_say_unless_the_labels_do() {
+    let mut policy = policy();
+    policy.checks.check.timing.slow_start = Duration::from_secs(30);
+    let slow_start = |labels: Given<'_>| {
+        let object = labels::object(&container(labels), &Site::default(), &policy).expect("labels of ours");
+        let check = object.routes[0].upstream.check.clone().expect("a check");
+        check.timing.slow_start
+    };
+    assert_eq!(slow_start(&[HOST, DOMAIN]), Duration::from_secs(30));
+    let own = ("interlock.backend_option.0", "check slowstart 5s");
+    assert_eq!(slow_start(&[HOST, DOMAIN, own]), Duration::from_secs(5));
+    assert_eq!(
+        one_route(&[HOST, DOMAIN])
+            .upstream
+            .check
+            .unwrap()
+            .timing
+            .slow_start,
+        Duration::ZERO
+    );
+}
+
+#[test]
 fn host_and_domain_join_as_in_interlock() {
     for (labels, want) in [
         (&[HOST][..], "vote.local/"),
