@@ -3,6 +3,7 @@
 use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
+use tracing_subscriber::EnvFilter;
 
 use crate::{acme::Folder, shim};
 
@@ -74,9 +75,18 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// What is logged, by the words of the command line.
+fn filter(words: &str) -> EnvFilter {
+    let filter = EnvFilter::try_new(words).unwrap_or_else(|_| EnvFilter::new("info"));
+    if words.contains("rustls") {
+        return filter;
+    }
+    // It complains of every client that names itself wrongly: anybody could fill the log, and each line costs a handshake.
+    EnvFilter::try_new(format!("rustls=error,{filter}")).unwrap_or(filter)
+}
+
 fn start_log(cli: &Cli) {
-    let filter = tracing_subscriber::EnvFilter::try_new(&cli.log);
-    let filter = filter.unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    let filter = filter(&cli.log);
     let log = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
@@ -94,6 +104,23 @@ mod tests {
     use clap::CommandFactory as _;
 
     use super::*;
+
+    #[test]
+    fn clients_cannot_fill_the_log_unless_it_is_asked_for() {
+        for (words, rustls) in [
+            ("info", Some("rustls=error")),
+            ("weir_l7=debug,warn", Some("rustls=error")),
+            ("info,rustls=debug", Some("rustls=debug")),
+            ("no=such=filter", Some("rustls=error")),
+        ] {
+            let filter = filter(words).to_string();
+            assert_eq!(
+                filter.split(',').find(|d| d.starts_with("rustls")),
+                rustls,
+                "{filter}"
+            );
+        }
+    }
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -25,10 +25,12 @@ const ROUNDS: usize = 5;
 const LIMIT: Duration = Duration::from_secs(240);
 /// Seconds of each load.
 const SECONDS: u32 = 2;
-/// Connections that are open and say nothing: nearly as many as every proxy here is told to hold.
-const IDLE: usize = proxy::CONNECTIONS - 100;
+/// Connections that are open and say nothing: HAProxy wants two files for each, and some are for other things.
+const IDLE: usize = 9_000;
 /// How long they have said nothing when memory is read.
 const QUIET: Duration = Duration::from_secs(3);
+/// How long the answer to one request may take.
+const ANSWER: Duration = Duration::from_secs(20);
 /// Changes during one load, and the time between them.
 const CHANGES: usize = 10;
 const PAUSE: Duration = Duration::from_millis(400);
@@ -178,6 +180,7 @@ fn memory(rig: &Rig) -> Result<()> {
 /// A connection that has had one answer.
 fn idle() -> Result<TcpStream> {
     let mut stream = TcpStream::connect(SocketAddr::new(VIP.parse()?, PORT))?;
+    stream.set_read_timeout(Some(ANSWER))?;
     write!(stream, "GET / HTTP/1.1\r\nHost: {HOST}\r\n\r\n")?;
     let mut answer = [0; 4096];
     let mut length = 0;
