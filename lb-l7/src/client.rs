@@ -309,6 +309,8 @@ impl AsyncRead for ClientIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let this = self.get_mut();
         if !this.prefix.is_empty() {
+            // Of a connection that rested it is the beginning of a header: it does not rest again before its end.
+            this.stage.heard(|| this.clock.coarse_ms());
             give(&mut this.prefix, buf);
             return Poll::Ready(Ok(()));
         }

@@ -261,6 +261,19 @@ mod tests {
     }
 
     #[test]
+    fn half_a_header_behind_a_request_is_kept() {
+        run(async |worker| {
+            let (mut client, stage, _task) = connect(&worker).await;
+            ask(&mut client, &format!("{REQUEST}{}", &REQUEST[..20])).await;
+            for _ in 0..3 {
+                pass(&worker, &stage, 2_000).await;
+            }
+            client.write_all(&REQUEST.as_bytes()[20..]).await.unwrap();
+            answer(&mut client).await;
+        });
+    }
+
+    #[test]
     fn an_unread_body_is_no_request() {
         run(async |worker| {
             let (mut client, stage, task) = connect(&worker).await;
