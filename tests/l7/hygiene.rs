@@ -200,6 +200,27 @@ fn silence_ends_connections() {
     assert_eq!(get(address, "a", "/slow/5000").status, 504);
 }
 
+/// Two servers that each break off after 0.7 s: one try is in time, both together are not.
+#[test]
+fn all_tries_together_have_one_limit() {
+    let folder = tempfile::tempdir().unwrap();
+    let servers = [Raw::start(), Raw::start()];
+    let settings = json!({ "timeouts": { "request_ms": 1000 } });
+    let routes = json!([route("a", &servers.each_ref().map(|server| server.address))]);
+    let _agent = Agent::start(folder.path(), &settings, &routes);
+    let shim = Shim::start(folder.path());
+    std::thread::scope(|scope| {
+        for server in &servers {
+            scope.spawn(|| {
+                let (stream, _) = server.accept();
+                std::thread::sleep(Duration::from_millis(700));
+                drop(stream);
+            });
+        }
+        assert_eq!(get(shim.address(), "a", "/").status, 504);
+    });
+}
+
 #[test]
 fn a_client_that_takes_nothing_does_not_hold_a_server() {
     let folder = tempfile::tempdir().unwrap();

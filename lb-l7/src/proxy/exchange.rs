@@ -52,6 +52,11 @@ impl Exchange {
         }
     }
 
+    /// When it began.
+    pub fn start(&self) -> Instant {
+        self.start
+    }
+
     /// It is for this route.
     pub fn routed(&mut self, route: &LocalRoute) {
         self.route = Some(Rc::clone(route));

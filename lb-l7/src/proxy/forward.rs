@@ -38,6 +38,7 @@ pub struct Forward {
     upload: Option<Rc<Upload>>,
     /// `None` when the answer has it.
     exchange: Option<Exchange>,
+    begun: Instant,
     /// The upstream that the client's cookie names.
     cookie: Option<u64>,
     /// It wants to change the protocol, and may.
@@ -105,6 +106,7 @@ impl Forward {
             route,
             request: Some(Request::from_parts(parts, body)),
             upload,
+            begun: exchange.start(),
             exchange: Some(exchange),
             cookie,
             upgrades: upgrade_to.is_some(),
@@ -130,6 +132,10 @@ impl Forward {
             && self.request.is_some()
             && let Some(place) = balance::pick(&self.route, asked, &tried)
         {
+            if self.begun.elapsed() >= self.serving.settings.timeouts.request {
+                fault = Fault::Late;
+                break;
+            }
             tried.add(place);
             match self.attempt(place).await {
                 Ok((answer, link)) => {
@@ -256,30 +262,31 @@ impl Forward {
         }
     }
 
-    /// Waits for the header of an answer; `None`: it took too long. The time begins when the request has been sent.
+    /// Waits for the header of an answer; `None`: it took too long. An upstream's time begins when the request has been sent,
+    /// that of all together with the first try.
     async fn in_time<T>(&self, exchange: impl Future<Output = T>) -> Option<T> {
         let timeouts = &self.serving.settings.timeouts;
-        let limit = timeouts.server.min(timeouts.request);
         let begun = Instant::now();
+        // With the last part of the body sent at that time.
+        let deadline = |sent: Instant| {
+            let of_upstream = sent.max(begun) + timeouts.server;
+            of_upstream.min(sent.max(self.begun) + timeouts.request)
+        };
         let mut exchange = std::pin::pin!(exchange);
-        let mut deadline = begun + limit;
+        let mut until = deadline(self.begun);
         loop {
-            if let Ok(answer) = tokio::time::timeout_at(deadline.into(), exchange.as_mut()).await {
+            if let Ok(answer) = tokio::time::timeout_at(until.into(), exchange.as_mut()).await {
                 return Some(answer);
             }
             let now = Instant::now();
-            let sent = self
-                .upload
-                .as_ref()
-                .map_or(begun, |upload| match upload.waits.get() {
-                    // The client's silence has a limit of its own.
-                    true => now,
-                    false => upload.progress.get().into_std().max(begun),
-                });
-            if sent + limit <= now {
+            until = deadline(self.upload.as_ref().map_or(self.begun, |upload| match upload.waits.get() {
+                // The client's silence has a limit of its own.
+                true => now,
+                false => upload.progress.get().into_std(),
+            }));
+            if until <= now {
                 return None;
             }
-            deadline = sent + limit;
         }
     }
 
