@@ -279,11 +279,12 @@ impl Forward {
                 return Some(answer);
             }
             let now = Instant::now();
-            until = deadline(self.upload.as_ref().map_or(self.begun, |upload| match upload.waits.get() {
+            until = deadline(match &self.upload {
                 // The client's silence has a limit of its own.
-                true => now,
-                false => upload.progress.get().into_std(),
-            }));
+                Some(upload) if upload.waits.get() => now,
+                Some(upload) => upload.progress.get().into_std(),
+                None => self.begun,
+            });
             if until <= now {
                 return None;
             }
