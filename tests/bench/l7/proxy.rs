@@ -211,7 +211,7 @@ fn nginx(rig: &Rig, servers: usize) -> String {
             format!(
                 "upstream u{i} {{ {list} keepalive 128; keepalive_requests 1000000000; }}\n\
                  server {{ listen {VIP}:{PORT}{backlog}; listen {VIP}:{TLS_PORT} ssl{backlog}; server_name {};\n\
-                 ssl_certificate {root}/bench.pem; ssl_certificate_key {root}/bench.key;\n\
+                 ssl_protocols TLSv1.2 TLSv1.3; ssl_certificate {root}/bench.pem; ssl_certificate_key {root}/bench.key;\n\
                  location / {{ proxy_pass http://u{i}; proxy_http_version 1.1; proxy_set_header Connection \"\"; \
                  proxy_set_header Host $host; proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for; }} }}\n",
                 host(i)
