@@ -67,8 +67,6 @@ pub enum Action {
 pub struct Served {
     /// Host and path, for people.
     pub name: String,
-    /// Its host.
-    pub host: String,
     /// Its path prefix, to take off; empty if nothing is taken off.
     pub prefix: Box<str>,
     /// Settings.
@@ -297,7 +295,6 @@ impl Registry {
         let rewritten = route.settings.rewrite && route.path != WHOLE_HOST;
         Served {
             name: address.to_string(),
-            host: route.host.clone(),
             prefix: if rewritten {
                 route.path.as_str().into()
             } else {

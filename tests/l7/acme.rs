@@ -56,6 +56,13 @@ impl Place {
         Agent::start(self.folder.path(), &settings(pebble, acme), routes)
     }
 
+    /// An authority whose certificates are good for 90 days, and an agent with one host, `a.example`.
+    fn authority(&self) -> (Pebble<'_>, Agent) {
+        let pebble = Pebble::started(&self.namespace, 90 * DAY).unwrap();
+        let agent = self.agent(&pebble, json!({}), &json!([self.route("a.example")]));
+        (pebble, agent)
+    }
+
     /// A shim at this address, where the authority finds it.
     fn shim(&self, address: &str) -> Shim {
         self.shim_with(address, &[])
@@ -236,8 +243,7 @@ fn a_host_without_a_certificate_gets_one_through_its_own_shim() {
 #[test]
 fn shims_share_a_folder_and_a_restart_orders_nothing() {
     let place = Place::new();
-    let pebble = Pebble::started(&place.namespace, 90 * DAY).unwrap();
-    let agent = place.agent(&pebble, json!({}), &json!([place.route("a.example")]));
+    let (pebble, agent) = place.authority();
     let first = place.shim("127.0.0.1");
     await_said(&first, CAME, "a.example", 1);
     let root = pebble.root().unwrap();
@@ -382,8 +388,7 @@ fn an_authority_that_is_away_or_forgets_is_asked_again() {
 #[test]
 fn a_node_answers_for_the_order_of_another_one_by_a_copy_of_its_account() {
     let place = Place::new();
-    let pebble = Pebble::started(&place.namespace, 90 * DAY).unwrap();
-    let agent = place.agent(&pebble, json!({}), &json!([place.route("a.example")]));
+    let (pebble, agent) = place.authority();
     let first = place.shim("127.0.0.1");
     await_said(&first, CAME, "a.example", 1);
     let root = pebble.root().unwrap();
@@ -418,8 +423,7 @@ fn a_node_answers_for_the_order_of_another_one_by_a_copy_of_its_account() {
 #[test]
 fn an_upgrade_hands_the_orders_over() {
     let place = Place::new();
-    let pebble = Pebble::started(&place.namespace, 90 * DAY).unwrap();
-    let agent = place.agent(&pebble, json!({}), &json!([place.route("a.example")]));
+    let (pebble, agent) = place.authority();
     let socket = place.folder.path().join("handover.sock");
     let words = ["--handover", socket.to_str().unwrap()];
     let mut old = place.shim_with("127.0.0.1", &words);
@@ -442,8 +446,7 @@ fn an_upgrade_hands_the_orders_over() {
 #[test]
 fn another_directory_gets_an_account_of_its_own_and_orders_anew() {
     let place = Place::new();
-    let pebble = Pebble::started(&place.namespace, 90 * DAY).unwrap();
-    let agent = place.agent(&pebble, json!({}), &json!([place.route("a.example")]));
+    let (pebble, agent) = place.authority();
     let shim = place.shim("127.0.0.1");
     await_said(&shim, CAME, "a.example", 1);
     let root = pebble.root().unwrap();

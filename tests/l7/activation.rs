@@ -34,6 +34,14 @@ impl Unit {
     }
 }
 
+/// A folder, a server, an agent that leads host `a` to it, and a unit for HTTP.
+fn site() -> (tempfile::TempDir, Origin, Agent, Unit) {
+    let folder = tempfile::tempdir().unwrap();
+    let origin = Origin::start();
+    let agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[origin.address])]));
+    (folder, origin, agent, unit("http"))
+}
+
 /// Starts a shim as systemd starts the service of these sockets.
 fn start(folder: &Path, units: &[&Unit], arguments: &[&str]) -> Shim {
     let sockets: Vec<(&TcpListener, &str)> = units.iter().map(|unit| (&unit.listener, unit.name)).collect();
@@ -82,10 +90,7 @@ fn sockets_of_systemd_are_served_and_what_they_do_not_cover_is_bound() {
 
 #[test]
 fn a_restart_with_sockets_of_systemd_fails_no_request() {
-    let folder = tempfile::tempdir().unwrap();
-    let origin = Origin::start();
-    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[origin.address])]));
-    let http = unit("http");
+    let (folder, _origin, _agent, http) = site();
     let mut shim = start(folder.path(), &[&http], &["--http", &http.address().to_string()]);
     shim.await_states(1);
     let load = Load::start(http.address(), "a");
@@ -104,10 +109,7 @@ fn a_restart_with_sockets_of_systemd_fails_no_request() {
 /// A request that lasts keeps the old process from ending: clients that come meanwhile are served by it.
 #[test]
 fn nobody_waits_for_a_process_that_drains() {
-    let folder = tempfile::tempdir().unwrap();
-    let origin = Origin::start();
-    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[origin.address])]));
-    let http = unit("http");
+    let (folder, origin, _agent, http) = site();
     let mut shim = start(
         folder.path(),
         &[&http],
@@ -140,10 +142,7 @@ fn nobody_waits_for_a_process_that_drains() {
 
 #[test]
 fn a_process_that_is_killed_leaves_its_queue_to_the_next() {
-    let folder = tempfile::tempdir().unwrap();
-    let origin = Origin::start();
-    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[origin.address])]));
-    let http = unit("http");
+    let (folder, _origin, _agent, http) = site();
     let address = http.address();
     let mut shim = start(folder.path(), &[&http], &["--http", &address.to_string()]);
     shim.await_states(1);
@@ -191,10 +190,7 @@ fn a_process_that_is_killed_leaves_its_queue_to_the_next() {
 
 #[test]
 fn sockets_of_systemd_go_to_the_next_process_at_a_handover_and_it_keeps_them() {
-    let folder = tempfile::tempdir().unwrap();
-    let origin = Origin::start();
-    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[origin.address])]));
-    let http = unit("http");
+    let (folder, _origin, _agent, http) = site();
     let address = http.address();
     let handover = folder.path().join("handover.sock");
     let at = address.to_string();

@@ -4,7 +4,6 @@ use std::{
     cell::Cell,
     path::{Path, PathBuf},
     pin::Pin,
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
@@ -18,7 +17,7 @@ use hyper_util::{
 };
 use instant_acme::{BodyWrapper, BytesResponse, Error, HttpClient};
 use rustls::{
-    ClientConfig, RootCertStore,
+    RootCertStore,
     pki_types::{CertificateDer, pem::PemObject as _},
 };
 
@@ -65,9 +64,7 @@ pub struct Http(Client<HttpsConnector<HttpConnector>, BodyWrapper<Bytes>>);
 impl Http {
     /// Trusts the authorities of this file, or those of the machine.
     pub fn new(ca: Option<&Path>) -> Result<Self, ClientError> {
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = ClientConfig::builder_with_provider(provider)
-            .with_safe_default_protocol_versions()?
+        let config = crate::tls::client()?
             .with_root_certificates(roots(ca)?)
             .with_no_client_auth();
         let connector = HttpsConnectorBuilder::new()
@@ -159,6 +156,8 @@ fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<SystemTime> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use hyper::header::HeaderValue;
 
     use super::*;

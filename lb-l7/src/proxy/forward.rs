@@ -41,8 +41,7 @@ pub struct Forward {
     begun: Instant,
     /// The upstream that the client's cookie names.
     cookie: Option<u64>,
-    /// It wants to change the protocol, and may.
-    upgrades: bool,
+    /// The client's side of another protocol, if it wants to change to one, and may.
     on_client: Option<OnUpgrade>,
     /// gRPC needs HTTP/2 all the way.
     h2: bool,
@@ -81,6 +80,7 @@ impl Forward {
         let most = serving.settings.max_body.unwrap_or(u64::MAX);
         let upgrade_to = request::upgrade(&parts, &route.settings.websocket_endpoints);
         let on_client = parts.extensions.remove::<OnUpgrade>();
+        let on_client = on_client.filter(|_| upgrade_to.is_some());
         let sticky = route.settings.sticky_cookie.as_deref();
         let cookie = sticky.and_then(|name| cookie(&parts.headers, name));
         let h2 = parts.version == Version::HTTP_2 && is_grpc(&parts.headers);
@@ -109,7 +109,6 @@ impl Forward {
             begun: exchange.start(),
             exchange: Some(exchange),
             cookie,
-            upgrades: upgrade_to.is_some(),
             on_client,
             h2,
             is_too_large,
@@ -297,7 +296,7 @@ impl Forward {
             return self.own(Fault::None);
         };
         if answer.status() == StatusCode::SWITCHING_PROTOCOLS {
-            return match self.on_client.take().filter(|_| self.upgrades) {
+            return match self.on_client.take() {
                 Some(on_client) => upgrade::begin(&self.worker, answer, link, exchange, on_client),
                 // Nobody asked for it: what would come is no HTTP.
                 None => {

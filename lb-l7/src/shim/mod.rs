@@ -92,7 +92,7 @@ async fn shim(cli: &Cli, activated: listen::Activated) -> Result<()> {
         serving: watch::Sender::new(Arc::new(serving)),
         phase: watch::Sender::new(Phase::Serving),
         clock,
-        connector: Connector::new(),
+        connector: Connector::new()?,
         log: Log::start()?,
         unrouted: Shards::new(workers),
         clients: Shards::new(workers),

@@ -38,7 +38,7 @@ pub struct Certificates {
     /// Lower case; `*.` in front is one label.
     by_name: HashMap<String, Arc<CertifiedKey>>,
     /// Those of ACME, each for one host.
-    issued: BTreeMap<String, Arc<CertifiedKey>>,
+    issued: HashMap<String, Arc<CertifiedKey>>,
     fallback: Option<Arc<CertifiedKey>>,
     /// What was read last of each pair of files.
     by_file: BTreeMap<(PathBuf, Option<PathBuf>), Arc<CertifiedKey>>,
@@ -88,7 +88,8 @@ impl Certificates {
             reader.now.fallback = reader.pair(file, None, "every host");
         }
         if let Some(folder) = &settings.certificates {
-            reader.folder(folder);
+            let names = reader.names(folder, "the folder");
+            reader.now.by_name = names.unwrap_or_else(|| reader.before.by_name.clone());
         }
         for route in state.served() {
             let tls = &route.settings.tls;
@@ -116,7 +117,8 @@ impl Certificates {
             }
         }
         if let Some(folder) = acme.filter(|folder| settings.acme.is_some() && folder.path().is_dir()) {
-            reader.issued(folder.path());
+            let names = reader.names(folder.path(), "ACME");
+            reader.now.issued = names.unwrap_or_else(|| reader.before.issued.clone());
         }
         (reader.now, reader.faults)
     }
@@ -204,31 +206,16 @@ impl Reader<'_> {
         Some(read)
     }
 
-    /// Every certificate of the folder serves the names that are in it: `NAME.pem` with its key inside, or in `NAME.key`.
-    fn folder(&mut self, folder: &Path) {
-        let Some(pairs) = self.pairs(folder, "the folder") else {
-            // What was known before is better than nothing.
-            self.now.by_name = self.before.by_name.clone();
-            return;
-        };
-        for pair in pairs {
+    /// Every certificate of a folder serves the names that are in it: `NAME.pem` with its key inside, or in `NAME.key`. Of two
+    /// for a name the first counts. `None` if the folder cannot be read: what was known before is better than nothing.
+    fn names(&mut self, folder: &Path, of: &str) -> Option<HashMap<String, Arc<CertifiedKey>>> {
+        let mut found = HashMap::new();
+        for pair in self.pairs(folder, of)? {
             for name in names(&pair) {
-                self.now.by_name.entry(name).or_insert_with(|| Arc::clone(&pair));
+                found.entry(name).or_insert_with(|| Arc::clone(&pair));
             }
         }
-    }
-
-    /// The folder of ACME is one more of them.
-    fn issued(&mut self, folder: &Path) {
-        let Some(pairs) = self.pairs(folder, "ACME") else {
-            self.now.issued = self.before.issued.clone();
-            return;
-        };
-        for pair in pairs {
-            for name in names(&pair) {
-                self.now.issued.entry(name).or_insert_with(|| Arc::clone(&pair));
-            }
-        }
+        Some(found)
     }
 
     /// The certificates of a folder, by the names of their files; `None` if it cannot be read.

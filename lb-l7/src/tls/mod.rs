@@ -16,7 +16,7 @@ mod provider;
 mod watch;
 
 pub use certificates::{Certificates, Fault, pair_of_file};
-pub use provider::provider;
+pub use provider::{client, provider};
 pub use watch::follow;
 
 use crate::acme::{Folder, Wanted};

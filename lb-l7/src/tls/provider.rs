@@ -7,7 +7,7 @@ use aws_lc_rs::{
     rand::SystemRandom,
 };
 use rustls::{
-    CipherSuite, Error, NamedGroup, PeerMisbehaved,
+    CipherSuite, ClientConfig, ConfigBuilder, Error, NamedGroup, PeerMisbehaved, WantsVerifier,
     crypto::{ActiveKeyExchange, CryptoProvider, GetRandomFailed, SharedSecret, SupportedKxGroup, ring},
 };
 
@@ -27,6 +27,14 @@ static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
 /// See [`PROVIDER`].
 pub fn provider() -> Arc<CryptoProvider> {
     Arc::clone(&PROVIDER)
+}
+
+/// A client of TLS 1.2 and later.
+///
+/// # Errors
+/// None with these ciphers.
+pub fn client() -> Result<ConfigBuilder<ClientConfig, WantsVerifier>, Error> {
+    ClientConfig::builder_with_provider(provider()).with_safe_default_protocol_versions()
 }
 
 /// Where a cipher suite stands within its version of TLS.

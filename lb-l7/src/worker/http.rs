@@ -173,7 +173,7 @@ mod tests {
             listening: watch::Sender::new(Vec::new()),
             places: Arc::new(Semaphore::new(10)),
             clock: Clock::new(),
-            connector: Connector::new(),
+            connector: Connector::new().unwrap(),
             log: Log::start().unwrap(),
             unrouted: Shards::new(1),
             clients: Shards::new(1),

@@ -8,6 +8,7 @@ use tokio::{io::AsyncWriteExt as _, net::TcpStream};
 use tokio_rustls::TlsConnector;
 
 use super::{Link, UpstreamIo};
+use crate::tls;
 
 mod unverified;
 
@@ -40,25 +41,28 @@ impl std::fmt::Debug for Connector {
 
 impl Connector {
     /// Trusts the node's own certificate authorities.
-    pub fn new() -> Self {
+    ///
+    /// # Errors
+    /// See [`tls::client`].
+    pub fn new() -> Result<Self, rustls::Error> {
         let mut roots = RootCertStore::empty();
         let native = rustls_native_certs::load_native_certs();
         for fault in &native.errors {
             tracing::warn!("certificate authorities of the node: {fault}");
         }
         roots.add_parsable_certificates(native.certs);
-        let mut verified = builder().with_root_certificates(roots).with_no_client_auth();
-        let mut unverified = builder()
+        let mut verified = tls::client()?.with_root_certificates(roots).with_no_client_auth();
+        let mut unverified = tls::client()?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(unverified::Unverified::new()))
             .with_no_client_auth();
         for config in [&mut verified, &mut unverified] {
             config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
         }
-        Self {
+        Ok(Self {
             verified: Arc::new(verified),
             unverified: Arc::new(unverified),
-        }
+        })
     }
 
     /// Connects. `host` is the name that the certificate has to be for, and that is sent as SNI; `first` goes before
@@ -101,17 +105,4 @@ impl Connector {
             .await
             .map_err(|_| ConnectError::Timeout(patience))?
     }
-}
-
-impl Default for Connector {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// TLS 1.2 and later.
-fn builder() -> rustls::ConfigBuilder<ClientConfig, rustls::WantsVerifier> {
-    ClientConfig::builder_with_provider(crate::tls::provider())
-        .with_safe_default_protocol_versions()
-        .unwrap_or_else(|_| ClientConfig::builder())
 }

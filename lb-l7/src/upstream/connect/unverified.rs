@@ -1,19 +1,21 @@
 //! The verifier of routes whose labels say that upstreams are not verified, as Interlock's did.
 
+use std::sync::Arc;
+
 use rustls::{
     DigitallySignedStruct, Error, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
-    crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature},
+    crypto::{CryptoProvider, verify_tls12_signature, verify_tls13_signature},
     pki_types::{CertificateDer, ServerName, UnixTime},
 };
 
 /// Takes any certificate, but only from whom has its key.
 #[derive(Debug)]
-pub(super) struct Unverified(CryptoProvider);
+pub(super) struct Unverified(Arc<CryptoProvider>);
 
 impl Unverified {
     pub(super) fn new() -> Self {
-        Self(ring::default_provider())
+        Self(crate::tls::provider())
     }
 }
 
