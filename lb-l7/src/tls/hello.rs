@@ -4,7 +4,7 @@ use std::io;
 
 use bytes::BytesMut;
 use rustls::server::{Accepted, Acceptor};
-use tokio::net::TcpStream;
+use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
 /// Longest first message: one record, with room for the ones of large keys.
 const LONGEST: usize = 18 * 1024;
@@ -34,17 +34,15 @@ fn name(accepted: &Accepted) -> Option<String> {
 ///
 /// # Errors
 /// The client went, or it speaks no TLS.
-pub async fn read(stream: &TcpStream) -> io::Result<Hello> {
+pub async fn read(stream: &mut TcpStream) -> io::Result<Hello> {
+    // No memory is spent on a client that says nothing.
+    stream.readable().await?;
     let mut bytes = BytesMut::with_capacity(1024);
     let mut acceptor = Acceptor::default();
     let mut fed = 0;
     loop {
-        stream.readable().await?;
-        match stream.try_read_buf(&mut bytes) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(error),
+        if stream.read_buf(&mut bytes).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
         }
         if let Some(accepted) = accept(&mut acceptor, &bytes, &mut fed)? {
             return Ok(Hello { bytes, accepted, fed });

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::{Bytes, BytesMut};
-use tokio::net::TcpStream;
+use tokio::{io::AsyncReadExt as _, net::TcpStream};
 use tokio_rustls::server::StartHandshake;
 
 use super::{Client, Phase, Worker, client::Seat, http};
@@ -110,26 +110,30 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// One connection, from its first byte to its last.
-async fn connection(
+///
+/// Not `async` itself: what is given would have room in the task for as long as the connection lasts.
+fn connection(
     worker: Rc<Worker>,
     stream: TcpStream,
     peer: SocketAddr,
     stage: Arc<Stage>,
     seat: Seat,
     tls: bool,
-) {
+) -> impl Future<Output = ()> {
     let limit = worker.serving().settings.timeouts.header;
-    // On the heap: large, and over soon. The room for it is not kept for as long as the connection lasts.
-    let begun = Box::pin(begin(&worker, stream, peer, stage, seat, tls));
-    // What fails before the first request is the client's fault, or its end: there is nobody to tell.
-    if let Ok(Ok(Some((client, io, is_h2)))) = tokio::time::timeout(limit, begun).await {
-        http::serve(worker, client, io, is_h2).await;
+    // On the heap: large, and over soon.
+    let begun = Box::pin(begin(Rc::clone(&worker), stream, peer, stage, seat, tls));
+    async move {
+        // What fails before the first request is the client's fault, or its end: there is nobody to tell.
+        if let Ok(Ok(Some((client, io, is_h2)))) = tokio::time::timeout(limit, begun).await {
+            http::serve(worker, client, io, is_h2).await;
+        }
     }
 }
 
 /// What comes before HTTP. `None`: the connection is passed on as it is.
 async fn begin(
-    worker: &Rc<Worker>,
+    worker: Rc<Worker>,
     mut stream: TcpStream,
     peer: SocketAddr,
     stage: Arc<Stage>,
@@ -149,25 +153,25 @@ async fn begin(
     };
     if !tls {
         let clock = Arc::clone(&worker.shared.clock);
-        let first = first_bytes(&stream).await?;
+        let first = first_bytes(&mut stream).await?;
         let is_h2 = first.starts_with(PREFACE);
         let io = ClientIo::new(Transport::Plain(stream), first, stage, clock);
         return Ok(Some((Rc::new(client), io, is_h2)));
     }
     // Not all connections need the room for it.
-    Box::pin(begin_tls(worker, stream, client, stage)).await
+    Box::pin(begin_tls(&worker, stream, client, stage)).await
 }
 
 /// As [`begin`], where a client begins TLS.
 async fn begin_tls(
     worker: &Rc<Worker>,
-    stream: TcpStream,
+    mut stream: TcpStream,
     client: Client,
     stage: Arc<Stage>,
 ) -> io::Result<Option<(Rc<Client>, ClientIo, bool)>> {
     let serving = worker.serving();
     let clock = Arc::clone(&worker.shared.clock);
-    let mut hello = hello::read(&stream).await?;
+    let mut hello = hello::read(&mut stream).await?;
     if let Some(route) = passthrough::route(&serving, hello.name().as_deref()) {
         let (worker, route) = (Rc::clone(worker), Arc::clone(route));
         tokio::task::spawn_local(async move {
@@ -188,23 +192,19 @@ async fn begin_tls(
 }
 
 /// The first bytes of a connection: enough to know what it speaks.
-async fn first_bytes(stream: &TcpStream) -> io::Result<Bytes> {
+async fn first_bytes(stream: &mut TcpStream) -> io::Result<Bytes> {
     // No memory is spent on a client that says nothing.
     stream.readable().await?;
     let mut bytes = BytesMut::with_capacity(FIRST_BYTES);
     loop {
-        match stream.try_read_buf(&mut bytes) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(_) => {
-                let start = &bytes[..bytes.len().min(PREFACE.len())];
-                // The beginning of a preface, and not yet all of it.
-                if start.len() < PREFACE.len() && PREFACE.starts_with(start) {
-                    continue;
-                }
-                return Ok(bytes.freeze());
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.readable().await?,
-            Err(error) => return Err(error),
+        // Not `try_read`, which does not see that there was no more: the next to read would ask the kernel in vain.
+        if stream.read_buf(&mut bytes).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        let start = &bytes[..bytes.len().min(PREFACE.len())];
+        // The beginning of a preface, and not yet all of it, says nothing yet.
+        if start.len() == PREFACE.len() || !PREFACE.starts_with(start) {
+            return Ok(bytes.freeze());
         }
     }
 }

@@ -8,6 +8,9 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::Worker;
 use crate::client::Stage;
 
+/// Room for an element of `Forwarded`, bytes: most fit.
+const USUAL_ELEMENT: usize = 96;
+
 /// A client, for as long as its connection, or what it was upgraded to, lasts.
 #[derive(Debug)]
 pub struct Client {
@@ -72,6 +75,11 @@ impl Client {
         HeaderValue::from_static(if self.is_tls { "https" } else { "http" })
     }
 
+    /// Lets go what the next request can make anew.
+    pub fn rest(&self) {
+        self.forwarded.take();
+    }
+
     /// Its element of `Forwarded` (RFC 7239) for a request with this `Host`, which must be a possible one.
     pub fn forwarded(&self, host: Option<&HeaderValue>) -> Option<HeaderValue> {
         if let (Some(host), Some((known, element))) = (host, &*self.forwarded.borrow())
@@ -79,15 +87,19 @@ impl Client {
         {
             return Some(element.clone());
         }
-        let mut element = match self.address {
-            SocketAddr::V4(address) => format!("for={}", address.ip()),
-            SocketAddr::V6(address) => format!("for=\"[{}]\"", address.ip()),
+        // Pieces, because every connection makes one and the machinery of formatting costs more than the bytes.
+        let mut element = String::with_capacity(USUAL_ELEMENT);
+        let address = self.address_value.to_str().ok()?;
+        let pieces = match self.address {
+            SocketAddr::V4(_) => ["for=", address, ""],
+            SocketAddr::V6(_) => ["for=\"[", address, "]\""],
         };
-        if let Some(host) = host {
-            // Pieces, because every connection makes one and the machinery of formatting costs more than the bytes.
-            for piece in [";host=\"", host.to_str().ok()?, "\""] {
-                element.push_str(piece);
-            }
+        let host_pieces = match host {
+            Some(host) => [";host=\"", host.to_str().ok()?, "\""],
+            None => [""; 3],
+        };
+        for piece in pieces.into_iter().chain(host_pieces) {
+            element.push_str(piece);
         }
         element.push_str(if self.is_tls {
             ";proto=https"

@@ -7,6 +7,7 @@ use std::{
     task::{Context, Poll},
 };
 
+use futures_util::future::Either;
 use hyper::{server::conn, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 
@@ -32,38 +33,53 @@ enum After {
 }
 
 /// Speaks HTTP with a client.
-pub(super) async fn serve(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo, is_h2: bool) {
-    if is_h2 {
+pub(super) fn serve(
+    worker: Rc<Worker>,
+    client: Rc<Client>,
+    io: ClientIo,
+    is_h2: bool,
+) -> impl Future<Output = ()> {
+    match is_h2 {
         // Large, and most connections are of the other kind.
-        Box::pin(http2(worker, client, io)).await;
-    } else {
-        http1(worker, client, io).await;
+        true => Either::Left(Box::pin(http2(worker, client, io))),
+        false => Either::Right(http1(worker, client, io)),
     }
 }
 
-async fn http1(worker: Rc<Worker>, client: Rc<Client>, mut io: ClientIo) {
-    let mut builder = conn::http1::Builder::new();
-    // The sweep sees to silence.
-    builder.header_read_timeout(None).max_buf_size(LONGEST_HEADER);
-    loop {
-        let service = service_fn(|request| proxy::handle(Rc::clone(&worker), Rc::clone(&client), request));
-        let connection = builder.serve_connection(TokioIo::new(io), service);
-        // On the heap, to be let go while the client says nothing: its buffers are most of what a connection takes.
-        let mut connection = Box::new(connection.with_upgrades());
-        let finish = |connection: Pin<&mut conn::http1::UpgradeableConnection<_, _>>| {
-            connection.graceful_shutdown();
-        };
-        let after = drive(&worker, &client.stage, Pin::new(&mut *connection), finish).await;
-        if after == After::Ended {
-            return;
-        }
-        let Some(parts) = connection.into_parts() else {
-            return;
-        };
-        worker.rested.set(true);
-        io = parts.io.into_inner().before(parts.read_buf);
-        if client.stage.rest(&mut io).await != Word::GoOn {
-            return;
+/// Not `async` itself: what is given would have room twice.
+fn http1(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo) -> impl Future<Output = ()> {
+    let mut resting = Some(io);
+    async move {
+        loop {
+            let Some(io) = resting.take() else { return };
+            let service =
+                service_fn(|request| proxy::handle(Rc::clone(&worker), Rc::clone(&client), request));
+            // On the heap, to be let go while the client says nothing: its buffers are most of what a connection takes.
+            let mut connection = Box::new(
+                conn::http1::Builder::new()
+                    // The sweep sees to silence.
+                    .header_read_timeout(None)
+                    .max_buf_size(LONGEST_HEADER)
+                    .serve_connection(TokioIo::new(io), service)
+                    .with_upgrades(),
+            );
+            let finish = |connection: Pin<&mut conn::http1::UpgradeableConnection<_, _>>| {
+                connection.graceful_shutdown();
+            };
+            let after = drive(&worker, &client.stage, Pin::new(&mut *connection), finish).await;
+            resting = match after {
+                After::Ended => None,
+                After::Rests => connection
+                    .into_parts()
+                    .map(|parts| parts.io.into_inner().before(parts.read_buf)),
+            };
+            if let Some(io) = &mut resting {
+                client.rest();
+                worker.rested.set(true);
+                if client.stage.rest(io).await != Word::GoOn {
+                    return;
+                }
+            }
         }
     }
 }
@@ -89,18 +105,18 @@ async fn http2(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo) {
 
 /// Drives a connection until it has ended, or may rest. What ends it is the client's business; what failed of a request has
 /// been counted.
-async fn drive<C: Future>(
+fn drive<C: Future>(
     worker: &Worker,
     stage: &Stage,
     mut connection: Pin<&mut C>,
     finish: impl Fn(Pin<&mut C>),
-) -> After {
+) -> impl Future<Output = After> {
     // HTTP/2 has a way to say that nothing new is taken; in HTTP/1 the next answer says it.
     let mut told = stage.speaks_h2() && worker.is_draining();
     if told {
         finish(connection.as_mut());
     }
-    poll_fn(|cx| {
+    poll_fn(move |cx| {
         match stage.poll_word(cx) {
             Word::End => return Poll::Ready(After::Ended),
             Word::Finish if !told => {
@@ -117,7 +133,6 @@ async fn drive<C: Future>(
             false => Poll::Pending,
         }
     })
-    .await
 }
 
 impl Stage {

@@ -50,13 +50,13 @@ impl Tier {
         words.into_iter().map(Into::into).collect()
     }
 
-    /// Tests at a time; `None` is one for each CPU. Engines and bulk transfers are heavy: side by side they only make each
-    /// other miss their deadlines.
+    /// Tests at a time; `None` is one for each CPU. Bulk transfers are heavy: many side by side only make each other miss their
+    /// deadlines. Those with engines mostly wait. The vm tier runs its guests side by side, and one test at a time in each.
     pub fn threads(self) -> Option<u32> {
         match self {
             Self::Unit | Self::Prog | Self::Control => None,
-            Self::Kernel | Self::Net | Self::L7 => Some(2),
-            Self::E2e | Self::Vm => Some(1),
+            Self::Kernel | Self::Net | Self::L7 | Self::E2e => Some(2),
+            Self::Vm => Some(1),
         }
     }
 

@@ -6,6 +6,8 @@
 //! binaries are those that the host runs: nothing is compiled a second time. Any test binary of lb-tests can be added to
 //! [`BINARIES`], if what it needs is in the guest.
 
+use std::{path::PathBuf, thread};
+
 use anyhow::{Context, Result};
 
 use crate::test::{cargo, report::Count};
@@ -15,25 +17,43 @@ mod guest;
 mod image;
 pub mod kernel;
 
+use kernel::Kernel;
+
 /// Test targets of lb-tests that run in every guest: the packet rows, and loading and attaching.
 const BINARIES: [&str; 2] = ["prog", "vm"];
 
-/// Runs the tier. A kernel that does not boot, panics or falls silent is a failure and does not keep the next from running.
+/// Runs the tier, all kernels side by side: a guest has one processor, and this machine has more. A kernel that does not
+/// boot, panics or falls silent is a failure and does not keep the others from running.
 pub fn run(filter: Option<&str>) -> Result<Count> {
     let paths = cargo::build_tests(&BINARIES)?;
     let binaries: Vec<_> = BINARIES.into_iter().zip(paths).collect();
-    let mut total = Count::default();
-    for kernel in kernel::ensure_all()? {
-        println!("--- kernel {}", kernel.release);
-        let count = image::pack(&kernel, &binaries, filter)
-            .with_context(|| format!("cannot make the guest of kernel {}", kernel.release))
-            .and_then(|image| guest::run(&kernel, &image, &BINARIES))
-            .unwrap_or_else(|fault| {
-                println!("kernel {}: {fault:#}", kernel.release);
-                Count::fault()
-            });
-        println!("--- kernel {}: {count}", kernel.release);
-        total += count;
-    }
-    Ok(total)
+    let kernels = kernel::ensure_all()?;
+    Ok(thread::scope(|scope| {
+        let guests: Vec<_> = kernels
+            .iter()
+            .map(|kernel| (kernel, scope.spawn(|| run_on(kernel, &binaries, filter))))
+            .collect();
+        let mut total = Count::default();
+        for (kernel, guest) in guests {
+            let fault = match guest.join() {
+                Ok(Ok(count)) => {
+                    println!("--- kernel {}: {count}", kernel.release);
+                    total += count;
+                    continue;
+                }
+                Ok(Err(fault)) => format!("{fault:#}"),
+                Err(_) => "its thread panicked".to_owned(),
+            };
+            println!("kernel {}: {fault}", kernel.release);
+            total += Count::fault();
+        }
+        total
+    }))
+}
+
+/// Runs `binaries` on one kernel.
+fn run_on(kernel: &Kernel, binaries: &[(&str, PathBuf)], filter: Option<&str>) -> Result<Count> {
+    let image = image::pack(kernel, binaries, filter)
+        .with_context(|| format!("cannot make the guest of kernel {}", kernel.release))?;
+    guest::run(kernel, &image, &BINARIES)
 }
