@@ -1,6 +1,11 @@
 //! To an upstream, and to another one if that is of no use.
 
-use std::{rc::Rc, time::Instant};
+use std::{
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Context, Waker},
+    time::Instant,
+};
 
 use hyper::{
     HeaderMap, Method, Request, Response, StatusCode, Version,
@@ -21,7 +26,7 @@ use crate::{
     proxy_protocol,
     served::UpstreamEntry,
     table::host,
-    upstream::Link,
+    upstream::{Exchanged, Link},
     worker::{Client, LocalRoute, Snapshot, Worker},
 };
 
@@ -32,7 +37,7 @@ pub struct Forward {
     serving: Snapshot,
     client: Rc<Client>,
     route: LocalRoute,
-    /// As it goes on; `None` while it is under way, and when it can go nowhere any more.
+    /// As it goes on, and a copy of it while it is under way; `None` when it can go nowhere any more.
     request: Option<Request<OutBody>>,
     /// Its body, if it has one.
     upload: Option<Rc<Upload>>,
@@ -139,7 +144,7 @@ impl Forward {
             match self.attempt(place).await {
                 Ok((answer, link)) => {
                     self.upstream(place).welcome();
-                    return self.finish(answer, link, place).await;
+                    return self.finish(answer, link, place);
                 }
                 Err(failed) => fault = failed,
             }
@@ -169,44 +174,52 @@ impl Forward {
                 // Rare, and so large that every request would have to carry the room for it.
                 None => Box::pin(self.new_link(place)).await.ok_or(Fault::Connect)?,
             };
-            let Some(request) = self.request.take() else {
-                return Err(Fault::None);
-            };
-            let copy = may_repeat(&request).then(|| copy(&request));
             let was_used = link.is_used;
-            let answered = self.in_time(link.exchange(request)).await;
-            let upstream = self.upstream(place);
+            let answered = {
+                let exchange = pin!(self.send(&mut link).ok_or(Fault::None)?);
+                self.in_time(exchange).await
+            };
+            let upstream = &self.route.targets[place].upstream;
             let stats = upstream.stats.of(self.worker.index);
             let mut error = match answered {
                 Some(Ok(answer)) => return Ok((answer, link)),
                 None => {
                     stats.errors.add(1);
+                    self.request = None;
                     return Err(Fault::Late);
                 }
                 Some(Err(error)) => error,
             };
-            let again = error.take_message().or(copy);
             if let Some(failed) = self.upload.as_ref().and_then(|upload| upload.failed.get()) {
+                self.request = None;
                 return Err(match failed {
                     Failed::TooLarge => Fault::TooLarge,
                     Failed::Client => Fault::Client,
                 });
             }
+            if let Some(unsent) = error.take_message() {
+                self.request = Some(unsent);
+            }
             // It may have closed the connection for being idle: that says nothing of the upstream.
-            if was_used && again.is_some() {
+            if was_used && self.request.is_some() {
                 self.worker.pool.forget(pool);
-                self.request = again;
                 continue;
             }
             let (route, name, address) = (&self.route.name, &upstream.name, upstream.address);
             tracing::debug!(route, upstream = name, %address, "no answer: {}", error.error());
             stats.errors.add(1);
-            if again.is_some() {
+            if self.request.is_some() {
                 upstream.shun(self.worker.shared.clock.coarse_ms());
             }
-            self.request = again;
             return Err(Fault::Broken);
         }
+    }
+
+    /// Sends the request, and keeps a copy if it may be repeated.
+    fn send<'l>(&mut self, link: &'l mut Link) -> Option<impl Future<Output = Exchanged> + use<'l>> {
+        let request = self.request.take()?;
+        self.request = may_repeat(&request).then(|| copy(&request));
+        Some(link.exchange(request))
     }
 
     /// An idle connection, unless every client has connections of its own.
@@ -263,7 +276,7 @@ impl Forward {
 
     /// Waits for the header of an answer; `None`: it took too long. An upstream's time begins when the request has been sent,
     /// that of all together with the first try.
-    async fn in_time<T>(&self, exchange: impl Future<Output = T>) -> Option<T> {
+    async fn in_time<T>(&self, mut exchange: Pin<&mut impl Future<Output = T>>) -> Option<T> {
         let timeouts = &self.serving.settings.timeouts;
         let begun = Instant::now();
         // With the last part of the body sent at that time.
@@ -271,7 +284,6 @@ impl Forward {
             let of_upstream = sent.max(begun) + timeouts.server;
             of_upstream.min(sent.max(self.begun) + timeouts.request)
         };
-        let mut exchange = std::pin::pin!(exchange);
         let mut until = deadline(self.begun);
         loop {
             if let Ok(answer) = tokio::time::timeout_at(until.into(), exchange.as_mut()).await {
@@ -291,7 +303,7 @@ impl Forward {
     }
 
     /// The upstream's answer as the client gets it.
-    async fn finish(&mut self, answer: Response<Incoming>, link: Link, place: usize) -> Response<Reply> {
+    fn finish(&mut self, answer: Response<Incoming>, link: Link, place: usize) -> Response<Reply> {
         let Some(mut exchange) = self.exchange.take() else {
             return self.own(Fault::None);
         };
@@ -311,14 +323,8 @@ impl Forward {
         parts.version = Version::HTTP_11;
         self.add_own_headers(&mut parts.headers, place);
         let reply = if incoming.is_end_stream() {
-            let mut link = Some(link);
-            std::future::poll_fn(|cx| {
-                if let Some(link) = link.take() {
-                    exchange.give_back(link, cx);
-                }
-                std::task::Poll::Ready(())
-            })
-            .await;
+            // Nobody waits for what it does from now on.
+            exchange.give_back(link, &mut Context::from_waker(Waker::noop()));
             Reply::Empty
         } else {
             let silence = self.serving.settings.timeouts.server;
