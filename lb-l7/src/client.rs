@@ -45,6 +45,10 @@ pub struct Stage {
     since_ms: AtomicU64,
     /// Requests under way: more than one in HTTP/2.
     active: AtomicU32,
+    /// Those of them whose client has a part of the answer to take.
+    waiting: AtomicU32,
+    /// When that changed last.
+    turned_ms: AtomicU64,
     is_h2: AtomicBool,
     /// Something is written that the system has not taken yet, or the connection is being closed.
     is_unflushed: AtomicBool,
@@ -104,6 +108,17 @@ impl Stage {
         }
     }
 
+    /// One request more, or less, waits for the client to take a part of its answer.
+    pub fn waits_for_client(&self, waits: bool, now_ms: u64) {
+        let waiting = self.waiting.load(Relaxed);
+        let waiting = match waits {
+            true => waiting + 1,
+            false => waiting.saturating_sub(1),
+        };
+        self.waiting.store(waiting, Relaxed);
+        self.turned_ms.store(now_ms, Relaxed);
+    }
+
     /// Not all of the request that ends has been read.
     pub fn leave_unread(&self) {
         self.is_unread.store(true, Relaxed);
@@ -132,12 +147,14 @@ impl Stage {
 
     /// Whether it has been silent for too long.
     pub fn is_late(&self, now_ms: u64, timeouts: &L7Timeouts) -> bool {
-        let limit = match self.stage.load(Relaxed) {
-            IDLE => timeouts.client,
-            HEAD => timeouts.header,
-            _ => return false,
+        let (since, limit) = match self.stage.load(Relaxed) {
+            IDLE => (&self.since_ms, timeouts.client),
+            HEAD => (&self.since_ms, timeouts.header),
+            // In HTTP/1 the system knows who takes nothing.
+            _ if !self.speaks_h2() || self.waiting.load(Relaxed) < self.active.load(Relaxed) => return false,
+            _ => (&self.turned_ms, timeouts.client),
         };
-        u128::from(now_ms.saturating_sub(self.since_ms.load(Relaxed))) > limit.as_millis()
+        u128::from(now_ms.saturating_sub(since.load(Relaxed))) > limit.as_millis()
     }
 
     /// Tells it something. What was said first stands unless it is more now.
@@ -404,5 +421,15 @@ mod tests {
         h2.begin();
         h2.end(70_000);
         assert!(!h2.is_late(900_000, &timeouts), "one is still under way");
+        h2.waits_for_client(true, 900_000);
+        assert!(!h2.is_late(960_000, &timeouts) && h2.is_late(960_001, &timeouts));
+        h2.begin();
+        assert!(
+            !h2.is_late(999_000, &timeouts),
+            "another one waits for its upstream"
+        );
+        h2.end(999_000);
+        h2.waits_for_client(false, 999_000);
+        assert!(!h2.is_late(u64::MAX, &timeouts), "now it is the upstream's turn");
     }
 }

@@ -23,6 +23,8 @@ pub struct Exchange {
     status: u16,
     bytes_out: u64,
     upload: Option<Rc<super::body::Upload>>,
+    /// A part of the answer is there that its client has to take.
+    waits_for_client: bool,
     line: Option<Box<Line>>,
 }
 
@@ -48,6 +50,7 @@ impl Exchange {
             status: 0,
             bytes_out: 0,
             upload: None,
+            waits_for_client: false,
             line,
         }
     }
@@ -121,6 +124,16 @@ impl Exchange {
         }
     }
 
+    /// Whose turn it is: the client's, which has a part to take, or the upstream's. Told for HTTP/2 alone, where a client can
+    /// leave an answer while its connection goes on.
+    pub fn waits_for_client(&mut self, waits: bool) {
+        let stage = &self.client.stage;
+        if waits != self.waits_for_client && stage.speaks_h2() {
+            self.waits_for_client = waits;
+            stage.waits_for_client(waits, self.worker.shared.clock.coarse_ms());
+        }
+    }
+
     /// Bytes of the answer's body.
     pub fn sent(&mut self, bytes: u64) {
         self.bytes_out += bytes;
@@ -137,7 +150,7 @@ impl Exchange {
     /// The whole answer has come by this connection.
     pub fn give_back(&self, mut link: Link, cx: &mut Context<'_>) {
         // What told of a client is that client's; HTTP/2 is shared as soon as it is there.
-        let is_ours = !self.worker.serving().settings.send_proxy_protocol && !link.is_h2();
+        let is_ours = !self.worker.serving().settings.send_proxy_protocol && !link.is_h2() && !link.is_over;
         if is_ours && link.is_idle(cx) {
             link.is_used = true;
             self.worker
@@ -154,6 +167,7 @@ impl Exchange {
 
 impl Drop for Exchange {
     fn drop(&mut self) {
+        self.waits_for_client(false);
         let worker = &self.worker;
         if self.upload.as_ref().is_some_and(|upload| !upload.is_whole.get()) {
             self.client.stage.leave_unread();

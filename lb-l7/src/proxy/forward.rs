@@ -291,7 +291,13 @@ impl Forward {
     }
 
     /// The upstream's answer as the client gets it.
-    async fn finish(&mut self, answer: Response<Incoming>, link: Link, place: usize) -> Response<Reply> {
+    async fn finish(
+        &mut self,
+        mut answer: Response<Incoming>,
+        mut link: Link,
+        place: usize,
+    ) -> Response<Reply> {
+        link.is_over |= answer.version() == Version::HTTP_10;
         let Some(mut exchange) = self.exchange.take() else {
             return self.own(Fault::None);
         };
@@ -305,12 +311,17 @@ impl Forward {
                 }
             };
         }
+        let has_body = !answer.body().is_end_stream();
+        if !request::settle_length(answer.headers_mut(), has_body) {
+            self.exchange = Some(exchange);
+            return self.own(Fault::Broken);
+        }
         exchange.answered(answer.status().as_u16());
         let (mut parts, incoming) = answer.into_parts();
         request::strip_hop_by_hop(&mut parts.headers);
         parts.version = Version::HTTP_11;
         self.add_own_headers(&mut parts.headers, place);
-        let reply = if incoming.is_end_stream() {
+        let reply = if !has_body {
             let mut link = Some(link);
             std::future::poll_fn(|cx| {
                 if let Some(link) = link.take() {

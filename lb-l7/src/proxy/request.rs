@@ -53,6 +53,8 @@ pub fn host(parts: &Parts) -> Result<Cow<'_, str>, Refused> {
     };
     let named = |text: &'_ str| host::normal(text).map(Cow::into_owned);
     let text = match parts.uri.authority() {
+        // RFC 9112, 3.2: needed beside the absolute form too.
+        Some(_) if header.is_none() && parts.version == Version::HTTP_11 => return Err(bad("400 no Host\n")),
         Some(authority) => {
             if authority.as_str().contains('@') {
                 return Err(bad("400 a host with a user\n"));
@@ -127,13 +129,19 @@ fn has_any(headers: &HeaderMap, of: &[HeaderName]) -> bool {
 
 /// Takes off what is between two neighbours only.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    if let Some(named) = headers.remove(header::CONNECTION) {
-        let words = named.to_str().unwrap_or_default().split(',').map(str::trim);
-        for word in words {
-            // What the request is must not be taken off by what the connection is.
-            let essential = word.eq_ignore_ascii_case("host") || word.eq_ignore_ascii_case("content-length");
-            if !essential && !word.is_empty() && !word.eq_ignore_ascii_case("close") {
-                headers.remove(word);
+    if let header::Entry::Occupied(named) = headers.entry(header::CONNECTION) {
+        // Nearly always one line, and then nothing is collected.
+        let mut lines = named.remove_entry_mult().1;
+        let (first, others) = (lines.next(), lines.collect::<Vec<_>>());
+        for line in first.iter().chain(&others) {
+            let words = line.to_str().unwrap_or_default().split(',').map(str::trim);
+            for word in words {
+                // What the request is must not be taken off by what the connection is.
+                let essential =
+                    word.eq_ignore_ascii_case("host") || word.eq_ignore_ascii_case("content-length");
+                if !essential && !word.is_empty() && !word.eq_ignore_ascii_case("close") {
+                    headers.remove(word);
+                }
             }
         }
     }
@@ -141,6 +149,37 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         for name in &HOP_BY_HOP {
             headers.remove(name);
         }
+    }
+}
+
+/// Whether the header of an answer with a body says of its length one thing only, which is what it is read by. Chunks count
+/// before a length (RFC 9112, 6.3): the length goes no further, or a client would take the answer to end there.
+pub fn settle_length(headers: &mut HeaderMap, has_body: bool) -> bool {
+    let codings = headers.get_all(header::TRANSFER_ENCODING);
+    let mut codings = codings.iter();
+    let Some(coding) = codings.next() else {
+        one_length(headers);
+        return true;
+    };
+    // What else it is packed in nobody would know any more.
+    let is_chunked = coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
+    let is_plain = is_chunked && codings.next().is_none();
+    headers.remove(header::CONTENT_LENGTH);
+    is_plain || !has_body
+}
+
+/// A length that is said several times, which is allowed, once (RFC 9110, 8.6).
+fn one_length(headers: &mut HeaderMap) {
+    let lines = headers.get_all(header::CONTENT_LENGTH);
+    let mut lines = lines.iter();
+    let Some(first) = lines.next() else { return };
+    if lines.next().is_none() && first.as_bytes().iter().all(u8::is_ascii_digit) {
+        return;
+    }
+    // All are the same: whoever read it has looked.
+    let digits = first.as_bytes().split(|byte| *byte == b',').next();
+    if let Ok(once) = HeaderValue::from_bytes(digits.unwrap_or_default().trim_ascii()) {
+        headers.insert(header::CONTENT_LENGTH, once);
     }
 }
 
@@ -160,6 +199,7 @@ pub fn prepare(parts: &mut Parts, prefix: &str, upgrade: Option<&HeaderValue>, c
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     join_cookies(headers);
+    one_length(headers);
     if let Some(to) = upgrade {
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(header::UPGRADE, to.clone());
@@ -293,6 +333,7 @@ mod tests {
                 get("http://b.example/x").header("host", "a.example"),
                 Ok("b.example"),
             ),
+            (get("http://b.example/x"), Err(400)),
             (get("/").version(Version::HTTP_10), Ok("")),
             (
                 get("http://a.example/")
@@ -351,6 +392,36 @@ mod tests {
             ]
         );
         assert_eq!(text(&parts, "te"), ["trailers"]);
+    }
+
+    #[test]
+    fn every_line_of_connection_counts() {
+        let build = Request::builder().uri("/").header("host", "a");
+        let build = build
+            .header("connection", "x-a")
+            .header("connection", "close, x-b");
+        let mut parts = parts(build.header("x-a", "1").header("x-b", "1").header("x-c", "1"));
+        strip_hop_by_hop(&mut parts.headers);
+        let names: Vec<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["host", "x-c"]);
+    }
+
+    #[test]
+    fn a_length_is_said_once() {
+        for (lines, want) in [
+            (&[][..], None),
+            (&["5"], Some("5")),
+            (&["5", "5"], Some("5")),
+            (&["5, 5"], Some("5")),
+        ] {
+            let mut headers = HeaderMap::new();
+            for line in lines {
+                headers.append(header::CONTENT_LENGTH, HeaderValue::from_static(line));
+            }
+            assert!(settle_length(&mut headers, true));
+            let left: Vec<&HeaderValue> = headers.get_all(header::CONTENT_LENGTH).iter().collect();
+            assert_eq!(left, want.into_iter().collect::<Vec<_>>(), "{lines:?}");
+        }
     }
 
     #[test]
