@@ -15,6 +15,15 @@ pub const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-ho
 pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 pub const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+/// What applications believe too, and we have nothing to say about.
+const OTHERS_WORDS: [HeaderName; 6] = [
+    X_FORWARDED_PORT,
+    X_REAL_IP,
+    HeaderName::from_static("x-forwarded-prefix"),
+    HeaderName::from_static("x-forwarded-scheme"),
+    HeaderName::from_static("x-forwarded-server"),
+    HeaderName::from_static("x-forwarded-ssl"),
+];
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
@@ -86,7 +95,8 @@ pub fn upgrade(
     }
     let to = parts.headers.get(header::UPGRADE)?;
     // HTTP/2 is spoken with prior knowledge only: by an upgrade it would hide requests from us.
-    if to.as_bytes().to_ascii_lowercase().starts_with(b"h2c") {
+    let h2c = |word: &[u8]| word.eq_ignore_ascii_case(b"h2c");
+    if to.as_bytes().windows(3).any(h2c) {
         return None;
     }
     let path = parts.uri.path();
@@ -238,9 +248,10 @@ fn forwarded(headers: &mut HeaderMap, authority: Option<&str>, client: &Client) 
         }
         return;
     }
-    if has_any(headers, &[X_FORWARDED_PORT, X_REAL_IP]) {
-        headers.remove(&X_FORWARDED_PORT);
-        headers.remove(&X_REAL_IP);
+    if has_any(headers, &OTHERS_WORDS) {
+        for name in &OTHERS_WORDS {
+            headers.remove(name);
+        }
     }
     headers.insert(X_FORWARDED_FOR, client.address_value.clone());
     headers.insert(X_FORWARDED_PROTO, client.scheme_value());
@@ -433,6 +444,7 @@ mod tests {
                 .header("x-forwarded-for", "10.9.9.9")
                 .header("x-forwarded-proto", "https")
                 .header("x-real-ip", "10.9.9.9")
+                .header("x-forwarded-prefix", "/theirs")
                 .header("forwarded", "for=10.9.9.9")
         };
         let mut known = parts(build());
@@ -445,7 +457,7 @@ mod tests {
             text(&unknown, "forwarded"),
             ["for=192.0.2.7;host=\"a.example:8080\";proto=http"]
         );
-        assert!(text(&unknown, "x-real-ip").is_empty());
+        assert!(text(&unknown, "x-real-ip").is_empty() && text(&unknown, "x-forwarded-prefix").is_empty());
         prepare(&mut known, "", None, &client(true));
         assert_eq!(text(&known, "x-forwarded-for"), ["10.9.9.9, 192.0.2.7"]);
         assert_eq!(text(&known, "x-forwarded-proto"), ["https"]);
@@ -501,7 +513,9 @@ mod tests {
         assert!(upgrade(&ask("/x", "websocket"), &some).is_none());
         assert!(upgrade(&ask("/ws/1", "websocket"), &some).is_some());
         assert!(upgrade(&ask("/chat", "websocket"), &some).is_some());
-        assert!(upgrade(&ask("/x", "h2c"), &any).is_none());
+        for hidden in ["h2c", "H2C", "websocket, h2c", "websocket,\th2C;q=1"] {
+            assert!(upgrade(&ask("/x", hidden), &any).is_none(), "{hidden}");
+        }
         assert!(
             upgrade(
                 &parts(Request::builder().uri("/").header("upgrade", "websocket")),
