@@ -314,6 +314,11 @@ fn proxy_headers_tell_the_client_where_they_must() {
     let mut without = Wire::connect(shim.address());
     without.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     assert!(without.is_closed());
+    // Whoever set that balancer up would see nothing else of it.
+    shim.await_log("what is missing", |lines| {
+        let says = |line: &&Value| line.to_string().contains("no header of the PROXY protocol");
+        lines.iter().find(says).map(|_| ())
+    });
 }
 
 #[test]

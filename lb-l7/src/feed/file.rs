@@ -174,18 +174,17 @@ fn checked(object: &str, value: Value, faults: &mut Vec<FileFault>) -> Option<Ro
             return None;
         }
     };
-    let mut name = |host: String| match host_of(&host) {
-        Some(host) => host,
-        None => {
+    let mut names = std::iter::once(route.host).chain(route.aliases).map(|host| {
+        host_of(&host).unwrap_or_else(|| {
             faults.push(FileFault::Host {
                 object: own(),
                 host: host.clone(),
             });
             host
-        }
-    };
-    route.host = name(route.host);
-    route.aliases = route.aliases.into_iter().map(name).collect();
+        })
+    });
+    route.host = names.next().unwrap_or_default();
+    route.aliases = names.collect();
     route.aliases.remove(&route.host);
     match path_of(&route.path) {
         Some(path) => route.path = path,
