@@ -233,6 +233,7 @@ impl Download {
     /// The body of the answer that came by `link`.
     pub fn new(incoming: Incoming, link: Link, silence: Duration, mut exchange: Exchange) -> Self {
         exchange.waits_for_client(true);
+        exchange.is_whole(false);
         Self {
             incoming,
             link: Some(link),
@@ -253,6 +254,7 @@ impl Download {
 
     /// Gives the connection back if it can be used again.
     fn end(&mut self, cx: &mut Context<'_>) {
+        self.exchange.is_whole(true);
         if let Some(link) = self.link.take() {
             self.exchange.give_back(link, cx);
         }

@@ -22,6 +22,8 @@ pub struct Exchange {
     pool: u64,
     status: u16,
     bytes_out: u64,
+    /// Bytes from the client of an upgraded connection.
+    carried_in: u64,
     upload: Option<Rc<super::body::Upload>>,
     /// A part of the answer is there that its client has to take.
     waits_for_client: bool,
@@ -49,6 +51,7 @@ impl Exchange {
             pool: 0,
             status: 0,
             bytes_out: 0,
+            carried_in: 0,
             upload: None,
             waits_for_client: false,
             line,
@@ -142,8 +145,13 @@ impl Exchange {
     /// Bytes that an upgraded connection carried.
     pub fn carried(&mut self, from_client: u64, to_client: u64) {
         self.bytes_out += to_client;
-        if let Some(shard) = self.shard() {
-            shard.bytes_in.add(from_client);
+        self.carried_in += from_client;
+    }
+
+    /// Whether all of the answer's body has come. One that its client did not wait for has broken off too.
+    pub fn is_whole(&mut self, is_whole: bool) {
+        if let Some(line) = &mut self.line {
+            line.broken = !is_whole;
         }
     }
 
@@ -174,7 +182,10 @@ impl Drop for Exchange {
         }
         self.client.stage.end(worker.shared.clock.coarse_ms());
         let took = self.start.elapsed();
-        let bytes_in = self.upload.as_ref().map_or(0, |upload| upload.bytes.get());
+        let bytes_in = self
+            .upload
+            .as_ref()
+            .map_or(self.carried_in, |upload| upload.bytes.get());
         if let Some(shard) = self.shard() {
             if bytes_in > 0 {
                 shard.bytes_in.add(bytes_in);
