@@ -27,6 +27,9 @@ const BUSY: u8 = 2;
 /// How long a connection says nothing until what its next request needs is let go, milliseconds.
 const REST_AFTER_MS: u64 = 1_000;
 
+/// Bytes written at once that are parts of answers, and no mere replies to what HTTP/2 says of the connection.
+const PARTS: usize = 1024;
+
 /// What a connection is told from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
@@ -117,6 +120,13 @@ impl Stage {
         };
         self.waiting.store(waiting, Relaxed);
         self.turned_ms.store(now_ms, Relaxed);
+    }
+
+    /// So many bytes have been written: a slow client takes parts of answers that have been given long before.
+    fn wrote(&self, bytes: &Poll<io::Result<usize>>, now_ms: impl FnOnce() -> u64) {
+        if matches!(bytes, Poll::Ready(Ok(bytes)) if *bytes >= PARTS) && self.speaks_h2() {
+            self.turned_ms.store(now_ms(), Relaxed);
+        }
     }
 
     /// Not all of the request that ends has been read.
@@ -345,11 +355,14 @@ impl AsyncRead for ClientIo {
 
 impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.stage.is_unflushed.store(true, Relaxed);
-        match &mut self.get_mut().transport {
+        let this = self.get_mut();
+        this.stage.is_unflushed.store(true, Relaxed);
+        let written = match &mut this.transport {
             Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
             Transport::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
+        };
+        this.stage.wrote(&written, || this.clock.coarse_ms());
+        written
     }
 
     fn poll_write_vectored(
@@ -357,11 +370,14 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.stage.is_unflushed.store(true, Relaxed);
-        match &mut self.get_mut().transport {
+        let this = self.get_mut();
+        this.stage.is_unflushed.store(true, Relaxed);
+        let written = match &mut this.transport {
             Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Transport::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-        }
+        };
+        this.stage.wrote(&written, || this.clock.coarse_ms());
+        written
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -423,6 +439,10 @@ mod tests {
         assert!(!h2.is_late(900_000, &timeouts), "one is still under way");
         h2.waits_for_client(true, 900_000);
         assert!(!h2.is_late(960_000, &timeouts) && h2.is_late(960_001, &timeouts));
+        h2.wrote(&Poll::Ready(Ok(17)), || 950_000);
+        assert!(h2.is_late(960_001, &timeouts), "a reply to a ping is no answer");
+        h2.wrote(&Poll::Ready(Ok(16_384)), || 930_000);
+        assert!(!h2.is_late(990_000, &timeouts) && h2.is_late(990_001, &timeouts));
         h2.begin();
         assert!(
             !h2.is_late(999_000, &timeouts),
