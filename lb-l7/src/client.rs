@@ -27,6 +27,9 @@ const BUSY: u8 = 2;
 /// How long a connection says nothing until what its next request needs is let go, milliseconds.
 const REST_AFTER_MS: u64 = 1_000;
 
+/// Bytes written at once that are parts of answers, and no mere replies to what HTTP/2 says of the connection.
+const PARTS: usize = 1024;
+
 /// What a connection is told from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Word {
@@ -45,6 +48,10 @@ pub struct Stage {
     since_ms: AtomicU64,
     /// Requests under way: more than one in HTTP/2.
     active: AtomicU32,
+    /// Those of them whose client has a part of the answer to take.
+    waiting: AtomicU32,
+    /// When that changed last.
+    turned_ms: AtomicU64,
     is_h2: AtomicBool,
     /// Something is written that the system has not taken yet, or the connection is being closed.
     is_unflushed: AtomicBool,
@@ -104,6 +111,24 @@ impl Stage {
         }
     }
 
+    /// One request more, or less, waits for the client to take a part of its answer.
+    pub fn waits_for_client(&self, waits: bool, now_ms: u64) {
+        let waiting = self.waiting.load(Relaxed);
+        let waiting = match waits {
+            true => waiting + 1,
+            false => waiting.saturating_sub(1),
+        };
+        self.waiting.store(waiting, Relaxed);
+        self.turned_ms.store(now_ms, Relaxed);
+    }
+
+    /// So many bytes have been written: a slow client takes parts of answers that have been given long before.
+    fn wrote(&self, bytes: &Poll<io::Result<usize>>, now_ms: impl FnOnce() -> u64) {
+        if matches!(bytes, Poll::Ready(Ok(bytes)) if *bytes >= PARTS) && self.speaks_h2() {
+            self.turned_ms.store(now_ms(), Relaxed);
+        }
+    }
+
     /// Not all of the request that ends has been read.
     pub fn leave_unread(&self) {
         self.is_unread.store(true, Relaxed);
@@ -132,12 +157,14 @@ impl Stage {
 
     /// Whether it has been silent for too long.
     pub fn is_late(&self, now_ms: u64, timeouts: &L7Timeouts) -> bool {
-        let limit = match self.stage.load(Relaxed) {
-            IDLE => timeouts.client,
-            HEAD => timeouts.header,
-            _ => return false,
+        let (since, limit) = match self.stage.load(Relaxed) {
+            IDLE => (&self.since_ms, timeouts.client),
+            HEAD => (&self.since_ms, timeouts.header),
+            // In HTTP/1 the system knows who takes nothing.
+            _ if !self.speaks_h2() || self.waiting.load(Relaxed) < self.active.load(Relaxed) => return false,
+            _ => (&self.turned_ms, timeouts.client),
         };
-        u128::from(now_ms.saturating_sub(self.since_ms.load(Relaxed))) > limit.as_millis()
+        u128::from(now_ms.saturating_sub(since.load(Relaxed))) > limit.as_millis()
     }
 
     /// Tells it something. What was said first stands unless it is more now.
@@ -328,11 +355,14 @@ impl AsyncRead for ClientIo {
 
 impl AsyncWrite for ClientIo {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        self.stage.is_unflushed.store(true, Relaxed);
-        match &mut self.get_mut().transport {
+        let this = self.get_mut();
+        this.stage.is_unflushed.store(true, Relaxed);
+        let written = match &mut this.transport {
             Transport::Plain(stream) => Pin::new(stream).poll_write(cx, buf),
             Transport::Tls(stream) => Pin::new(stream).poll_write(cx, buf),
-        }
+        };
+        this.stage.wrote(&written, || this.clock.coarse_ms());
+        written
     }
 
     fn poll_write_vectored(
@@ -340,11 +370,14 @@ impl AsyncWrite for ClientIo {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.stage.is_unflushed.store(true, Relaxed);
-        match &mut self.get_mut().transport {
+        let this = self.get_mut();
+        this.stage.is_unflushed.store(true, Relaxed);
+        let written = match &mut this.transport {
             Transport::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
             Transport::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, bufs),
-        }
+        };
+        this.stage.wrote(&written, || this.clock.coarse_ms());
+        written
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -404,5 +437,19 @@ mod tests {
         h2.begin();
         h2.end(70_000);
         assert!(!h2.is_late(900_000, &timeouts), "one is still under way");
+        h2.waits_for_client(true, 900_000);
+        assert!(!h2.is_late(960_000, &timeouts) && h2.is_late(960_001, &timeouts));
+        h2.wrote(&Poll::Ready(Ok(17)), || 950_000);
+        assert!(h2.is_late(960_001, &timeouts), "a reply to a ping is no answer");
+        h2.wrote(&Poll::Ready(Ok(16_384)), || 930_000);
+        assert!(!h2.is_late(990_000, &timeouts) && h2.is_late(990_001, &timeouts));
+        h2.begin();
+        assert!(
+            !h2.is_late(999_000, &timeouts),
+            "another one waits for its upstream"
+        );
+        h2.end(999_000);
+        h2.waits_for_client(false, 999_000);
+        assert!(!h2.is_late(u64::MAX, &timeouts), "now it is the upstream's turn");
     }
 }

@@ -20,6 +20,9 @@ pub enum HeaderError {
     /// Something else.
     #[error("no header of the PROXY protocol, version 2")]
     NoHeader,
+    /// Of the version before, which is lines of text.
+    #[error("a header of the PROXY protocol, version 1; have version 2 sent (send-proxy-v2)")]
+    Old,
     /// Its length does not fit what it says.
     #[error("a header of the PROXY protocol with a wrong length")]
     Length,
@@ -44,6 +47,9 @@ pub async fn read(stream: &mut TcpStream, peer: SocketAddr) -> io::Result<Socket
 
 /// How many bytes follow the fixed part.
 pub fn length(fixed: &[u8; FIXED]) -> Result<usize, HeaderError> {
+    if fixed.starts_with(b"PROXY ") {
+        return Err(HeaderError::Old);
+    }
     if fixed[..12] != SIGNATURE || fixed[12] >> 4 != 2 {
         return Err(HeaderError::NoHeader);
     }
@@ -146,6 +152,7 @@ mod tests {
         assert_eq!(length(&fixed(1, 0x11, 12)), Ok(12));
         assert_eq!(length(&fixed(1, 0x11, 60_000)), Err(HeaderError::Length));
         assert_eq!(length(b"GET / HTTP/1.1\r\n"), Err(HeaderError::NoHeader));
+        assert_eq!(length(b"PROXY TCP4 192.0"), Err(HeaderError::Old));
     }
 
     proptest! {

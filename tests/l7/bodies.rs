@@ -152,4 +152,75 @@ fn an_answer_that_breaks_off_is_broken_for_the_client_too() {
     assert_eq!(wire.read(4), b"part");
     drop(stream);
     assert!(wire.is_closed(), "what is missing must not look complete");
+    // What came in one piece with the end of the connection is the client's all the same.
+    wire = Wire::connect(shim.address());
+    wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    let (mut stream, _) = server.accept();
+    stream
+        .write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\nno chunk\r\n")
+        .unwrap();
+    drop(stream);
+    assert_eq!(wire.line(), "HTTP/1.1 200 OK");
+    while !wire.line().is_empty() {}
+    assert_eq!(
+        (wire.line(), wire.read(6)),
+        ("4".to_owned(), b"part\r\n".to_vec())
+    );
+    assert!(wire.is_closed(), "what is missing must not look complete");
+}
+
+#[test]
+fn an_answer_is_as_long_as_its_chunks_and_an_unknown_coding_is_none() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Raw::start();
+    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[server.address])]));
+    let shim = Shim::start(folder.path());
+    for (codings, want) in [
+        ("Transfer-Encoding: chunked\r\nContent-Length: 2\r\n", Ok("hello")),
+        ("Content-Length: 2\r\nTransfer-Encoding: Chunked\r\n", Ok("hello")),
+        // Nobody would know any more that it is packed.
+        ("Transfer-Encoding: gzip, chunked\r\n", Err(502)),
+        (
+            "Transfer-Encoding: gzip\r\nTransfer-Encoding: chunked\r\n",
+            Err(502),
+        ),
+        ("Transfer-Encoding: xchunked\r\n", Err(502)),
+    ] {
+        let mut wire = Wire::connect(shim.address());
+        wire.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n");
+        let (mut stream, _) = server.accept();
+        let answer = format!("HTTP/1.1 200 OK\r\n{codings}\r\n5\r\nhello\r\n0\r\n\r\n");
+        stream.write_all(answer.as_bytes()).unwrap();
+        drop(stream);
+        let answer = wire.answer();
+        match want {
+            Ok(text) => assert_eq!((answer.status, &*answer.text()), (200, text), "{codings}"),
+            Err(status) => assert_eq!(answer.status, status, "{codings}"),
+        }
+    }
+}
+
+#[test]
+fn a_body_of_unknown_length_does_not_go_to_http_1_0() {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Raw::start();
+    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[server.address])]));
+    let shim = Shim::start(folder.path());
+    let mut wire = Wire::connect(shim.address());
+    wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    let (mut old, _) = server.accept();
+    old.write_all(b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nhi")
+        .unwrap();
+    assert_eq!(wire.answer().text(), "hi");
+    // By that connection it would go without its body.
+    wire.send("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n");
+    let (mut stream, header) = server.accept();
+    assert!(header.starts_with("POST / HTTP/1.1\r\n"), "{header}");
+    let mut body = [0; 15];
+    stream.read_exact(&mut body).unwrap();
+    assert_eq!(&body, b"5\r\nhello\r\n0\r\n\r\n");
+    stream
+        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ndone")
+        .unwrap();
+    assert_eq!(wire.answer().text(), "done");
 }

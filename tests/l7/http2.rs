@@ -1,6 +1,6 @@
 //! HTTP/2 with clients that are not ours, and gRPC as it is on the wire.
 
-use std::process::Command;
+use std::{io::Write as _, process::Command};
 
 use http_body_util::{BodyExt as _, StreamBody};
 use hyper::{
@@ -13,8 +13,9 @@ use serde_json::json;
 
 use super::{
     agent::{Agent, route},
-    origin::Origin,
+    origin::{Origin, Raw},
     shim::Shim,
+    wire::Wire,
 };
 
 #[test]
@@ -80,4 +81,41 @@ fn grpc_has_http2_and_trailers_all_the_way() {
         seen[0].contains("HTTP/2.0") && seen[0].contains("te: trailers"),
         "{seen:?}"
     );
+}
+
+#[test]
+fn a_stream_that_nobody_takes_does_not_hold_a_server() {
+    use std::io::Read as _;
+    let folder = tempfile::tempdir().unwrap();
+    let server = Raw::start();
+    let settings = json!({ "timeouts": { "client_ms": 1000 } });
+    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[server.address])]));
+    let shim = Shim::start(folder.path());
+    let mut wire = Wire::connect(shim.address());
+    // Settings with a window of nothing, and GET http://a/.
+    wire.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0");
+    wire.send(b"\0\0\x06\x01\x05\0\0\0\x01\x82\x86\x84\x41\x01a");
+    let (mut stream, _) = server.accept();
+    stream
+        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nsome")
+        .unwrap();
+    // The connection goes on, and so does the system's own watch over it.
+    let mut answer = [0; 1];
+    let patience = std::time::Instant::now() + super::shim::PATIENCE;
+    let ended = loop {
+        assert!(std::time::Instant::now() < patience, "held for ever");
+        stream
+            .set_read_timeout(Some(std::time::Duration::from_millis(100)))
+            .unwrap();
+        match stream.read(&mut answer) {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            ended => break ended,
+        }
+        let _it_may_be_over = wire.try_send(b"\0\0\x08\x06\0\0\0\0\0weir-tst");
+    };
+    let is_over = ended.as_ref().map_or_else(
+        |error| error.kind() == std::io::ErrorKind::ConnectionReset,
+        |n| *n == 0,
+    );
+    assert!(is_over, "{ended:?}");
 }

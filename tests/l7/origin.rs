@@ -39,6 +39,26 @@ type Body = BoxBody<Bytes, hyper::Error>;
 
 impl Origin {
     pub fn start() -> Self {
+        Self::begin(None)
+    }
+
+    /// By TLS, with the certificate in `FILE.pem` and the key in `FILE.key`; HTTP/2 for whoever offers it.
+    pub fn secure(folder: &std::path::Path, file: &str) -> Self {
+        use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
+        let chain = CertificateDer::from_pem_file(folder.join(format!("{file}.pem"))).unwrap();
+        let key = PrivateKeyDer::from_pem_file(folder.join(format!("{file}.key"))).unwrap();
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let mut config = rustls::ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![chain], key)
+            .unwrap();
+        config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        Self::begin(Some(Arc::new(config).into()))
+    }
+
+    fn begin(tls: Option<tokio_rustls::TlsAcceptor>) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
@@ -54,17 +74,16 @@ impl Origin {
             while let Ok((stream, _)) = listener.accept().await {
                 to.connections.fetch_add(1, SeqCst);
                 let seen = Arc::clone(&to);
-                let service = service_fn(move |request| serve(address, Arc::clone(&seen), request));
+                let tls = tls.clone();
                 tokio::spawn(async move {
-                    let mut first = [0; 3];
-                    let _ = stream.peek(&mut first).await;
-                    let io = TokioIo::new(stream);
-                    if first == *b"PRI" {
-                        let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
-                        let _ = server.serve_connection(io, service).await;
-                    } else {
-                        let server = hyper::server::conn::http1::Builder::new();
-                        let _ = server.serve_connection(io, service).with_upgrades().await;
+                    let Some(tls) = tls else {
+                        let mut first = [0; 3];
+                        let _ = stream.peek(&mut first).await;
+                        return speak(address, seen, stream, first == *b"PRI").await;
+                    };
+                    if let Ok(stream) = tls.accept(stream).await {
+                        let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
+                        speak(address, seen, stream, h2).await;
                     }
                 });
             }
@@ -82,6 +101,21 @@ impl Origin {
 
     pub fn requests(&self) -> Vec<String> {
         self.seen.requests.lock().unwrap().clone()
+    }
+}
+
+async fn speak<S>(me: SocketAddr, seen: Arc<Seen>, stream: S, h2: bool)
+where
+    S: tokio::io::AsyncRead + tokio::io::AsyncWrite + Unpin + Send + 'static,
+{
+    let service = service_fn(move |request| serve(me, Arc::clone(&seen), request));
+    let io = TokioIo::new(stream);
+    if h2 {
+        let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        let _ = server.serve_connection(io, service).await;
+    } else {
+        let server = hyper::server::conn::http1::Builder::new();
+        let _ = server.serve_connection(io, service).with_upgrades().await;
     }
 }
 

@@ -27,6 +27,10 @@ fn requests_are_seen_on_the_page_in_the_metrics_and_in_the_log() {
     }
     wire.send("POST /echo HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello");
     assert_eq!(wire.answer().text(), "hello");
+    // What is no request is counted too, though nobody else hears of it.
+    let mut odd = Wire::connect(address);
+    odd.send("GET / HTTP/1.1\r\nHost : a\r\n\r\n");
+    assert_eq!((odd.answer().status, odd.is_closed()), (400, true));
     assert_eq!(wire.get("unknown", "/").status, 503);
 
     let report: Value = serde_json::from_slice(&get(address, "status.test", "/weir/json").body).unwrap();
@@ -53,7 +57,10 @@ fn requests_are_seen_on_the_page_in_the_metrics_and_in_the_log() {
         .map(|u| u["numbers"]["connect_errors"].as_u64().unwrap())
         .sum();
     assert!(retries >= 1 && retries == refused, "{upstreams:#?}");
-    assert_eq!(report["unrouted"][4], 1);
+    assert_eq!(
+        (&report["unrouted"][3], &report["unrouted"][4]),
+        (&json!(1), &json!(1))
+    );
     let page = get(address, "status.test", "/weir").text();
     assert!(
         page.contains("http-equiv=\"refresh\"") && page.contains(&origin.address.to_string()),
@@ -83,4 +90,68 @@ fn requests_are_seen_on_the_page_in_the_metrics_and_in_the_log() {
         (Some(200), Some("/x"))
     );
     assert_eq!(first["upstream_address"], json!(origin.address));
+}
+
+#[test]
+fn what_an_upgraded_connection_carried_is_counted_however_it_ends() {
+    let folder = tempfile::tempdir().unwrap();
+    let origin = Origin::start();
+    let settings = json!({ "access_log": "json" });
+    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[origin.address])]));
+    let shim = Shim::start(folder.path());
+    for is_reset in [false, true] {
+        let mut wire = Wire::connect(shim.address());
+        assert_eq!(super::upgrades::open(&mut wire, "a", "/upgrade"), 101);
+        assert!(super::upgrades::says_back(&mut wire, "hello"));
+        if is_reset {
+            let linger = nix::libc::linger {
+                l_onoff: 1,
+                l_linger: 0,
+            };
+            nix::sys::socket::setsockopt(wire.raw(), nix::sys::socket::sockopt::Linger, &linger).unwrap();
+        }
+    }
+    let until = std::time::Instant::now() + PATIENCE;
+    let log = loop {
+        let log = fs::read_to_string(folder.path().join("access.log")).unwrap();
+        if log.lines().count() >= 2 {
+            break log;
+        }
+        assert!(std::time::Instant::now() < until, "{log}");
+    };
+    for line in log.lines() {
+        let line: Value = serde_json::from_str(line).unwrap();
+        assert_eq!(
+            (&line["bytes_in"], &line["bytes_out"]),
+            (&json!(5), &json!(5)),
+            "{line}"
+        );
+    }
+}
+
+#[test]
+fn an_answer_that_its_client_did_not_wait_for_is_broken_in_the_log() {
+    use std::io::Write as _;
+    let folder = tempfile::tempdir().unwrap();
+    let server = super::origin::Raw::start();
+    let settings = json!({ "access_log": "json" });
+    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[server.address])]));
+    let shim = Shim::start(folder.path());
+    let mut wire = Wire::connect(shim.address());
+    wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+    let (mut stream, _) = server.accept();
+    stream
+        .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart")
+        .unwrap();
+    assert_eq!(wire.line(), "HTTP/1.1 200 OK");
+    drop(wire);
+    let until = std::time::Instant::now() + PATIENCE;
+    let line = loop {
+        let log = fs::read_to_string(folder.path().join("access.log")).unwrap();
+        if let Some(line) = log.lines().next() {
+            break serde_json::from_str::<Value>(line).unwrap();
+        }
+        assert!(std::time::Instant::now() < until, "nothing is logged");
+    };
+    assert_eq!((&line["status"], &line["broken"]), (&json!(200), &json!(true)));
 }

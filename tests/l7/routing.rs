@@ -184,6 +184,10 @@ fn redirects_are_answered_by_the_shim() {
             (status, Some(location))
         );
     }
+    // What is asked of the host itself has no path that a URL could have.
+    let mut wire = Wire::connect(shim.address());
+    wire.send("OPTIONS * HTTP/1.1\r\nHost: secure\r\n\r\n");
+    assert_eq!(wire.answer().header("location"), Some("https://secure:8443/"));
     // One that comes back by HTTPS is not sent around again.
     let mut wire = Wire::connect(shim.address());
     wire.send("GET / HTTP/1.1\r\nHost: ucp.example\r\nX-Forwarded-Proto: https\r\n\r\n");

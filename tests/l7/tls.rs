@@ -253,6 +253,49 @@ fn servers_are_verified_unless_the_route_says_otherwise() {
     );
 }
 
+/// An answer of HTTP/2 to a request of gRPC, which goes on by HTTP/2: its text.
+fn grpc(address: SocketAddr, host: &str) -> String {
+    use http_body_util::{BodyExt as _, Full};
+    use hyper_util::rt::{TokioExecutor, TokioIo};
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(async {
+        let stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let begun = hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await;
+        let (mut sender, connection) = begun.unwrap();
+        tokio::spawn(connection);
+        let request = hyper::Request::post(format!("http://{host}/headers"))
+            .header("content-type", "application/grpc")
+            .body(Full::new(hyper::body::Bytes::from("message")))
+            .unwrap();
+        let body = sender.send_request(request).await.unwrap().into_body();
+        String::from_utf8(body.collect().await.unwrap().to_bytes().to_vec()).unwrap()
+    })
+}
+
+#[test]
+fn servers_of_tls_are_spoken_to_as_those_without() {
+    let certs = tempfile::tempdir().unwrap();
+    certify(certs.path(), "own", &["own.example"]);
+    let origin = Origin::secure(certs.path(), "own");
+    let tls = json!({ "settings": { "upstream_tls": { "verify": false } } });
+    let routes = json!([with(route("own.example", &[origin.address]), tls)]);
+    let rig = rig(json!({}), &routes, |_| {});
+    let mut wire = Wire::connect(rig.http);
+    let seen = wire.get("own.example", "/headers").text();
+    assert!(seen.starts_with("GET /headers HTTP/1.1\n"), "{seen}");
+    // By HTTP/2, which the server would rather have, none would come through.
+    assert_eq!(super::upgrades::open(&mut wire, "own.example", "/upgrade"), 101);
+    assert!(super::upgrades::says_back(&mut wire, "hello"));
+    let seen = grpc(rig.http, "own.example");
+    assert!(
+        seen.starts_with("POST https://own.example/headers HTTP/2.0\n"),
+        "{seen}"
+    );
+}
+
 #[test]
 fn proxy_headers_tell_the_client_where_they_must() {
     let folder = tempfile::tempdir().unwrap();
@@ -271,6 +314,11 @@ fn proxy_headers_tell_the_client_where_they_must() {
     let mut without = Wire::connect(shim.address());
     without.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
     assert!(without.is_closed());
+    // Whoever set that balancer up would see nothing else of it.
+    shim.await_log("what is missing", |lines| {
+        let says = |line: &&Value| line.to_string().contains("no header of the PROXY protocol");
+        lines.iter().find(says).map(|_| ())
+    });
 }
 
 #[test]

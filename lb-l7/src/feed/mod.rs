@@ -8,10 +8,12 @@ use tokio::{
 use tracing::{info, warn};
 
 mod agent;
+mod file;
 mod store;
 
 pub use agent::follow;
-pub use store::{Store, StoreError, read};
+pub use file::{FileFault, read};
+pub use store::{Store, StoreError};
 
 use crate::cli::Cli;
 
@@ -24,12 +26,22 @@ pub fn begin(cli: &Cli) -> anyhow::Result<watch::Receiver<Option<State>>> {
     // Without a file there is nothing to read again; it ends nobody all the same.
     let mut hangup = signal(SignalKind::hangup())?;
     if let Some(path) = &cli.routes {
-        states.send_replace(Some(read(path)?));
+        let (first, faults) = read(path, None)?;
+        for fault in faults {
+            warn!("{fault}");
+        }
+        states.send_replace(Some(first));
         let path = path.clone();
         tokio::task::spawn_local(async move {
             while hangup.recv().await.is_some() {
-                match read(&path) {
-                    Ok(state) => drop(states.send_replace(Some(state))),
+                let now = read(&path, states.borrow().as_ref());
+                match now {
+                    Ok((state, faults)) => {
+                        for fault in faults {
+                            warn!("{fault}; what was served of it before is served on");
+                        }
+                        states.send_replace(Some(state));
+                    }
                     Err(error) => warn!("{error}; serving on by what was read before"),
                 }
             }

@@ -1,4 +1,4 @@
-//! The state in a file: the last good one for the next start, or one that somebody wrote.
+//! The state in a file: the last good one for the next start.
 
 use std::{
     fs, io,
@@ -11,20 +11,20 @@ use lb_route::State;
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// The file.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {fault}", path.display())]
     Io {
         /// Which.
         path: PathBuf,
         /// What the system said.
-        source: io::Error,
+        fault: io::Error,
     },
     /// What is in it.
-    #[error("{}: {source}; write {{\"routes\": [{{\"host\": \"a.example\", \"upstreams\": [{{\"address\": \"127.0.0.1:8080\"}}]}}]}}", path.display())]
+    #[error("{}: {fault}; write {{\"routes\": [{{\"host\": \"a.example\", \"upstreams\": [{{\"address\": \"127.0.0.1:8080\"}}]}}]}}", path.display())]
     Text {
         /// Which.
         path: PathBuf,
         /// What is wrong, and where.
-        source: serde_json::Error,
+        fault: serde_json::Error,
     },
 }
 
@@ -32,18 +32,14 @@ pub enum StoreError {
 #[derive(Clone, Debug)]
 pub struct Store(PathBuf);
 
-/// Reads a state.
-///
-/// # Errors
-/// See [`StoreError`].
-pub fn read(path: &Path) -> Result<State, StoreError> {
-    let text = fs::read(path).map_err(|source| StoreError::Io {
+fn read(path: &Path) -> Result<State, StoreError> {
+    let text = fs::read(path).map_err(|fault| StoreError::Io {
         path: path.into(),
-        source,
+        fault,
     })?;
-    serde_json::from_slice(&text).map_err(|source| StoreError::Text {
+    serde_json::from_slice(&text).map_err(|fault| StoreError::Text {
         path: path.into(),
-        source,
+        fault,
     })
 }
 
@@ -57,7 +53,7 @@ impl Store {
     pub fn load(&self) -> Option<State> {
         match read(&self.0) {
             Ok(state) => Some(state),
-            Err(StoreError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+            Err(StoreError::Io { fault, .. }) if fault.kind() == io::ErrorKind::NotFound => None,
             Err(error) => {
                 tracing::warn!("the last good state is lost: {error}");
                 None
@@ -70,9 +66,9 @@ impl Store {
     /// # Errors
     /// The file cannot be written.
     pub fn save(&self, state: &State) -> Result<(), StoreError> {
-        let fail = |source| StoreError::Io {
+        let fail = |fault| StoreError::Io {
             path: self.0.clone(),
-            source,
+            fault,
         };
         let text = serde_json::to_vec(state).map_err(|e| fail(e.into()))?;
         // Two processes have the file while one takes over from the other.

@@ -103,6 +103,8 @@ pub struct Download {
     link: Option<Link>,
     silence: Silence,
     exchange: Exchange,
+    /// Why it has broken off.
+    fault: Option<BodyError>,
 }
 
 // === impl Upload ===
@@ -229,17 +231,30 @@ impl Body for OutBody {
 
 impl Download {
     /// The body of the answer that came by `link`.
-    pub fn new(incoming: Incoming, link: Link, silence: Duration, exchange: Exchange) -> Self {
+    pub fn new(incoming: Incoming, link: Link, silence: Duration, mut exchange: Exchange) -> Self {
+        exchange.waits_for_client(true);
+        exchange.is_whole(false);
         Self {
             incoming,
             link: Some(link),
             silence: Silence::new(silence),
             exchange,
+            fault: None,
         }
+    }
+
+    /// It breaks off. The client is told when it is asked for the next time: whoever is told throws away what has not been
+    /// written yet, and what came before the fault shall reach the client.
+    fn fail(&mut self, fault: BodyError, cx: &Context<'_>) {
+        self.link = None;
+        self.exchange.fail();
+        self.fault = Some(fault);
+        cx.waker().wake_by_ref();
     }
 
     /// Gives the connection back if it can be used again.
     fn end(&mut self, cx: &mut Context<'_>) {
+        self.exchange.is_whole(true);
         if let Some(link) = self.link.take() {
             self.exchange.give_back(link, cx);
         }
@@ -259,6 +274,10 @@ impl Body for Reply {
             Self::Own(bytes) => return Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Upstream(download) => download,
         };
+        download.exchange.waits_for_client(false);
+        if let Some(fault) = download.fault.take() {
+            return Poll::Ready(Some(Err(fault)));
+        }
         let mut polled = Pin::new(&mut download.incoming).poll_frame(cx);
         if polled.is_pending()
             && let Some(link) = &mut download.link
@@ -268,9 +287,8 @@ impl Body for Reply {
         }
         let Poll::Ready(frame) = polled else {
             ready!(download.silence.poll_over(cx));
-            download.link = None;
-            download.exchange.fail();
-            return Poll::Ready(Some(Err(BodyError::Silence(download.silence.limit))));
+            download.fail(BodyError::Silence(download.silence.limit), cx);
+            return Poll::Pending;
         };
         download.silence.broken();
         Poll::Ready(match frame {
@@ -279,9 +297,8 @@ impl Body for Reply {
                 None
             }
             Some(Err(error)) => {
-                download.link = None;
-                download.exchange.fail();
-                Some(Err(error.into()))
+                download.fail(error.into(), cx);
+                return Poll::Pending;
             }
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
@@ -290,6 +307,8 @@ impl Body for Reply {
                 // Whoever asks us for frames does not ask for one after the last.
                 if download.incoming.is_end_stream() {
                     download.end(cx);
+                } else {
+                    download.exchange.waits_for_client(true);
                 }
                 Some(Ok(frame))
             }

@@ -22,7 +22,11 @@ pub struct Exchange {
     pool: u64,
     status: u16,
     bytes_out: u64,
+    /// Bytes from the client of an upgraded connection.
+    carried_in: u64,
     upload: Option<Rc<super::body::Upload>>,
+    /// A part of the answer is there that its client has to take.
+    waits_for_client: bool,
     line: Option<Box<Line>>,
 }
 
@@ -47,7 +51,9 @@ impl Exchange {
             pool: 0,
             status: 0,
             bytes_out: 0,
+            carried_in: 0,
             upload: None,
+            waits_for_client: false,
             line,
         }
     }
@@ -121,6 +127,16 @@ impl Exchange {
         }
     }
 
+    /// Whose turn it is: the client's, which has a part to take, or the upstream's. Told for HTTP/2 alone, where a client can
+    /// leave an answer while its connection goes on.
+    pub fn waits_for_client(&mut self, waits: bool) {
+        let stage = &self.client.stage;
+        if waits != self.waits_for_client && stage.speaks_h2() {
+            self.waits_for_client = waits;
+            stage.waits_for_client(waits, self.worker.shared.clock.coarse_ms());
+        }
+    }
+
     /// Bytes of the answer's body.
     pub fn sent(&mut self, bytes: u64) {
         self.bytes_out += bytes;
@@ -129,15 +145,20 @@ impl Exchange {
     /// Bytes that an upgraded connection carried.
     pub fn carried(&mut self, from_client: u64, to_client: u64) {
         self.bytes_out += to_client;
-        if let Some(shard) = self.shard() {
-            shard.bytes_in.add(from_client);
+        self.carried_in += from_client;
+    }
+
+    /// Whether all of the answer's body has come. One that its client did not wait for has broken off too.
+    pub fn is_whole(&mut self, is_whole: bool) {
+        if let Some(line) = &mut self.line {
+            line.broken = !is_whole;
         }
     }
 
     /// The whole answer has come by this connection.
     pub fn give_back(&self, mut link: Link, cx: &mut Context<'_>) {
         // What told of a client is that client's; HTTP/2 is shared as soon as it is there.
-        let is_ours = !self.worker.serving().settings.send_proxy_protocol && !link.is_h2();
+        let is_ours = !self.worker.serving().settings.send_proxy_protocol && !link.is_h2() && !link.is_over;
         if is_ours && link.is_idle(cx) {
             link.is_used = true;
             self.worker
@@ -154,13 +175,17 @@ impl Exchange {
 
 impl Drop for Exchange {
     fn drop(&mut self) {
+        self.waits_for_client(false);
         let worker = &self.worker;
         if self.upload.as_ref().is_some_and(|upload| !upload.is_whole.get()) {
             self.client.stage.leave_unread();
         }
         self.client.stage.end(worker.shared.clock.coarse_ms());
         let took = self.start.elapsed();
-        let bytes_in = self.upload.as_ref().map_or(0, |upload| upload.bytes.get());
+        let bytes_in = self
+            .upload
+            .as_ref()
+            .map_or(self.carried_in, |upload| upload.bytes.get());
         if let Some(shard) = self.shard() {
             if bytes_in > 0 {
                 shard.bytes_in.add(bytes_in);

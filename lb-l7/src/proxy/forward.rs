@@ -303,7 +303,8 @@ impl Forward {
     }
 
     /// The upstream's answer as the client gets it.
-    fn finish(&mut self, answer: Response<Incoming>, link: Link, place: usize) -> Response<Reply> {
+    fn finish(&mut self, mut answer: Response<Incoming>, mut link: Link, place: usize) -> Response<Reply> {
+        link.is_over |= answer.version() == Version::HTTP_10;
         let Some(mut exchange) = self.exchange.take() else {
             return self.own(Fault::None);
         };
@@ -317,12 +318,17 @@ impl Forward {
                 }
             };
         }
+        let has_body = !answer.body().is_end_stream();
+        if !request::settle_length(answer.headers_mut(), has_body) {
+            self.exchange = Some(exchange);
+            return self.own(Fault::Broken);
+        }
         exchange.answered(answer.status().as_u16());
         let (mut parts, incoming) = answer.into_parts();
         request::strip_hop_by_hop(&mut parts.headers);
         parts.version = Version::HTTP_11;
         self.add_own_headers(&mut parts.headers, place);
-        let reply = if incoming.is_end_stream() {
+        let reply = if !has_body {
             // Nobody waits for what it does from now on.
             exchange.give_back(link, &mut Context::from_waker(Waker::noop()));
             Reply::Empty

@@ -117,7 +117,11 @@ fn choose(worker: &Worker, serving: &View, parts: &Parts, client: &Client) -> Ch
     if let Some(answer) = crate::acme::answer(&worker.shared, &host, parts) {
         return own(answer);
     }
-    let whole = parts.uri.path_and_query().map_or("/", |p| p.as_str());
+    let whole = match parts.uri.path_and_query().map_or("/", |p| p.as_str()) {
+        // Of the host itself (OPTIONS): no path that a URL could have.
+        "*" => "/",
+        whole => whole,
+    };
     let action = match serving.table.find(&host, parts.uri.path()) {
         Found::This(action) => action,
         Found::NoPath => {

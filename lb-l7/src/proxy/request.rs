@@ -15,6 +15,15 @@ pub const X_FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-ho
 pub const X_FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 pub const X_FORWARDED_PORT: HeaderName = HeaderName::from_static("x-forwarded-port");
 pub const X_REAL_IP: HeaderName = HeaderName::from_static("x-real-ip");
+/// What applications believe too, and we have nothing to say about.
+const OTHERS_WORDS: [HeaderName; 6] = [
+    X_FORWARDED_PORT,
+    X_REAL_IP,
+    HeaderName::from_static("x-forwarded-prefix"),
+    HeaderName::from_static("x-forwarded-scheme"),
+    HeaderName::from_static("x-forwarded-server"),
+    HeaderName::from_static("x-forwarded-ssl"),
+];
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 const HTTP2_SETTINGS: HeaderName = HeaderName::from_static("http2-settings");
@@ -53,6 +62,8 @@ pub fn host(parts: &Parts) -> Result<Cow<'_, str>, Refused> {
     };
     let named = |text: &'_ str| host::normal(text).map(Cow::into_owned);
     let text = match parts.uri.authority() {
+        // RFC 9112, 3.2: needed beside the absolute form too.
+        Some(_) if header.is_none() && parts.version == Version::HTTP_11 => return Err(bad("400 no Host\n")),
         Some(authority) => {
             if authority.as_str().contains('@') {
                 return Err(bad("400 a host with a user\n"));
@@ -84,7 +95,8 @@ pub fn upgrade(
     }
     let to = parts.headers.get(header::UPGRADE)?;
     // HTTP/2 is spoken with prior knowledge only: by an upgrade it would hide requests from us.
-    if to.as_bytes().to_ascii_lowercase().starts_with(b"h2c") {
+    let h2c = |word: &[u8]| word.eq_ignore_ascii_case(b"h2c");
+    if to.as_bytes().windows(3).any(h2c) {
         return None;
     }
     let path = parts.uri.path();
@@ -127,13 +139,19 @@ fn has_any(headers: &HeaderMap, of: &[HeaderName]) -> bool {
 
 /// Takes off what is between two neighbours only.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    if let Some(named) = headers.remove(header::CONNECTION) {
-        let words = named.to_str().unwrap_or_default().split(',').map(str::trim);
-        for word in words {
-            // What the request is must not be taken off by what the connection is.
-            let essential = word.eq_ignore_ascii_case("host") || word.eq_ignore_ascii_case("content-length");
-            if !essential && !word.is_empty() && !word.eq_ignore_ascii_case("close") {
-                headers.remove(word);
+    if let header::Entry::Occupied(named) = headers.entry(header::CONNECTION) {
+        // Nearly always one line, and then nothing is collected.
+        let mut lines = named.remove_entry_mult().1;
+        let (first, others) = (lines.next(), lines.collect::<Vec<_>>());
+        for line in first.iter().chain(&others) {
+            let words = line.to_str().unwrap_or_default().split(',').map(str::trim);
+            for word in words {
+                // What the request is must not be taken off by what the connection is.
+                let essential =
+                    word.eq_ignore_ascii_case("host") || word.eq_ignore_ascii_case("content-length");
+                if !essential && !word.is_empty() && !word.eq_ignore_ascii_case("close") {
+                    headers.remove(word);
+                }
             }
         }
     }
@@ -141,6 +159,37 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         for name in &HOP_BY_HOP {
             headers.remove(name);
         }
+    }
+}
+
+/// Whether the header of an answer with a body says of its length one thing only, which is what it is read by. Chunks count
+/// before a length (RFC 9112, 6.3): the length goes no further, or a client would take the answer to end there.
+pub fn settle_length(headers: &mut HeaderMap, has_body: bool) -> bool {
+    let codings = headers.get_all(header::TRANSFER_ENCODING);
+    let mut codings = codings.iter();
+    let Some(coding) = codings.next() else {
+        one_length(headers);
+        return true;
+    };
+    // What else it is packed in nobody would know any more.
+    let is_chunked = coding.as_bytes().trim_ascii().eq_ignore_ascii_case(b"chunked");
+    let is_plain = is_chunked && codings.next().is_none();
+    headers.remove(header::CONTENT_LENGTH);
+    is_plain || !has_body
+}
+
+/// A length that is said several times, which is allowed, once (RFC 9110, 8.6).
+fn one_length(headers: &mut HeaderMap) {
+    let lines = headers.get_all(header::CONTENT_LENGTH);
+    let mut lines = lines.iter();
+    let Some(first) = lines.next() else { return };
+    if lines.next().is_none() && first.as_bytes().iter().all(u8::is_ascii_digit) {
+        return;
+    }
+    // All are the same: whoever read it has looked.
+    let digits = first.as_bytes().split(|byte| *byte == b',').next();
+    if let Ok(once) = HeaderValue::from_bytes(digits.unwrap_or_default().trim_ascii()) {
+        headers.insert(header::CONTENT_LENGTH, once);
     }
 }
 
@@ -160,6 +209,7 @@ pub fn prepare(parts: &mut Parts, prefix: &str, upgrade: Option<&HeaderValue>, c
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
     join_cookies(headers);
+    one_length(headers);
     if let Some(to) = upgrade {
         headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(header::UPGRADE, to.clone());
@@ -198,9 +248,10 @@ fn forwarded(headers: &mut HeaderMap, authority: Option<&str>, client: &Client) 
         }
         return;
     }
-    if has_any(headers, &[X_FORWARDED_PORT, X_REAL_IP]) {
-        headers.remove(&X_FORWARDED_PORT);
-        headers.remove(&X_REAL_IP);
+    if has_any(headers, &OTHERS_WORDS) {
+        for name in &OTHERS_WORDS {
+            headers.remove(name);
+        }
     }
     headers.insert(X_FORWARDED_FOR, client.address_value.clone());
     headers.insert(X_FORWARDED_PROTO, client.scheme_value());
@@ -293,6 +344,7 @@ mod tests {
                 get("http://b.example/x").header("host", "a.example"),
                 Ok("b.example"),
             ),
+            (get("http://b.example/x"), Err(400)),
             (get("/").version(Version::HTTP_10), Ok("")),
             (
                 get("http://a.example/")
@@ -354,6 +406,36 @@ mod tests {
     }
 
     #[test]
+    fn every_line_of_connection_counts() {
+        let build = Request::builder().uri("/").header("host", "a");
+        let build = build
+            .header("connection", "x-a")
+            .header("connection", "close, x-b");
+        let mut parts = parts(build.header("x-a", "1").header("x-b", "1").header("x-c", "1"));
+        strip_hop_by_hop(&mut parts.headers);
+        let names: Vec<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["host", "x-c"]);
+    }
+
+    #[test]
+    fn a_length_is_said_once() {
+        for (lines, want) in [
+            (&[][..], None),
+            (&["5"], Some("5")),
+            (&["5", "5"], Some("5")),
+            (&["5, 5"], Some("5")),
+        ] {
+            let mut headers = HeaderMap::new();
+            for line in lines {
+                headers.append(header::CONTENT_LENGTH, HeaderValue::from_static(line));
+            }
+            assert!(settle_length(&mut headers, true));
+            let left: Vec<&HeaderValue> = headers.get_all(header::CONTENT_LENGTH).iter().collect();
+            assert_eq!(left, want.into_iter().collect::<Vec<_>>(), "{lines:?}");
+        }
+    }
+
+    #[test]
     fn the_client_is_told_and_an_unknown_one_is_not_believed() {
         let build = || {
             Request::builder()
@@ -362,6 +444,7 @@ mod tests {
                 .header("x-forwarded-for", "10.9.9.9")
                 .header("x-forwarded-proto", "https")
                 .header("x-real-ip", "10.9.9.9")
+                .header("x-forwarded-prefix", "/theirs")
                 .header("forwarded", "for=10.9.9.9")
         };
         let mut known = parts(build());
@@ -374,7 +457,7 @@ mod tests {
             text(&unknown, "forwarded"),
             ["for=192.0.2.7;host=\"a.example:8080\";proto=http"]
         );
-        assert!(text(&unknown, "x-real-ip").is_empty());
+        assert!(text(&unknown, "x-real-ip").is_empty() && text(&unknown, "x-forwarded-prefix").is_empty());
         prepare(&mut known, "", None, &client(true));
         assert_eq!(text(&known, "x-forwarded-for"), ["10.9.9.9, 192.0.2.7"]);
         assert_eq!(text(&known, "x-forwarded-proto"), ["https"]);
@@ -430,7 +513,9 @@ mod tests {
         assert!(upgrade(&ask("/x", "websocket"), &some).is_none());
         assert!(upgrade(&ask("/ws/1", "websocket"), &some).is_some());
         assert!(upgrade(&ask("/chat", "websocket"), &some).is_some());
-        assert!(upgrade(&ask("/x", "h2c"), &any).is_none());
+        for hidden in ["h2c", "H2C", "websocket, h2c", "websocket,\th2C;q=1"] {
+            assert!(upgrade(&ask("/x", hidden), &any).is_none(), "{hidden}");
+        }
         assert!(
             upgrade(
                 &parts(Request::builder().uri("/").header("upgrade", "websocket")),

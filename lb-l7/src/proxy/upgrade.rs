@@ -1,6 +1,6 @@
 //! WebSockets and other protocols after an upgrade: bytes both ways, until one side ends them or their upstream has to go.
 
-use std::rc::Rc;
+use std::{cell::Cell, rc::Rc};
 
 use hyper::{
     Response,
@@ -9,6 +9,7 @@ use hyper::{
     upgrade::OnUpgrade,
 };
 use hyper_util::rt::TokioIo;
+use tokio_util::io::InspectReader;
 
 use super::{Exchange, Reply};
 use crate::{upstream::Link, worker::Worker};
@@ -30,16 +31,17 @@ pub fn begin(
             exchange.fail();
             return;
         };
-        let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
+        // Counted as they come: most of these connections end by a reset, or by us.
+        let (from_client, to_client) = (Cell::new(0), Cell::new(0));
+        let count = |to: &Cell<u64>, part: &[u8]| to.set(to.get() + part.len() as u64);
+        let mut client = InspectReader::new(TokioIo::new(client), |part| count(&from_client, part));
+        let mut upstream = InspectReader::new(TokioIo::new(upstream), |part| count(&to_client, part));
         tokio::select! {
             // Ends of connections are no news here: either side may go as it likes.
-            carried = tokio::io::copy_bidirectional(&mut client, &mut upstream) => {
-                if let Ok((from_client, to_client)) = carried {
-                    exchange.carried(from_client, to_client);
-                }
-            }
+            _ended = tokio::io::copy_bidirectional(&mut client, &mut upstream) => {}
             () = worker.doom(exchange.upstream_id()) => exchange.fail(),
         }
+        exchange.carried(from_client.get(), to_client.get());
     });
     let (mut parts, _nothing) = answer.into_parts();
     let protocol = parts.headers.get(header::UPGRADE).cloned();

@@ -11,7 +11,10 @@ use std::{
 
 use lb_route::State;
 use rustls::{
-    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+    pki_types::{
+        CertificateDer, PrivateKeyDer,
+        pem::{self, PemObject as _},
+    },
     server::{ClientHello, ResolvesServerCert},
     sign::CertifiedKey,
 };
@@ -123,6 +126,13 @@ impl Certificates {
         (reader.now, reader.faults)
     }
 
+    /// Whether these are the same certificates, of the same files.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let chain = |(place, pair): (_, &Arc<CertifiedKey>)| (place, pair.cert.clone());
+        self.by_file.len() == other.by_file.len()
+            && self.by_file.iter().map(chain).eq(other.by_file.iter().map(chain))
+    }
+
     /// What ACME has to do for a state of which these are the certificates.
     pub fn wanted(&self, state: &State) -> Wanted {
         let end = |pair: &CertifiedKey| Some(Validity::of(pair.cert.first()?)?.until);
@@ -202,6 +212,15 @@ impl Reader<'_> {
                 before?
             }
         };
+        let end = read
+            .cert
+            .first()
+            .and_then(|cert| Validity::of(cert))
+            .map(|validity| validity.until);
+        if end.is_some_and(|end| end < SystemTime::now()) {
+            let text = "its time is over, and clients refuse it; put a new one in its place";
+            self.fault(file, of, text);
+        }
         self.now.by_file.insert(place, Arc::clone(&read));
         Some(read)
     }
@@ -271,7 +290,7 @@ fn read_pair(file: &Path, key: Option<&Path>) -> Result<CertifiedKey, String> {
     let text = read(file)?;
     let chain: Vec<CertificateDer<'static>> = CertificateDer::pem_slice_iter(&text)
         .collect::<Result<_, _>>()
-        .map_err(|error| format!("is no PEM: {error}"))?;
+        .map_err(|error| format!("is no PEM: {}", pem_fault(&error)))?;
     if chain.is_empty() {
         return Err("has no certificate in it; write the chain as PEM, the own one first".into());
     }
@@ -279,7 +298,22 @@ fn read_pair(file: &Path, key: Option<&Path>) -> Result<CertifiedKey, String> {
     let key = PrivateKeyDer::from_pem_slice(&key_text).map_err(|error| format!("no private key: {error}"))?;
     let provider = rustls::crypto::ring::default_provider();
     // It compares the key with the certificate.
-    CertifiedKey::from_der(chain, key, &provider).map_err(|error| error.to_string())
+    CertifiedKey::from_der(chain, key, &provider).map_err(|error| match error {
+        rustls::Error::InconsistentKeys(_) => {
+            "the key is not that of the certificate; put the one there that it was made with".into()
+        }
+        error => error.to_string(),
+    })
+}
+
+/// What is wrong with a text of PEM, in words: the library shows bytes as numbers.
+fn pem_fault(error: &pem::Error) -> String {
+    match error {
+        pem::Error::IllegalSectionStart { .. } | pem::Error::MissingSectionEnd { .. } => {
+            "a section does not begin or end as it should; was all of it written?".into()
+        }
+        error => error.to_string(),
+    }
 }
 
 /// The DNS names that a certificate is for.
@@ -308,6 +342,36 @@ mod tests {
 
     fn write(folder: &Path, name: &str, text: &str) {
         fs::write(folder.join(name), text).unwrap();
+    }
+
+    #[test]
+    fn one_whose_time_is_over_and_one_with_another_key_are_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut old = rcgen::CertificateParams::new(vec!["old.example".into()]).unwrap();
+        old.not_after = rcgen::date_time_ymd(2020, 2, 1);
+        write(dir.path(), "old.pem", &old.self_signed(&key).unwrap().pem());
+        write(dir.path(), "old.key", &key.serialize_pem());
+        let (cert, _) = pem(&["other.example"]);
+        write(dir.path(), "other.pem", &(cert + &key.serialize_pem()));
+        let state = serde_json::from_value(json!({ "settings": { "certificates": dir.path() } })).unwrap();
+        let (first, faults) = Certificates::read(&state, &Certificates::default(), None);
+        let texts: Vec<&str> = faults.iter().map(|fault| &*fault.text).collect();
+        assert!(
+            texts.len() == 2 && texts[0].contains("time is over") && texts[1].contains("the key is not"),
+            "{texts:?}"
+        );
+        assert_eq!(
+            shown(&first, Some("old.example")),
+            ["old.example"],
+            "better than none"
+        );
+        let (again, _) = Certificates::read(&state, &first, None);
+        assert!(first.is_same(&again) && !first.is_same(&Certificates::default()));
+        let (cert, key) = pem(&["old.example"]);
+        write(dir.path(), "old.pem", &cert);
+        write(dir.path(), "old.key", &key);
+        assert!(!first.is_same(&Certificates::read(&state, &first, None).0));
     }
 
     fn shown(certificates: &Certificates, name: Option<&str>) -> Vec<String> {

@@ -30,6 +30,8 @@ pub struct Tls {
     for_chacha: Arc<ServerConfig>,
     /// What could not be read.
     pub faults: Vec<Fault>,
+    /// Whether certificates or faults are others than those before.
+    pub is_news: bool,
     /// What ACME has to do beside these certificates.
     pub acme: Arc<Wanted>,
 }
@@ -39,6 +41,8 @@ pub struct Tls {
 pub struct Maker {
     tickets: Option<Arc<dyn ProducesTickets>>,
     last: Certificates,
+    /// What was wrong with them; `None` before the first time.
+    told: Option<Vec<Fault>>,
     /// Where the certificates of ACME are.
     acme: Option<Folder>,
 }
@@ -51,6 +55,7 @@ impl Maker {
         Self {
             tickets: rustls::crypto::ring::Ticketer::new().ok(),
             last: Certificates::default(),
+            told: None,
             acme: None,
         }
     }
@@ -64,6 +69,8 @@ impl Maker {
     pub fn make(&mut self, state: &State) -> Result<Tls, rustls::Error> {
         let (certificates, faults) = Certificates::read(state, &self.last, self.acme.as_ref());
         let acme = Arc::new(certificates.wanted(state));
+        let is_news = self.told.as_ref() != Some(&faults) || !certificates.is_same(&self.last);
+        self.told = Some(faults.clone());
         self.last = certificates.clone();
         let versions: &[_] = match state.settings.min_tls {
             TlsVersion::Tls12 => &[&version::TLS13, &version::TLS12],
@@ -85,6 +92,7 @@ impl Maker {
             config: Arc::new(config),
             for_chacha,
             faults,
+            is_news,
             acme,
         })
     }

@@ -31,6 +31,8 @@ pub async fn follow(
     .map_err(|error| warn!("changed certificates are noticed late: {error}"))
     .ok();
     let mut watched: Vec<PathBuf> = Vec::new();
+    // What the process began with was read before anybody listened.
+    let mut is_first = true;
     loop {
         let state = states.borrow_and_update().clone().unwrap_or_default();
         // Files are replaced, folders stay: those are watched.
@@ -60,11 +62,15 @@ pub async fn follow(
         }
         match maker.make(&state) {
             Ok(tls) => {
-                for fault in &tls.faults {
-                    warn!("{fault}");
+                // Other files in those folders change too, such as this very log.
+                if tls.is_news || is_first {
+                    for fault in &tls.faults {
+                        warn!("{fault}");
+                    }
+                    info!(faults = tls.faults.len(), "certificates");
                 }
+                is_first = false;
                 to.send_replace(Arc::new(tls));
-                info!(faults = to.borrow().faults.len(), "certificates");
             }
             Err(error) => warn!("TLS is served as before: {error}"),
         }

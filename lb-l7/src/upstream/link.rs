@@ -12,9 +12,11 @@ use std::{
 
 use futures_util::future::Either;
 use hyper::{
-    Request, Response,
+    Request, Response, Uri,
     body::Incoming,
     client::conn::{TrySendError, http1, http2},
+    header,
+    http::uri::{Authority, Scheme},
 };
 use hyper_util::rt::TokioIo;
 use pin_project_lite::pin_project;
@@ -45,6 +47,8 @@ pub struct Link {
     pub idle_since_ms: u64,
     /// Whether it has carried a request before.
     pub is_used: bool,
+    /// No other request may follow: its upstream speaks HTTP/1.0, in which bodies of unknown length and upgrades get lost.
+    pub is_over: bool,
 }
 
 enum Kind {
@@ -54,7 +58,10 @@ enum Kind {
         connection: Option<Connection>,
     },
     /// Many requests share it; hyper drives it as a task.
-    H2(http2::SendRequest<OutBody>),
+    H2 {
+        sender: http2::SendRequest<OutBody>,
+        is_tls: bool,
+    },
 }
 
 /// hyper's side of a connection: a future without a name.
@@ -92,6 +99,19 @@ fn drive(connection: &mut Option<Connection>, cx: &mut Context<'_>) {
     }
 }
 
+/// Says in HTTP/2 that TLS carries a request: without a word hyper says `http`, which servers refuse on such a connection.
+fn by_https(request: &mut Request<OutBody>) {
+    let host = request.headers().get(header::HOST);
+    let mut parts = request.uri().clone().into_parts();
+    parts.authority = host.and_then(|host| Authority::try_from(host.as_bytes()).ok());
+    if parts.authority.is_some() {
+        parts.scheme = Some(Scheme::HTTPS);
+        if let Ok(uri) = Uri::from_parts(parts) {
+            *request.uri_mut() = uri;
+        }
+    }
+}
+
 /// What came of a request.
 pub type Exchanged = Result<Response<Incoming>, TrySendError<Request<OutBody>>>;
 
@@ -116,6 +136,7 @@ impl std::fmt::Debug for Link {
 impl Link {
     /// Begins HTTP/1.1, or HTTP/2 with prior knowledge, on a connection.
     pub(super) async fn new(io: UpstreamIo, h2: bool) -> Result<Self, hyper::Error> {
+        let is_tls = matches!(io, UpstreamIo::Tls(_));
         let io = TokioIo::new(io);
         let kind = if h2 {
             let (sender, connection) = http2::Builder::new(LocalExec)
@@ -125,7 +146,7 @@ impl Link {
                 .handshake(io)
                 .await?;
             tokio::task::spawn_local(connection);
-            Kind::H2(sender)
+            Kind::H2 { sender, is_tls }
         } else {
             let (sender, connection) = http1::Builder::new().handshake(io).await?;
             Kind::H1 {
@@ -137,6 +158,7 @@ impl Link {
             kind,
             idle_since_ms: 0,
             is_used: false,
+            is_over: false,
         })
     }
 
@@ -152,34 +174,41 @@ impl Link {
         self.drive(cx);
         match &self.kind {
             Kind::H1 { sender, connection } => connection.is_some() && sender.is_ready(),
-            Kind::H2(sender) => sender.is_ready() && !sender.is_closed(),
+            Kind::H2 { sender, .. } => sender.is_ready() && !sender.is_closed(),
         }
     }
 
     /// Whether many requests share it.
     pub fn is_h2(&self) -> bool {
-        matches!(self.kind, Kind::H2(_))
+        matches!(self.kind, Kind::H2 { .. })
     }
 
     /// The same connection for another request, if many share it.
     pub fn share(&self) -> Option<Self> {
         match &self.kind {
             Kind::H1 { .. } => None,
-            Kind::H2(sender) => Some(Self {
-                kind: Kind::H2(sender.clone()),
+            Kind::H2 { sender, is_tls } => Some(Self {
+                kind: Kind::H2 {
+                    sender: sender.clone(),
+                    is_tls: *is_tls,
+                },
                 idle_since_ms: self.idle_since_ms,
                 is_used: true,
+                is_over: false,
             }),
         }
     }
 
     /// Sends a request; ready when the header of its answer has come.
-    pub fn exchange(&mut self, request: Request<OutBody>) -> impl Future<Output = Exchanged> {
+    pub fn exchange(&mut self, mut request: Request<OutBody>) -> impl Future<Output = Exchanged> {
+        if let Kind::H2 { is_tls: true, .. } = &self.kind {
+            by_https(&mut request);
+        }
         let (connection, answer) = match &mut self.kind {
             Kind::H1 { sender, connection } => {
                 (Some(connection), Either::Left(sender.try_send_request(request)))
             }
-            Kind::H2(sender) => (None, Either::Right(sender.try_send_request(request))),
+            Kind::H2 { sender, .. } => (None, Either::Right(sender.try_send_request(request))),
         };
         Exchange { connection, answer }
     }

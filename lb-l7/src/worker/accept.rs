@@ -4,7 +4,10 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     rc::Rc,
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
     time::Duration,
 };
 
@@ -26,6 +29,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FIRST_BYTES: usize = 2048;
 /// Pause when no file descriptor is left.
 const BREATH: Duration = Duration::from_millis(50);
+/// Milliseconds between two words about balancers.
+const WARN_EVERY_MS: u64 = 10_000;
 /// How long a place that is given up still takes connections whose handshake has begun.
 const HANDSHAKE: Duration = Duration::from_millis(500);
 
@@ -143,7 +148,8 @@ async fn begin(
     let serving = worker.serving();
     let mut address = peer;
     if is_in(peer.ip(), &serving.settings.proxy_protocol) {
-        address = proxy_protocol::read(&mut stream, peer).await?;
+        let told = proxy_protocol::read(&mut stream, peer).await;
+        address = told.inspect_err(|error| warn_of_balancer(&worker, peer, error))?;
     }
     let is_trusted = is_in(address.ip(), &serving.settings.trusted_proxies);
     let client = Client::new(address, tls, is_trusted, Arc::clone(&stage)).seated(seat);
@@ -160,6 +166,17 @@ async fn begin(
     }
     // Not all connections need the room for it.
     Box::pin(begin_tls(&worker, stream, client, stage)).await
+}
+
+/// Says that one of our own balancers does not say who its client is: whoever set it up sees nothing but closed connections.
+fn warn_of_balancer(worker: &Worker, peer: SocketAddr, error: &io::Error) {
+    static NEXT_MS: AtomicU64 = AtomicU64::new(0);
+    let now = worker.shared.clock.coarse_ms();
+    // Checks of theirs connect and go.
+    if error.kind() == io::ErrorKind::InvalidData && now >= NEXT_MS.load(Relaxed) {
+        NEXT_MS.store(now + WARN_EVERY_MS, Relaxed);
+        tracing::warn!(%peer, "{error}; l7.proxy-protocol wants one from this address");
+    }
 }
 
 /// As [`begin`], where a client begins TLS.

@@ -105,7 +105,7 @@ async fn http2(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo) {
 
 /// Drives a connection until it has ended, or may rest. What ends it is the client's business; what failed of a request has
 /// been counted.
-fn drive<C: Future>(
+fn drive<C: Future<Output = hyper::Result<()>>>(
     worker: &Worker,
     stage: &Stage,
     mut connection: Pin<&mut C>,
@@ -125,7 +125,11 @@ fn drive<C: Future>(
             }
             Word::Finish | Word::GoOn => {}
         }
-        if connection.as_mut().poll(cx).is_ready() {
+        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+            if ended.is_err_and(|error| error.is_parse()) {
+                // What is no request is answered before it comes to us.
+                worker.stats().answered(400);
+            }
             return Poll::Ready(After::Ended);
         }
         match stage.may_rest(worker.shared.clock.coarse_ms()) {

@@ -29,8 +29,15 @@ pub enum ConnectError {
 /// Makes connections; one for the whole process.
 #[derive(Clone)]
 pub struct Connector {
-    verified: Arc<ClientConfig>,
-    unverified: Arc<ClientConfig>,
+    verified: Offers,
+    unverified: Offers,
+}
+
+/// What is offered to upstreams: what a request needs, as without TLS. By HTTP/2 no WebSocket would come through.
+#[derive(Clone)]
+struct Offers {
+    h1: Arc<ClientConfig>,
+    h2: Arc<ClientConfig>,
 }
 
 impl std::fmt::Debug for Connector {
@@ -51,17 +58,14 @@ impl Connector {
             tracing::warn!("certificate authorities of the node: {fault}");
         }
         roots.add_parsable_certificates(native.certs);
-        let mut verified = tls::client()?.with_root_certificates(roots).with_no_client_auth();
-        let mut unverified = tls::client()?
+        let verified = tls::client()?.with_root_certificates(roots).with_no_client_auth();
+        let unverified = tls::client()?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(unverified::Unverified::new()))
             .with_no_client_auth();
-        for config in [&mut verified, &mut unverified] {
-            config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
-        }
         Ok(Self {
-            verified: Arc::new(verified),
-            unverified: Arc::new(unverified),
+            verified: Offers::new(verified),
+            unverified: Offers::new(unverified),
         })
     }
 
@@ -88,11 +92,12 @@ impl Connector {
             let Some(tls) = tls else {
                 return Ok(Link::new(UpstreamIo::Plain(stream), h2).await?);
             };
-            let config = if tls.verify {
+            let offers = if tls.verify {
                 &self.verified
             } else {
                 &self.unverified
             };
+            let config = if h2 { &offers.h2 } else { &offers.h1 };
             let name =
                 ServerName::try_from(host.to_owned()).unwrap_or_else(|_| ServerName::from(address.ip()));
             let stream = TlsConnector::from(Arc::clone(config))
@@ -104,5 +109,17 @@ impl Connector {
         tokio::time::timeout(patience, work)
             .await
             .map_err(|_| ConnectError::Timeout(patience))?
+    }
+}
+
+impl Offers {
+    fn new(mut config: ClientConfig) -> Self {
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let h1 = Arc::new(config.clone());
+        config.alpn_protocols.insert(0, b"h2".to_vec());
+        Self {
+            h1,
+            h2: Arc::new(config),
+        }
     }
 }
