@@ -74,6 +74,14 @@ pub fn host(parts: &Parts) -> Result<Cow<'_, str>, Refused> {
     host::normal(text).ok_or(bad("400 a Host that cannot be one\n"))
 }
 
+/// Path and query, as they stand behind a host in a URL: the server itself (`*`) has no other one than its root there.
+pub fn whole(uri: &Uri) -> &str {
+    match uri.path_and_query().map(PathAndQuery::as_str) {
+        None | Some("*") => "/",
+        Some(whole) => whole,
+    }
+}
+
 /// The protocol that a client wants to change to, if it may.
 pub fn upgrade(
     parts: &Parts,
@@ -84,7 +92,8 @@ pub fn upgrade(
     }
     let to = parts.headers.get(header::UPGRADE)?;
     // HTTP/2 is spoken with prior knowledge only: by an upgrade it would hide requests from us.
-    if to.as_bytes().to_ascii_lowercase().starts_with(b"h2c") {
+    let is_h2c = |word: &[u8]| word.trim_ascii().to_ascii_lowercase().starts_with(b"h2c");
+    if to.as_bytes().split(|byte| *byte == b',').any(is_h2c) {
         return None;
     }
     let path = parts.uri.path();
@@ -125,16 +134,30 @@ fn has_any(headers: &HeaderMap, of: &[HeaderName]) -> bool {
     headers.keys().any(|name| of.contains(name))
 }
 
+/// What `Connection` may name in vain: what the request is must not be taken off by what the connection is, and `close` is no
+/// header.
+const STAYS: [&str; 3] = ["host", "content-length", "close"];
+
+/// Takes off the headers that a line of `Connection` names.
+fn take_off(headers: &mut HeaderMap, line: &HeaderValue) {
+    // A word that is no text is no name, and spares no other one.
+    let words = line.as_bytes().split(|byte| *byte == b',');
+    for word in words.filter_map(|word| str::from_utf8(word.trim_ascii()).ok()) {
+        if !STAYS.iter().any(|name| word.eq_ignore_ascii_case(name)) {
+            headers.remove(word);
+        }
+    }
+}
+
 /// Takes off what is between two neighbours only.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
-    if let Some(named) = headers.remove(header::CONNECTION) {
-        let words = named.to_str().unwrap_or_default().split(',').map(str::trim);
-        for word in words {
-            // What the request is must not be taken off by what the connection is.
-            let essential = word.eq_ignore_ascii_case("host") || word.eq_ignore_ascii_case("content-length");
-            if !essential && !word.is_empty() && !word.eq_ignore_ascii_case("close") {
-                headers.remove(word);
-            }
+    if headers.contains_key(header::CONNECTION) {
+        // Nearly always there is one line, for which nothing is allocated.
+        let others = headers.get_all(header::CONNECTION).iter().skip(1);
+        let others: Vec<HeaderValue> = others.cloned().collect();
+        let first = headers.remove(header::CONNECTION);
+        for line in first.iter().chain(&others) {
+            take_off(headers, line);
         }
     }
     if has_any(headers, &HOP_BY_HOP) {
@@ -354,6 +377,21 @@ mod tests {
     }
 
     #[test]
+    fn every_line_of_connection_counts() {
+        let line = |bytes: &[u8]| HeaderValue::from_bytes(bytes).unwrap();
+        let mut headers = HeaderMap::new();
+        for value in [&b"keep-alive"[..], b"\xff, X-One", b"x-two,host"] {
+            headers.append(header::CONNECTION, line(value));
+        }
+        for name in ["x-one", "x-two", "host", "x-three"] {
+            headers.insert(name, line(b"1"));
+        }
+        strip_hop_by_hop(&mut headers);
+        let names: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["host", "x-three"]);
+    }
+
+    #[test]
     fn the_client_is_told_and_an_unknown_one_is_not_believed() {
         let build = || {
             Request::builder()
@@ -430,7 +468,9 @@ mod tests {
         assert!(upgrade(&ask("/x", "websocket"), &some).is_none());
         assert!(upgrade(&ask("/ws/1", "websocket"), &some).is_some());
         assert!(upgrade(&ask("/chat", "websocket"), &some).is_some());
-        assert!(upgrade(&ask("/x", "h2c"), &any).is_none());
+        for h2c in ["h2c", "websocket, h2c", "h2c/1, websocket"] {
+            assert!(upgrade(&ask("/x", h2c), &any).is_none(), "{h2c}");
+        }
         assert!(
             upgrade(
                 &parts(Request::builder().uri("/").header("upgrade", "websocket")),

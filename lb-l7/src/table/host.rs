@@ -27,7 +27,8 @@ pub fn normal(text: &str) -> Option<Cow<'_, str>> {
         is_port(rest)?;
         let host = host.strip_suffix('.').unwrap_or(host);
         let named = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
-        if host.is_empty() || host.len() > LONGEST || !host.bytes().all(named) || host.contains("..") {
+        // Without a label between two dots, and before the first one.
+        if host.len() > LONGEST || !host.bytes().all(named) || host.split('.').any(str::is_empty) {
             return None;
         }
         host
@@ -83,6 +84,9 @@ mod tests {
             "[]",
             "[::1]x",
             "a..b",
+            "a..",
+            "..",
+            ".a",
             "ho\u{e9}t",
             "a,b",
             "a%20",
