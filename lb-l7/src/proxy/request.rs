@@ -387,8 +387,8 @@ mod tests {
             headers.insert(name, line(b"1"));
         }
         strip_hop_by_hop(&mut headers);
-        let names: Vec<&str> = headers.keys().map(HeaderName::as_str).collect();
-        assert_eq!(names, ["host", "x-three"]);
+        let names: std::collections::BTreeSet<&str> = headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["host", "x-three"].into());
     }
 
     #[test]
