@@ -159,7 +159,8 @@ fn text(headers: &HeaderMap, name: &HeaderName) -> String {
 // === impl Line ===
 
 impl Line {
-    fn to_text(&self) -> String {
+    /// As it is written, without its end.
+    pub fn to_text(&self) -> String {
         if self.format == AccessLog::Json {
             return self.to_json();
         }

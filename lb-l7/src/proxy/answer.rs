@@ -1,5 +1,7 @@
 //! Answers of our own: plain pages and redirects.
 
+use std::{borrow::Cow, fmt::Write as _};
+
 use bytes::Bytes;
 use hyper::{
     HeaderMap, Response, StatusCode,
@@ -30,7 +32,7 @@ pub fn refusal(status: StatusCode, text: &'static str) -> Response<Reply> {
 
 /// A redirect. `to` without a path gets the path of the request.
 pub fn redirect(status: StatusCode, to: &str) -> Response<Reply> {
-    let Ok(location) = HeaderValue::from_str(to) else {
+    let Ok(location) = HeaderValue::from_str(&ascii(to)) else {
         return page(
             StatusCode::BAD_GATEWAY,
             "502 a redirect leads to what is no URL\n",
@@ -40,6 +42,23 @@ pub fn redirect(status: StatusCode, to: &str) -> Response<Reply> {
     *answer.status_mut() = status;
     answer.headers_mut().insert(header::LOCATION, location);
     answer
+}
+
+/// URLs are ASCII: what was written otherwise has percent signs instead.
+fn ascii(url: &str) -> Cow<'_, str> {
+    if url.is_ascii() {
+        return Cow::Borrowed(url);
+    }
+    let mut ascii = String::with_capacity(2 * url.len());
+    for byte in url.bytes() {
+        if byte.is_ascii() {
+            ascii.push(char::from(byte));
+        } else {
+            // Writing to a String cannot fail.
+            let _ = write!(ascii, "%{byte:02X}");
+        }
+    }
+    Cow::Owned(ascii)
 }
 
 /// The URL that a redirect of a host leads to: what a URL without a path leaves open is the request's.
@@ -71,5 +90,14 @@ mod tests {
         ] {
             assert_eq!(target(to, "/a?b"), want);
         }
+    }
+
+    #[test]
+    fn redirects_are_written_in_ascii() {
+        let answer = redirect(StatusCode::FOUND, "https://a.example/\u{e9}?%\u{20ac}");
+        assert_eq!(
+            answer.headers()[header::LOCATION],
+            "https://a.example/%C3%A9?%%E2%82%AC"
+        );
     }
 }

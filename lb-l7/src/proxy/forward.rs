@@ -415,7 +415,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
 }
 
 /// The upstream that a cookie names.
-fn cookie(headers: &HeaderMap, name: &str) -> Option<u64> {
+pub fn cookie(headers: &HeaderMap, name: &str) -> Option<u64> {
     let lines = headers
         .get_all(header::COOKIE)
         .iter()

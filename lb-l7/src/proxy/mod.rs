@@ -13,12 +13,13 @@ pub mod answer;
 mod body;
 mod exchange;
 mod forward;
-mod request;
+pub mod request;
 mod upgrade;
 
 pub use body::{OutBody, Reply};
 pub use exchange::Exchange;
 use forward::Forward;
+pub use forward::cookie;
 
 use crate::{
     log::Log,
@@ -117,11 +118,7 @@ fn choose(worker: &Worker, serving: &View, parts: &Parts, client: &Client) -> Ch
     if let Some(answer) = crate::acme::answer(&worker.shared, &host, parts) {
         return own(answer);
     }
-    let whole = match parts.uri.path_and_query().map_or("/", |p| p.as_str()) {
-        // Of the host itself (OPTIONS): no path that a URL could have.
-        "*" => "/",
-        whole => whole,
-    };
+    let whole = request::whole(&parts.uri);
     let action = match serving.table.find(&host, parts.uri.path()) {
         Found::This(action) => action,
         Found::NoPath => {
@@ -168,7 +165,11 @@ fn is_secure(parts: &Parts, client: &Client) -> bool {
     client.is_tls || (client.is_trusted && said().is_some_and(|proto| proto == "https"))
 }
 
-fn to_https(port: Option<u16>, host: &str, whole: &str) -> Response<Reply> {
+/// A redirect to the same URL by HTTPS, at this port if it is not the usual one.
+pub fn to_https(port: Option<u16>, host: &str, whole: &str) -> Response<Reply> {
+    if host.is_empty() {
+        return answer::page(StatusCode::BAD_REQUEST, "400 no Host, which HTTPS needs\n");
+    }
     let to = match port {
         None | Some(443) => format!("https://{host}{whole}"),
         Some(port) => format!("https://{host}:{port}{whole}"),

@@ -85,6 +85,14 @@ pub fn host(parts: &Parts) -> Result<Cow<'_, str>, Refused> {
     host::normal(text).ok_or(bad("400 a Host that cannot be one\n"))
 }
 
+/// Path and query, as they stand behind a host in a URL: the server itself (`*`) has no other one than its root there.
+pub fn whole(uri: &Uri) -> &str {
+    match uri.path_and_query().map(PathAndQuery::as_str) {
+        None | Some("*") => "/",
+        Some(whole) => whole,
+    }
+}
+
 /// The protocol that a client wants to change to, if it may.
 pub fn upgrade(
     parts: &Parts,
@@ -137,6 +145,21 @@ fn has_any(headers: &HeaderMap, of: &[HeaderName]) -> bool {
     headers.keys().any(|name| of.contains(name))
 }
 
+/// What `Connection` may name in vain: what the request is must not be taken off by what the connection is, and `close` is no
+/// header.
+const STAYS: [&str; 3] = ["host", "content-length", "close"];
+
+/// Takes off the headers that a line of `Connection` names.
+fn take_off(headers: &mut HeaderMap, line: &HeaderValue) {
+    // A word that is no text is no name, and spares no other one.
+    let words = line.as_bytes().split(|byte| *byte == b',');
+    for word in words.filter_map(|word| str::from_utf8(word.trim_ascii()).ok()) {
+        if !STAYS.iter().any(|name| word.eq_ignore_ascii_case(name)) {
+            headers.remove(word);
+        }
+    }
+}
+
 /// Takes off what is between two neighbours only.
 pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if let header::Entry::Occupied(named) = headers.entry(header::CONNECTION) {
@@ -144,15 +167,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
         let mut lines = named.remove_entry_mult().1;
         let (first, others) = (lines.next(), lines.collect::<Vec<_>>());
         for line in first.iter().chain(&others) {
-            let words = line.to_str().unwrap_or_default().split(',').map(str::trim);
-            for word in words {
-                // What the request is must not be taken off by what the connection is.
-                let essential =
-                    word.eq_ignore_ascii_case("host") || word.eq_ignore_ascii_case("content-length");
-                if !essential && !word.is_empty() && !word.eq_ignore_ascii_case("close") {
-                    headers.remove(word);
-                }
-            }
+            take_off(headers, line);
         }
     }
     if has_any(headers, &HOP_BY_HOP) {
@@ -407,14 +422,17 @@ mod tests {
 
     #[test]
     fn every_line_of_connection_counts() {
-        let build = Request::builder().uri("/").header("host", "a");
-        let build = build
-            .header("connection", "x-a")
-            .header("connection", "close, x-b");
-        let mut parts = parts(build.header("x-a", "1").header("x-b", "1").header("x-c", "1"));
-        strip_hop_by_hop(&mut parts.headers);
-        let names: Vec<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
-        assert_eq!(names, ["host", "x-c"]);
+        let line = |bytes: &[u8]| HeaderValue::from_bytes(bytes).unwrap();
+        let mut headers = HeaderMap::new();
+        for value in [&b"keep-alive"[..], b"\xff, X-One", b"x-two,host"] {
+            headers.append(header::CONNECTION, line(value));
+        }
+        for name in ["x-one", "x-two", "host", "x-three"] {
+            headers.insert(name, line(b"1"));
+        }
+        strip_hop_by_hop(&mut headers);
+        let names: std::collections::BTreeSet<&str> = headers.keys().map(HeaderName::as_str).collect();
+        assert_eq!(names, ["host", "x-three"].into());
     }
 
     #[test]
@@ -513,7 +531,13 @@ mod tests {
         assert!(upgrade(&ask("/x", "websocket"), &some).is_none());
         assert!(upgrade(&ask("/ws/1", "websocket"), &some).is_some());
         assert!(upgrade(&ask("/chat", "websocket"), &some).is_some());
-        for hidden in ["h2c", "H2C", "websocket, h2c", "websocket,\th2C;q=1"] {
+        for hidden in [
+            "h2c",
+            "H2C",
+            "websocket, h2c",
+            "websocket,\th2C;q=1",
+            "h2c/1, websocket",
+        ] {
             assert!(upgrade(&ask("/x", hidden), &any).is_none(), "{hidden}");
         }
         assert!(

@@ -27,8 +27,8 @@ pub fn normal(text: &str) -> Option<Cow<'_, str>> {
         is_port(rest)?;
         let host = host.strip_suffix('.').unwrap_or(host);
         let named = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_');
-        let has_gap = host.starts_with('.') || host.contains("..");
-        if host.is_empty() || host.len() > LONGEST || !host.bytes().all(named) || has_gap {
+        // Without a label between two dots, and before the first one.
+        if host.len() > LONGEST || !host.bytes().all(named) || host.split('.').any(str::is_empty) {
             return None;
         }
         host
@@ -84,6 +84,8 @@ mod tests {
             "[]",
             "[::1]x",
             "a..b",
+            "a..",
+            "..",
             ".a",
             "ho\u{e9}t",
             "a,b",

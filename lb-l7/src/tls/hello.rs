@@ -26,7 +26,8 @@ impl Hello {
     }
 }
 
-fn name(accepted: &Accepted) -> Option<String> {
+/// The server that a client wants, in lower case.
+pub fn name(accepted: &Accepted) -> Option<String> {
     accepted.client_hello().server_name().map(str::to_ascii_lowercase)
 }
 
@@ -56,8 +57,11 @@ pub async fn read(stream: &mut TcpStream) -> io::Result<Hello> {
     }
 }
 
-/// The message, once all of it is there.
-fn accept(acceptor: &mut Acceptor, bytes: &[u8], fed: &mut usize) -> io::Result<Option<Accepted>> {
+/// The message, once all of it is there. `fed` counts the bytes that were taken from `bytes`, which may have grown since.
+///
+/// # Errors
+/// It is none of TLS.
+pub fn accept(acceptor: &mut Acceptor, bytes: &[u8], fed: &mut usize) -> io::Result<Option<Accepted>> {
     let mut found = None;
     while *fed < bytes.len() && found.is_none() {
         let mut rest = &bytes[*fed..];

@@ -96,7 +96,9 @@ fn published(
         .get(&(port, listen.protocol))
         .ok_or(Refusal::Unpublished(wanted))?;
     let mut found: Vec<SocketAddr> = Vec::new();
-    for binding in bindings.iter().filter(|binding| !binding.ip().is_loopback()) {
+    // Port 0 is none; as a backend's it would mean the client's own.
+    let usable = |binding: &&SocketAddr| !binding.ip().is_loopback() && binding.port() != 0;
+    for binding in bindings.iter().filter(usable) {
         let candidates = if binding.ip().is_unspecified() {
             site.node
                 .iter()

@@ -381,6 +381,11 @@ fn a_remote_engine_is_reached_by_published_ports() {
         outcome(&c, &site).unwrap_err().contains("not published"),
         "loopback is not reachable"
     );
+    c.published.insert((8080, Protocol::Tcp), binding("0.0.0.0:0"));
+    assert!(
+        outcome(&c, &site).unwrap_err().contains("not published"),
+        "port 0 is none, and must not become that of a backend"
+    );
     c.published
         .insert((8080, Protocol::Tcp), binding("0.0.0.0:32768"));
     assert_eq!(

@@ -315,7 +315,7 @@ fn a_node_with_very_many_addresses_is_told_once() {
     let own = view
         .objects()
         .into_iter()
-        .find(|object| object.id == "node")
+        .find(|object| object.id == "/node")
         .unwrap();
     let [rejection] = own.rejections.as_slice() else {
         panic!("{:?}", own.rejections);

@@ -15,8 +15,8 @@ use crate::{
     },
 };
 
-/// Id of the object that has the faults of a node's own key; no container has it.
-const OWN: &str = "node";
+/// Id of the object that has the faults of a node's own key; no container has it, as a slash ends its key.
+const OWN: &str = "/node";
 /// So many addresses of a node count: one of each family is used, and each that is refused has a line in the status.
 const ADDRESSES: usize = 16;
 /// So many keys that mean nothing are told by name: whoever fills etcd with them shall not fill the status, too.
