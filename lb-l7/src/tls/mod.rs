@@ -10,6 +10,7 @@ use rustls::{
 };
 
 mod certificates;
+mod folders;
 pub mod hello;
 pub mod passthrough;
 mod provider;

@@ -2,12 +2,12 @@
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
+use futures_util::FutureExt as _;
 use lb_route::State;
-use notify::{RecursiveMode, Watcher as _};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tracing::{info, warn};
 
-use super::{Maker, Tls};
+use super::{Maker, Tls, folders::Folders};
 
 /// Files are written in pairs: time for the second one.
 const SETTLE: Duration = Duration::from_millis(200);
@@ -20,45 +20,20 @@ pub async fn follow(
     mut states: watch::Receiver<Option<State>>,
     to: watch::Sender<Arc<Tls>>,
 ) {
-    let (changed, mut changes) = mpsc::channel(1);
-    let mut watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-        // Reading them is a change to nobody.
-        if event.is_ok_and(|event| !event.kind.is_access()) {
-            // One that waits says enough.
-            let _ = changed.try_send(());
-        }
-    })
-    .map_err(|error| warn!("changed certificates are noticed late: {error}"))
-    .ok();
-    let mut watched: Vec<PathBuf> = Vec::new();
+    let mut folders = Folders::new()
+        .map_err(|error| warn!("changed certificates are noticed late: {error}"))
+        .ok();
     // What the process began with was read before anybody listened.
     let mut is_first = true;
     loop {
         let state = states.borrow_and_update().clone().unwrap_or_default();
-        // Files are replaced, folders stay: those are watched.
-        let folders: Vec<PathBuf> = maker
-            .sources(&state)
-            .into_iter()
-            .filter_map(|path| {
-                if path.is_dir() {
-                    Some(path)
-                } else {
-                    path.parent().map(PathBuf::from)
-                }
-            })
-            .collect();
-        if let Some(watcher) = &mut watcher
-            && folders != watched
-        {
-            for gone in watched.iter().filter(|folder| !folders.contains(folder)) {
-                let _ = watcher.unwatch(gone);
-            }
-            for new in folders.iter().filter(|folder| !watched.contains(folder)) {
-                if let Err(error) = watcher.watch(new, RecursiveMode::NonRecursive) {
-                    warn!("changes in {} are noticed late: {error}", new.display());
-                }
-            }
-            watched = folders;
+        if let Some(folders) = &mut folders {
+            // Files are replaced, folders stay: those are watched.
+            let folder = |path: PathBuf| match path.is_dir() {
+                true => Some(path),
+                false => path.parent().map(PathBuf::from),
+            };
+            folders.watch(maker.sources(&state).into_iter().filter_map(folder).collect());
         }
         match maker.make(&state) {
             Ok(tls) => {
@@ -100,13 +75,22 @@ pub async fn follow(
                         break;
                     }
                 }
-                Some(()) = changes.recv() => {
+                () = changed(&mut folders) => {
                     tokio::time::sleep(SETTLE).await;
-                    while changes.try_recv().is_ok() {}
+                    // What has come meanwhile is read with it.
+                    while changed(&mut folders).now_or_never().is_some() {}
                     break;
                 }
                 () = tokio::time::sleep(LOOK_EVERY) => break,
             }
         }
+    }
+}
+
+/// Ready when something has changed in one of the folders.
+async fn changed(folders: &mut Option<Folders>) {
+    match folders {
+        Some(folders) => folders.changed().await,
+        None => std::future::pending().await,
     }
 }
