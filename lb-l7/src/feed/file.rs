@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path};
 
+use hyper::header::HeaderName;
 use lb_route::{ANY_HOST, L7, Route, RouteAddress, State, WHOLE_HOST};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
@@ -45,6 +46,14 @@ pub enum FileFault {
         object: String,
         /// The path.
         path: String,
+    },
+    /// Its cookie cannot have this name.
+    #[error("{object}: `{name}` cannot be the name of a cookie; write letters and digits, `srv_id`")]
+    Cookie {
+        /// Which object.
+        object: String,
+        /// The name.
+        name: String,
     },
     /// Another one has been first.
     #[error("{object}: a route before it has {taken} already; let one of them go, or join their upstreams")]
@@ -193,6 +202,15 @@ fn checked(object: &str, value: Value, faults: &mut Vec<FileFault>) -> Option<Ro
             path: route.path.clone(),
         }),
     }
+    // Names of headers are made of the same letters (RFC 6265, 4.1.1).
+    if let Some(name) = &route.settings.sticky_cookie
+        && HeaderName::from_bytes(name.as_bytes()).is_err()
+    {
+        faults.push(FileFault::Cookie {
+            object: own(),
+            name: name.clone(),
+        });
+    }
     route.upstreams.sort_by_key(|upstream| upstream.address);
     let mut wrong = |address, fault| {
         faults.push(FileFault::Upstream {
@@ -291,6 +309,11 @@ mod tests {
                 "socket address",
             ),
             (r#"{"host":"b","upstream":[]}"#, "route 2 (b/)", "`upstreams`"),
+            (
+                r#"{"host":"b","upstreams":[],"settings":{"sticky_cookie":"a; Domain=c"}}"#,
+                "route 2 (b/)",
+                "`a; Domain=c` cannot be the name",
+            ),
             (
                 r#"{"host":"b","upstreams":[],"settings":{"tls":{"onyl":true}}}"#,
                 "route 2 (b/)",
