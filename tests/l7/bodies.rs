@@ -5,10 +5,8 @@ use std::io::{Read as _, Write as _};
 use serde_json::json;
 
 use super::{
-    agent::{Agent, route},
-    origin::{Raw, read_header},
-    rig::rig,
-    shim::Shim,
+    origin::read_header,
+    rig::{rig, with_raw},
     wire::{Answer, Wire},
 };
 
@@ -103,14 +101,11 @@ fn a_body_is_asked_for_only_when_it_is_wanted() {
 
 #[test]
 fn parts_go_on_as_they_come() {
-    let folder = tempfile::tempdir().unwrap();
-    let server = Raw::start();
-    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[server.address])]));
-    let shim = Shim::start(folder.path());
-    let mut wire = Wire::connect(shim.address());
+    let rig = with_raw(json!({}));
+    let mut wire = Wire::connect(rig.shim.address());
     // Half of the request's body reaches the server before the other half is sent,
     wire.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nfirst");
-    let (mut stream, header) = server.accept();
+    let (mut stream, header) = rig.server.accept();
     assert!(header.contains("content-length: 10"), "{header}");
     let mut half = [0; 5];
     stream.read_exact(&mut half).unwrap();
@@ -138,13 +133,10 @@ fn parts_go_on_as_they_come() {
 
 #[test]
 fn an_answer_that_breaks_off_is_broken_for_the_client_too() {
-    let folder = tempfile::tempdir().unwrap();
-    let server = Raw::start();
-    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[server.address])]));
-    let shim = Shim::start(folder.path());
-    let mut wire = Wire::connect(shim.address());
+    let rig = with_raw(json!({}));
+    let mut wire = Wire::connect(rig.shim.address());
     wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut stream, _) = server.accept();
+    let (mut stream, _) = rig.server.accept();
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart")
         .unwrap();
@@ -153,9 +145,9 @@ fn an_answer_that_breaks_off_is_broken_for_the_client_too() {
     drop(stream);
     assert!(wire.is_closed(), "what is missing must not look complete");
     // What came in one piece with the end of the connection is the client's all the same.
-    wire = Wire::connect(shim.address());
+    wire = Wire::connect(rig.shim.address());
     wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut stream, _) = server.accept();
+    let (mut stream, _) = rig.server.accept();
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\nno chunk\r\n")
         .unwrap();
@@ -171,10 +163,7 @@ fn an_answer_that_breaks_off_is_broken_for_the_client_too() {
 
 #[test]
 fn an_answer_is_as_long_as_its_chunks_and_an_unknown_coding_is_none() {
-    let folder = tempfile::tempdir().unwrap();
-    let server = Raw::start();
-    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[server.address])]));
-    let shim = Shim::start(folder.path());
+    let rig = with_raw(json!({}));
     for (codings, want) in [
         ("Transfer-Encoding: chunked\r\nContent-Length: 2\r\n", Ok("hello")),
         ("Content-Length: 2\r\nTransfer-Encoding: Chunked\r\n", Ok("hello")),
@@ -186,9 +175,9 @@ fn an_answer_is_as_long_as_its_chunks_and_an_unknown_coding_is_none() {
         ),
         ("Transfer-Encoding: xchunked\r\n", Err(502)),
     ] {
-        let mut wire = Wire::connect(shim.address());
+        let mut wire = Wire::connect(rig.shim.address());
         wire.send("POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n");
-        let (mut stream, _) = server.accept();
+        let (mut stream, _) = rig.server.accept();
         let answer = format!("HTTP/1.1 200 OK\r\n{codings}\r\n5\r\nhello\r\n0\r\n\r\n");
         stream.write_all(answer.as_bytes()).unwrap();
         drop(stream);
@@ -202,19 +191,16 @@ fn an_answer_is_as_long_as_its_chunks_and_an_unknown_coding_is_none() {
 
 #[test]
 fn a_body_of_unknown_length_does_not_go_to_http_1_0() {
-    let folder = tempfile::tempdir().unwrap();
-    let server = Raw::start();
-    let _agent = Agent::start(folder.path(), &json!({}), &json!([route("a", &[server.address])]));
-    let shim = Shim::start(folder.path());
-    let mut wire = Wire::connect(shim.address());
+    let rig = with_raw(json!({}));
+    let mut wire = Wire::connect(rig.shim.address());
     wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut old, _) = server.accept();
+    let (mut old, _) = rig.server.accept();
     old.write_all(b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nhi")
         .unwrap();
     assert_eq!(wire.answer().text(), "hi");
     // By that connection it would go without its body.
     wire.send("POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n");
-    let (mut stream, header) = server.accept();
+    let (mut stream, header) = rig.server.accept();
     assert!(header.starts_with("POST / HTTP/1.1\r\n"), "{header}");
     let mut body = [0; 15];
     stream.read_exact(&mut body).unwrap();

@@ -13,7 +13,8 @@ use serde_json::json;
 
 use super::{
     agent::{Agent, route},
-    origin::{Origin, Raw},
+    origin::Origin,
+    rig::with_raw,
     shim::Shim,
     wire::Wire,
 };
@@ -86,16 +87,12 @@ fn grpc_has_http2_and_trailers_all_the_way() {
 #[test]
 fn a_stream_that_nobody_takes_does_not_hold_a_server() {
     use std::io::Read as _;
-    let folder = tempfile::tempdir().unwrap();
-    let server = Raw::start();
-    let settings = json!({ "timeouts": { "client_ms": 1000 } });
-    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[server.address])]));
-    let shim = Shim::start(folder.path());
-    let mut wire = Wire::connect(shim.address());
+    let rig = with_raw(json!({ "timeouts": { "client_ms": 1000 } }));
+    let mut wire = Wire::connect(rig.shim.address());
     // Settings with a window of nothing, and GET http://a/.
     wire.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\x06\x04\0\0\0\0\0\0\x04\0\0\0\0");
     wire.send(b"\0\0\x06\x01\x05\0\0\0\x01\x82\x86\x84\x41\x01a");
-    let (mut stream, _) = server.accept();
+    let (mut stream, _) = rig.server.accept();
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nsome")
         .unwrap();

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::{
     agent::{Agent, route},
     origin::{Origin, Raw},
-    rig::rig,
+    rig::{rig, with_raw},
     shim::Shim,
     wire::{Wire, get},
 };
@@ -223,14 +223,10 @@ fn all_tries_together_have_one_limit() {
 
 #[test]
 fn a_client_that_takes_nothing_does_not_hold_a_server() {
-    let folder = tempfile::tempdir().unwrap();
-    let server = Raw::start();
-    let settings = json!({ "timeouts": { "client_ms": 1000 } });
-    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[server.address])]));
-    let shim = Shim::start(folder.path());
-    let mut wire = Wire::connect(shim.address());
+    let rig = with_raw(json!({ "timeouts": { "client_ms": 1000 } }));
+    let mut wire = Wire::connect(rig.shim.address());
     wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut stream, _) = server.accept();
+    let (mut stream, _) = rig.server.accept();
     stream.set_write_timeout(Some(super::shim::PATIENCE)).unwrap();
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")

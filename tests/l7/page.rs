@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::{
     agent::{Agent, route},
     origin::{Origin, nobody},
+    rig::with_raw,
     shim::{PATIENCE, Shim},
     wire::{Wire, get},
 };
@@ -132,14 +133,10 @@ fn what_an_upgraded_connection_carried_is_counted_however_it_ends() {
 #[test]
 fn an_answer_that_its_client_did_not_wait_for_is_broken_in_the_log() {
     use std::io::Write as _;
-    let folder = tempfile::tempdir().unwrap();
-    let server = super::origin::Raw::start();
-    let settings = json!({ "access_log": "json" });
-    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[server.address])]));
-    let shim = Shim::start(folder.path());
-    let mut wire = Wire::connect(shim.address());
+    let rig = with_raw(json!({ "access_log": "json" }));
+    let mut wire = Wire::connect(rig.shim.address());
     wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut stream, _) = server.accept();
+    let (mut stream, _) = rig.server.accept();
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart")
         .unwrap();
@@ -147,7 +144,7 @@ fn an_answer_that_its_client_did_not_wait_for_is_broken_in_the_log() {
     drop(wire);
     let until = std::time::Instant::now() + PATIENCE;
     let line = loop {
-        let log = fs::read_to_string(folder.path().join("access.log")).unwrap();
+        let log = fs::read_to_string(rig.folder.path().join("access.log")).unwrap();
         if let Some(line) = log.lines().next() {
             break serde_json::from_str::<Value>(line).unwrap();
         }

@@ -4,7 +4,7 @@ use serde_json::json;
 
 use super::{
     agent::{Agent, route},
-    origin::Origin,
+    origin::{Origin, Raw},
     shim::Shim,
 };
 
@@ -27,5 +27,26 @@ pub fn rig(settings: serde_json::Value) -> Rig {
         shim,
         agent,
         _folder: folder,
+    }
+}
+
+/// The same with a server that the test answers for.
+pub struct RawRig {
+    pub server: Raw,
+    pub shim: Shim,
+    pub folder: tempfile::TempDir,
+    _agent: Agent,
+}
+
+/// With these settings of `[l7]`.
+pub fn with_raw(settings: serde_json::Value) -> RawRig {
+    let folder = tempfile::tempdir().unwrap();
+    let server = Raw::start();
+    let agent = Agent::start(folder.path(), &settings, &json!([route("a", &[server.address])]));
+    RawRig {
+        server,
+        shim: Shim::start(folder.path()),
+        folder,
+        _agent: agent,
     }
 }

@@ -16,7 +16,8 @@ use serde_json::{Value, json};
 
 use super::{
     agent::{Agent, route, with},
-    origin::{Origin, Raw},
+    origin::Origin,
+    rig::with_raw,
     shim::Shim,
     wire::Wire,
 };
@@ -323,16 +324,12 @@ fn proxy_headers_tell_the_client_where_they_must() {
 
 #[test]
 fn upstreams_are_told_the_client_where_they_read_it() {
-    let folder = tempfile::tempdir().unwrap();
-    let server = Raw::start();
-    let settings = json!({ "send_proxy_protocol": true });
-    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[server.address])]));
-    let shim = Shim::start(folder.path());
-    let mut wire = Wire::connect(shim.address());
+    let rig = with_raw(json!({ "send_proxy_protocol": true }));
+    let mut wire = Wire::connect(rig.shim.address());
     for path in ["/1", "/2"] {
         wire.send(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n"));
         // A connection for each request, and the header first.
-        let mut stream = server.accept_bare();
+        let mut stream = rig.server.accept_bare();
         let mut header = [0; 28];
         stream.read_exact(&mut header).unwrap();
         assert_eq!(&header[..14], b"\r\n\r\n\0\r\nQUIT\n\x21\x11");
