@@ -134,9 +134,7 @@ fn parts_go_on_as_they_come() {
 #[test]
 fn an_answer_that_breaks_off_is_broken_for_the_client_too() {
     let rig = with_raw(json!({}));
-    let mut wire = Wire::connect(rig.shim.address());
-    wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut stream, _) = rig.server.accept();
+    let (mut wire, mut stream) = rig.ask();
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart")
         .unwrap();
@@ -145,9 +143,7 @@ fn an_answer_that_breaks_off_is_broken_for_the_client_too() {
     drop(stream);
     assert!(wire.is_closed(), "what is missing must not look complete");
     // What came in one piece with the end of the connection is the client's all the same.
-    wire = Wire::connect(rig.shim.address());
-    wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut stream, _) = rig.server.accept();
+    (wire, stream) = rig.ask();
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\nno chunk\r\n")
         .unwrap();
@@ -192,9 +188,7 @@ fn an_answer_is_as_long_as_its_chunks_and_an_unknown_coding_is_none() {
 #[test]
 fn a_body_of_unknown_length_does_not_go_to_http_1_0() {
     let rig = with_raw(json!({}));
-    let mut wire = Wire::connect(rig.shim.address());
-    wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut old, _) = rig.server.accept();
+    let (mut wire, mut old) = rig.ask();
     old.write_all(b"HTTP/1.0 200 OK\r\nConnection: keep-alive\r\nContent-Length: 2\r\n\r\nhi")
         .unwrap();
     assert_eq!(wire.answer().text(), "hi");

@@ -224,9 +224,7 @@ fn all_tries_together_have_one_limit() {
 #[test]
 fn a_client_that_takes_nothing_does_not_hold_a_server() {
     let rig = with_raw(json!({ "timeouts": { "client_ms": 1000 } }));
-    let mut wire = Wire::connect(rig.shim.address());
-    wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut stream, _) = rig.server.accept();
+    let (wire, mut stream) = rig.ask();
     stream.set_write_timeout(Some(super::shim::PATIENCE)).unwrap();
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")

@@ -1,13 +1,13 @@
 //! What operators see: the page, the metrics, the log of requests.
 
-use std::fs;
+use std::{fs, path::Path, time::Instant};
 
 use serde_json::{Value, json};
 
 use super::{
     agent::{Agent, route},
     origin::{Origin, nobody},
-    rig::with_raw,
+    rig::{rig, with_raw},
     shim::{PATIENCE, Shim},
     wire::{Wire, get},
 };
@@ -77,14 +77,7 @@ fn requests_are_seen_on_the_page_in_the_metrics_and_in_the_log() {
     assert!(text.lines().any(|l| l == line), "{line} is missing in {text}");
     assert_eq!(get(metrics, "localhost", "/healthz").text(), "ok\n");
 
-    let until = std::time::Instant::now() + PATIENCE;
-    let log = loop {
-        let log = fs::read_to_string(folder.path().join("access.log")).unwrap();
-        if log.lines().count() >= 6 {
-            break log;
-        }
-        assert!(std::time::Instant::now() < until, "{log}");
-    };
+    let log = logged(folder.path(), 6);
     let first: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
     assert_eq!(
         (first["status"].as_u64(), first["url"].as_str()),
@@ -95,13 +88,9 @@ fn requests_are_seen_on_the_page_in_the_metrics_and_in_the_log() {
 
 #[test]
 fn what_an_upgraded_connection_carried_is_counted_however_it_ends() {
-    let folder = tempfile::tempdir().unwrap();
-    let origin = Origin::start();
-    let settings = json!({ "access_log": "json" });
-    let _agent = Agent::start(folder.path(), &settings, &json!([route("a", &[origin.address])]));
-    let shim = Shim::start(folder.path());
+    let rig = rig(json!({ "access_log": "json" }));
     for is_reset in [false, true] {
-        let mut wire = Wire::connect(shim.address());
+        let mut wire = Wire::connect(rig.shim.address());
         assert_eq!(super::upgrades::open(&mut wire, "a", "/upgrade"), 101);
         assert!(super::upgrades::says_back(&mut wire, "hello"));
         if is_reset {
@@ -112,14 +101,7 @@ fn what_an_upgraded_connection_carried_is_counted_however_it_ends() {
             nix::sys::socket::setsockopt(wire.raw(), nix::sys::socket::sockopt::Linger, &linger).unwrap();
         }
     }
-    let until = std::time::Instant::now() + PATIENCE;
-    let log = loop {
-        let log = fs::read_to_string(folder.path().join("access.log")).unwrap();
-        if log.lines().count() >= 2 {
-            break log;
-        }
-        assert!(std::time::Instant::now() < until, "{log}");
-    };
+    let log = logged(rig.folder.path(), 2);
     for line in log.lines() {
         let line: Value = serde_json::from_str(line).unwrap();
         assert_eq!(
@@ -134,21 +116,25 @@ fn what_an_upgraded_connection_carried_is_counted_however_it_ends() {
 fn an_answer_that_its_client_did_not_wait_for_is_broken_in_the_log() {
     use std::io::Write as _;
     let rig = with_raw(json!({ "access_log": "json" }));
-    let mut wire = Wire::connect(rig.shim.address());
-    wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
-    let (mut stream, _) = rig.server.accept();
+    let (mut wire, mut stream) = rig.ask();
     stream
         .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\npart")
         .unwrap();
     assert_eq!(wire.line(), "HTTP/1.1 200 OK");
     drop(wire);
-    let until = std::time::Instant::now() + PATIENCE;
-    let line = loop {
-        let log = fs::read_to_string(rig.folder.path().join("access.log")).unwrap();
-        if let Some(line) = log.lines().next() {
-            break serde_json::from_str::<Value>(line).unwrap();
-        }
-        assert!(std::time::Instant::now() < until, "nothing is logged");
-    };
+    let log = logged(rig.folder.path(), 1);
+    let line: Value = serde_json::from_str(log.lines().next().unwrap()).unwrap();
     assert_eq!((&line["status"], &line["broken"]), (&json!(200), &json!(true)));
+}
+
+/// The log of requests, once it has so many lines.
+fn logged(folder: &Path, lines: usize) -> String {
+    let until = Instant::now() + PATIENCE;
+    loop {
+        let log = fs::read_to_string(folder.join("access.log")).unwrap();
+        if log.lines().count() >= lines {
+            return log;
+        }
+        assert!(Instant::now() < until, "{log}");
+    }
 }

@@ -1,11 +1,14 @@
 //! An agent with one route, to one server, and a shim that serves it.
 
+use std::net::TcpStream;
+
 use serde_json::json;
 
 use super::{
     agent::{Agent, route},
     origin::{Origin, Raw},
     shim::Shim,
+    wire::Wire,
 };
 
 /// Host `a`, and who answers for it.
@@ -13,7 +16,7 @@ pub struct Rig {
     pub origin: Origin,
     pub shim: Shim,
     pub agent: Agent,
-    _folder: tempfile::TempDir,
+    pub folder: tempfile::TempDir,
 }
 
 /// With these settings of `[l7]`.
@@ -26,7 +29,7 @@ pub fn rig(settings: serde_json::Value) -> Rig {
         origin,
         shim,
         agent,
-        _folder: folder,
+        folder,
     }
 }
 
@@ -36,6 +39,15 @@ pub struct RawRig {
     pub shim: Shim,
     pub folder: tempfile::TempDir,
     _agent: Agent,
+}
+
+impl RawRig {
+    /// A client that asks, and the server's side of what has been asked.
+    pub fn ask(&self) -> (Wire, TcpStream) {
+        let mut wire = Wire::connect(self.shim.address());
+        wire.send("GET / HTTP/1.1\r\nHost: a\r\n\r\n");
+        (wire, self.server.accept().0)
+    }
 }
 
 /// With these settings of `[l7]`.

@@ -1,13 +1,13 @@
 //! A state that somebody wrote: every route stands or falls by itself, and one that falls stays as it was.
 
-use std::{collections::BTreeSet, fs, net::SocketAddr, path::Path};
+use std::{collections::BTreeSet, net::SocketAddr, path::Path};
 
 use hyper::header::HeaderName;
 use lb_route::{ANY_HOST, L7, Route, RouteAddress, State, WHOLE_HOST};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::{Map, Value};
 
-use super::StoreError;
+use super::{StoreError, store};
 use crate::table::host;
 
 /// What is wrong with one object of the file.
@@ -84,11 +84,7 @@ pub fn read(path: &Path, before: Option<&State>) -> Result<(State, Vec<FileFault
         path: path.into(),
         fault,
     };
-    let text = fs::read(path).map_err(|fault| StoreError::Io {
-        path: path.into(),
-        fault,
-    })?;
-    let mut file: Map<String, Value> = serde_json::from_slice(&text).map_err(fail)?;
+    let mut file: Map<String, Value> = store::read(path)?;
     let mut faults = Vec::new();
     let settings = match (settings(file.remove("settings"), &mut faults), before) {
         (Ok(settings), _) => settings,
@@ -289,6 +285,8 @@ fn compare(at: &str, written: &Value, read: &Value, unread: &mut Vec<String>) {
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     fn read_text(text: &str, before: Option<&State>) -> (State, Vec<String>) {

@@ -6,6 +6,7 @@ use std::{
 };
 
 use lb_route::State;
+use serde::de::DeserializeOwned;
 
 /// Why a state cannot be read or kept.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +33,8 @@ pub enum StoreError {
 #[derive(Clone, Debug)]
 pub struct Store(PathBuf);
 
-fn read(path: &Path) -> Result<State, StoreError> {
+/// Reads a file of JSON.
+pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<T, StoreError> {
     let text = fs::read(path).map_err(|fault| StoreError::Io {
         path: path.into(),
         fault,
@@ -93,7 +95,9 @@ mod tests {
         assert_eq!(store.load(), Some(state));
         fs::write(dir.path().join("state.json"), "{\"routes\":").unwrap();
         assert_eq!(store.load(), None);
-        let error = read(&dir.path().join("state.json")).unwrap_err().to_string();
+        let error = read::<State>(&dir.path().join("state.json"))
+            .unwrap_err()
+            .to_string();
         assert!(error.contains("line 1"), "{error}");
     }
 }

@@ -140,9 +140,13 @@ const FOR_US: [HeaderName; 4] = [
     header::TE,
 ];
 
-/// Whether any of these is there. One look at the few that are is less than a search for each of these.
-fn has_any(headers: &HeaderMap, of: &[HeaderName]) -> bool {
-    headers.keys().any(|name| of.contains(name))
+/// Takes these off. One look at the few that are there is less than a search for each of these.
+fn remove_all(headers: &mut HeaderMap, names: &[HeaderName]) {
+    if headers.keys().any(|name| names.contains(name)) {
+        for name in names {
+            headers.remove(name);
+        }
+    }
 }
 
 /// What `Connection` may name in vain: what the request is must not be taken off by what the connection is, and `close` is no
@@ -170,11 +174,7 @@ pub fn strip_hop_by_hop(headers: &mut HeaderMap) {
             take_off(headers, line);
         }
     }
-    if has_any(headers, &HOP_BY_HOP) {
-        for name in &HOP_BY_HOP {
-            headers.remove(name);
-        }
-    }
+    remove_all(headers, &HOP_BY_HOP);
 }
 
 /// Whether the header of an answer with a body says of its length one thing only, which is what it is read by. Chunks count
@@ -215,11 +215,7 @@ pub fn prepare(parts: &mut Parts, prefix: &str, upgrade: Option<&HeaderValue>, c
     let headers = &mut parts.headers;
     let trailers = has_token(headers, &header::TE, "trailers");
     strip_hop_by_hop(headers);
-    if has_any(headers, &FOR_US) {
-        for name in &FOR_US {
-            headers.remove(name);
-        }
-    }
+    remove_all(headers, &FOR_US);
     if trailers {
         headers.insert(header::TE, HeaderValue::from_static("trailers"));
     }
@@ -263,11 +259,7 @@ fn forwarded(headers: &mut HeaderMap, authority: Option<&str>, client: &Client) 
         }
         return;
     }
-    if has_any(headers, &OTHERS_WORDS) {
-        for name in &OTHERS_WORDS {
-            headers.remove(name);
-        }
-    }
+    remove_all(headers, &OTHERS_WORDS);
     headers.insert(X_FORWARDED_FOR, client.address_value.clone());
     headers.insert(X_FORWARDED_PROTO, client.scheme_value());
     match host {

@@ -128,14 +128,12 @@ impl Certificates {
 
     /// Whether these are the same certificates, of the same files.
     pub fn is_same(&self, other: &Self) -> bool {
-        let chain = |(place, pair): (_, &Arc<CertifiedKey>)| (place, pair.cert.clone());
-        self.by_file.len() == other.by_file.len()
-            && self.by_file.iter().map(chain).eq(other.by_file.iter().map(chain))
+        let mut pairs = self.by_file.iter().zip(&other.by_file);
+        self.by_file.len() == other.by_file.len() && pairs.all(|((a, x), (b, y))| a == b && x.cert == y.cert)
     }
 
     /// What ACME has to do for a state of which these are the certificates.
     pub fn wanted(&self, state: &State) -> Wanted {
-        let end = |pair: &CertifiedKey| Some(Validity::of(pair.cert.first()?)?.until);
         let issued = self.issued.iter();
         let issued: BTreeMap<String, SystemTime> = issued
             .filter_map(|(name, pair)| Some((name.clone(), end(pair)?)))
@@ -212,12 +210,7 @@ impl Reader<'_> {
                 before?
             }
         };
-        let end = read
-            .cert
-            .first()
-            .and_then(|cert| Validity::of(cert))
-            .map(|validity| validity.until);
-        if end.is_some_and(|end| end < SystemTime::now()) {
+        if end(&read).is_some_and(|end| end < SystemTime::now()) {
             let text = "its time is over, and clients refuse it; put a new one in its place";
             self.fault(file, of, text);
         }
@@ -304,6 +297,11 @@ fn read_pair(file: &Path, key: Option<&Path>) -> Result<CertifiedKey, String> {
         }
         error => error.to_string(),
     })
+}
+
+/// Until when a certificate holds, if that can be read.
+fn end(pair: &CertifiedKey) -> Option<SystemTime> {
+    Some(Validity::of(pair.cert.first()?)?.until)
 }
 
 /// What is wrong with a text of PEM, in words: the library shows bytes as numbers.

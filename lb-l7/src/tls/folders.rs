@@ -63,17 +63,11 @@ impl Folders {
     }
 
     /// Ready when something has changed.
-    pub async fn changed(&mut self) {
-        self.next().await;
-    }
-
-    async fn next(&mut self) -> Event<std::ffi::OsString> {
-        loop {
-            match self.events.next().await {
-                Some(Ok(event)) => return event,
-                // What cannot be read now cannot be read a moment later either.
-                Some(Err(_)) | None => std::future::pending().await,
-            }
+    pub async fn changed(&mut self) -> Event<std::ffi::OsString> {
+        match self.events.next().await {
+            Some(Ok(event)) => event,
+            // What cannot be read now cannot be read a moment later either.
+            Some(Err(_)) | None => std::future::pending().await,
         }
     }
 }
@@ -95,7 +89,7 @@ mod tests {
         fs::read(file("read")).unwrap();
         io::Write::write_all(&mut log, b"line\n").unwrap();
         fs::write(file("new"), "1").unwrap();
-        assert_eq!(folders.next().await.name.unwrap(), "new");
+        assert_eq!(folders.changed().await.name.unwrap(), "new");
     }
 
     #[tokio::test]
@@ -109,7 +103,7 @@ mod tests {
             fs::create_dir(&folder).unwrap();
             folders.watch([folder.clone()].into());
             fs::write(folder.join(name), "1").unwrap();
-            while folders.next().await.name.is_none_or(|found| found != name) {}
+            while folders.changed().await.name.is_none_or(|found| found != name) {}
             fs::remove_dir_all(&folder).unwrap();
         }
         folders.watch(BTreeSet::new());

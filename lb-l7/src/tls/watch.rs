@@ -90,7 +90,7 @@ pub async fn follow(
 /// Ready when something has changed in one of the folders.
 async fn changed(folders: &mut Option<Folders>) {
     match folders {
-        Some(folders) => folders.changed().await,
+        Some(folders) => drop(folders.changed().await),
         None => std::future::pending().await,
     }
 }

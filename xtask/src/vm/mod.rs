@@ -27,33 +27,29 @@ const BINARIES: [&str; 2] = ["prog", "vm"];
 pub fn run(filter: Option<&str>) -> Result<Count> {
     let paths = cargo::build_tests(&BINARIES)?;
     let binaries: Vec<_> = BINARIES.into_iter().zip(paths).collect();
+    let binaries = binaries.as_slice();
     let kernels = kernel::ensure_all()?;
     Ok(thread::scope(|scope| {
-        let guests: Vec<_> = kernels
-            .iter()
-            .map(|kernel| (kernel, scope.spawn(|| run_on(kernel, &binaries, filter))))
-            .collect();
+        let start = |kernel| scope.spawn(move || run_on(kernel, binaries, filter));
+        let guests: Vec<_> = kernels.iter().map(start).collect();
         let mut total = Count::default();
-        for (kernel, guest) in guests {
-            let fault = match guest.join() {
-                Ok(Ok(count)) => {
-                    println!("--- kernel {}: {count}", kernel.release);
-                    total += count;
-                    continue;
-                }
-                Ok(Err(fault)) => format!("{fault:#}"),
-                Err(_) => "its thread panicked".to_owned(),
-            };
-            println!("kernel {}: {fault}", kernel.release);
-            total += Count::fault();
+        for guest in guests {
+            // What panics has said so.
+            total += guest.join().unwrap_or_else(|_| Count::fault());
         }
         total
     }))
 }
 
-/// Runs `binaries` on one kernel.
-fn run_on(kernel: &Kernel, binaries: &[(&str, PathBuf)], filter: Option<&str>) -> Result<Count> {
-    let image = image::pack(kernel, binaries, filter)
-        .with_context(|| format!("cannot make the guest of kernel {}", kernel.release))?;
-    guest::run(kernel, &image, &BINARIES)
+/// Runs `binaries` on one kernel, and says what came of it.
+fn run_on(kernel: &Kernel, binaries: &[(&str, PathBuf)], filter: Option<&str>) -> Count {
+    let count = image::pack(kernel, binaries, filter)
+        .with_context(|| format!("cannot make the guest of kernel {}", kernel.release))
+        .and_then(|image| guest::run(kernel, &image, &BINARIES))
+        .unwrap_or_else(|fault| {
+            println!("kernel {}: {fault:#}", kernel.release);
+            Count::fault()
+        });
+    println!("--- kernel {}: {count}", kernel.release);
+    count
 }
