@@ -17,7 +17,7 @@ use crate::{
     answered,
     lab::{Body, Lab, VIP4, Wiring, address_of, container_address, service},
     load::under_load,
-    talk::{Talk, listen_tcp, serve_on, serve_tcp, talk_tcp},
+    talk::{Talk, hang_up, listen_tcp, serve_on, serve_tcp, talk_tcp},
     vip,
 };
 
@@ -237,7 +237,7 @@ fn ejected(
 fn a_backend_that_refuses_is_ejected_and_comes_back() -> Result<()> {
     ejected(
         |_, listener| {
-            drop(listener);
+            hang_up(&listener)?;
             Ok(None)
         },
         |lab, address, _| serve_tcp(&lab.backends[0], 0, address).map(drop),

@@ -10,7 +10,6 @@ use std::{
         Arc, OnceLock,
         atomic::{AtomicBool, Ordering},
     },
-    thread::JoinHandle,
     time::Instant,
 };
 
@@ -27,7 +26,7 @@ use serde_json::Value;
 
 use crate::{
     lab::{Body, Lab, VIP4, Wiring, address_of, service},
-    talk::{PATIENCE, listen_tcp},
+    talk::{PATIENCE, hang_up, listen_tcp},
     vip,
 };
 
@@ -79,10 +78,8 @@ impl Identity {
 /// A controller: wants the client's certificate, answers `/_ping` as it is told, and everything else by its index.
 struct Controller {
     well: Arc<AtomicBool>,
-    /// Cleared and connected to, it closes its listener.
-    open: Arc<AtomicBool>,
+    listener: Arc<TcpListener>,
     address: SocketAddr,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Controller {
@@ -99,42 +96,29 @@ impl Controller {
             .with_safe_default_protocol_versions()?
             .with_client_cert_verifier(WebPkiClientVerifier::builder_with_provider(roots, provider).build()?)
             .with_single_cert(vec![identity.cert.clone()], identity.key()?)?;
-        let listener = listen_tcp(namespace, address)?;
-        let (well, open) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(true)));
+        let listener = Arc::new(listen_tcp(namespace, address)?);
+        let well = Arc::new(AtomicBool::new(true));
         let address = listener.local_addr()?;
-        let thread = std::thread::spawn({
-            let (well, open) = (well.clone(), open.clone());
-            move || accept(&listener, index, &Arc::new(config), &well, &open)
+        std::thread::spawn({
+            let (listener, well) = (listener.clone(), well.clone());
+            move || accept(&listener, index, &Arc::new(config), &well)
         });
         Ok(Self {
             well,
-            open,
+            listener,
             address,
-            thread: Some(thread),
         })
     }
 
-    /// Closes the listener, as the end of its process would; it is closed when this returns.
-    fn end(&mut self, namespace: &Namespace) -> Result<()> {
-        self.open.store(false, Ordering::Relaxed);
-        // Wakes it; whether it still answers does not matter.
-        let _ = namespace.run(|| TcpStream::connect_timeout(&self.address, PATIENCE));
-        let ended = self.thread.take().map_or(Ok(()), JoinHandle::join);
-        ended.map_err(|_| anyhow::anyhow!("a controller panicked"))
+    /// Ends listening, as the end of its process would.
+    fn end(&self) -> Result<()> {
+        hang_up(&self.listener)
     }
 }
 
-fn accept(
-    listener: &TcpListener,
-    index: usize,
-    config: &Arc<ServerConfig>,
-    well: &Arc<AtomicBool>,
-    open: &AtomicBool,
-) {
-    for stream in listener.incoming().flatten() {
-        if !open.load(Ordering::Relaxed) {
-            return;
-        }
+/// Serves until nobody listens any more.
+fn accept(listener: &TcpListener, index: usize, config: &Arc<ServerConfig>, well: &Arc<AtomicBool>) {
+    while let Ok((stream, _)) = listener.accept() {
         let (config, well) = (config.clone(), well.clone());
         // A client without a good certificate gets no answer.
         std::thread::spawn(move || drop(answer(stream, index, config, &well)));
@@ -271,7 +255,7 @@ fn controllers_are_checked_by_mutual_tls_and_clients_pass_untouched() -> Result<
     ensure!(answering(48)? == [0, 1, 2].into(), "not all controllers answer");
 
     // One of them is killed: every new connection still succeeds, before and after its check has failed.
-    controllers[0].end(&lab.backends[0])?;
+    controllers[0].end()?;
     answering(8)?;
     weir.await_status("without the killed one", |status| {
         shares(status) == [false, true, true, false]
@@ -403,8 +387,8 @@ fn the_documented_recipe_serves_three_ports() -> Result<()> {
                 })
             })
             .collect();
-        for controller in &mut controllers[3..6] {
-            controller.end(&lab.backends[1])?;
+        for controller in &controllers[3..6] {
+            controller.end()?;
         }
         dead.get_or_init(Instant::now);
         for client in clients {
