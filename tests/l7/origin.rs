@@ -18,6 +18,7 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use lb_tests::listen::hang_up;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 /// A server of HTTP/1.1 and HTTP/2 with prior knowledge. Its name is its port.
@@ -257,7 +258,8 @@ pub fn nobody() -> SocketAddr {
         // Two runs at a time begin at different ports.
         let turn = std::process::id() as usize * 64 + NEXT.fetch_add(1, SeqCst);
         let address = SocketAddr::from(([127, 0, 0, 1], 12_000 + (turn % 20_000) as u16));
-        if TcpListener::bind(address).is_ok() {
+        if let Ok(listener) = TcpListener::bind(address) {
+            hang_up(&listener).unwrap();
             return address;
         }
     }

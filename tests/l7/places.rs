@@ -5,6 +5,7 @@ use std::{
     time::Instant,
 };
 
+use lb_tests::listen::hang_up;
 use serde_json::{Value, json};
 
 use super::{
@@ -118,7 +119,7 @@ fn a_port_that_another_program_has_is_told_and_takes_nothing_away() {
         assert!(Instant::now() < until, "{report:#}");
     }
     // Another change is another try.
-    drop(theirs);
+    hang_up(&theirs).unwrap();
     let mut more = settings(&["127.0.0.1"], wanted.port());
     more["https_port"] = json!(free.port());
     agent.settings(&more);

@@ -10,14 +10,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::{netns::Namespace, weir::Weir};
+use lb_tests::{listen::hang_up, netns::Namespace, weir::Weir};
 use serde_json::Value;
 
 use crate::{
     answered,
     lab::{Body, Lab, VIP4, Wiring, address_of, container_address, service},
     load::under_load,
-    talk::{Talk, hang_up, listen_tcp, serve_on, serve_tcp, talk_tcp},
+    talk::{Talk, listen_tcp, serve_on, serve_tcp, talk_tcp},
     vip,
 };
 

@@ -3,13 +3,11 @@
 use std::{
     io::{Read as _, Write as _},
     net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::AsRawFd as _,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result};
 use lb_tests::netns::Namespace;
-use nix::sys::socket::{Shutdown, shutdown};
 
 /// Bytes of a bulk transfer, each way.
 pub const BULK: usize = 10 << 20;
@@ -61,13 +59,6 @@ pub fn listen_tcp(namespace: &Namespace, address: SocketAddr) -> Result<TcpListe
     namespace
         .run(|| TcpListener::bind(address))
         .with_context(|| address.to_string())
-}
-
-/// Ends listening at once, as the end of a server's process does. Closing the descriptor is not enough: a child that
-/// another test starts in this moment has a copy of it until it executes its program, and so long the kernel accepts
-/// connections, to reset them afterwards.
-pub fn hang_up(listener: &TcpListener) -> Result<()> {
-    shutdown(listener.as_raw_fd(), Shutdown::Both).context("ending a listener")
 }
 
 /// Serves a listener on threads of its own.

@@ -14,7 +14,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::netns::Namespace;
+use lb_tests::{listen::hang_up, netns::Namespace};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
 use rustls::{
     ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
@@ -26,7 +26,7 @@ use serde_json::Value;
 
 use crate::{
     lab::{Body, Lab, VIP4, Wiring, address_of, service},
-    talk::{PATIENCE, hang_up, listen_tcp},
+    talk::{PATIENCE, listen_tcp},
     vip,
 };
 
@@ -112,7 +112,7 @@ impl Controller {
 
     /// Ends listening, as the end of its process would.
     fn end(&self) -> Result<()> {
-        hang_up(&self.listener)
+        Ok(hang_up(&self.listener)?)
     }
 }
 

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 
-use crate::{guard::Guard, netns::Namespace, pki::Authority};
+use crate::{guard::Guard, listen::hang_up, netns::Namespace, pki::Authority};
 
 /// How long a server may take to start.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -319,7 +319,10 @@ fn free_ports(namespace: &Namespace, address: &str, count: usize) -> Result<Vec<
             .collect::<Result<_, _>>()?;
         sockets
             .iter()
-            .map(|socket| Ok(socket.local_addr()?.port()))
+            .map(|socket| {
+                hang_up(socket)?;
+                Ok(socket.local_addr()?.port())
+            })
             .collect()
     })
 }

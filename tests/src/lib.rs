@@ -2,7 +2,7 @@
 //!
 //! `packet` builds frames, `world` says what the maps hold, `kernel` and `model` run one frame through the core as the
 //! kernel and as the host compile it, `row` compares what came of it. `netns`, `guard` and `weir` are for tests with
-//! real traffic, `docker` and `load` for those with real containers, `etcd`, `node` and `fleet` for those with
+//! real traffic, `listen` ends servers, `docker` and `load` are for those with real containers, `etcd`, `node` and `fleet` for those with
 //! many nodes, `pki` and `pebble` for those with certificates; the demo is made of the same parts.
 
 #![expect(
@@ -16,6 +16,7 @@ pub mod etcd;
 pub mod fleet;
 pub mod guard;
 pub mod kernel;
+pub mod listen;
 pub mod load;
 pub mod model;
 pub mod netns;
