@@ -5,7 +5,7 @@ use std::{io::IsTerminal as _, net::SocketAddr, path::PathBuf, process::ExitCode
 use clap::Parser;
 use tracing_subscriber::EnvFilter;
 
-use crate::{acme::Folder, shim};
+use crate::{acme::Folder, memory, shim};
 
 /// Where the agent tells its routes unless told otherwise.
 const DEFAULT_SOCKET: &str = "/run/weir/l7.sock";
@@ -64,6 +64,7 @@ impl Cli {
 
 /// Runs the command line of this process.
 pub fn main() -> ExitCode {
+    memory::small_pages();
     let cli = Cli::parse();
     start_log(&cli);
     match shim::run(&cli) {

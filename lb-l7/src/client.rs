@@ -3,6 +3,7 @@
 
 use std::{
     io,
+    os::fd::{AsFd, BorrowedFd},
     pin::Pin,
     sync::Arc,
     sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -145,9 +146,16 @@ impl Stage {
             && !is_set(&self.is_unread)
     }
 
-    /// Whether it rests from now on.
-    pub fn rests(&self, rests: bool) {
-        self.rests.store(rests, Relaxed);
+    /// It rests.
+    pub fn rest(&self) {
+        self.rests.store(true, Relaxed);
+    }
+
+    /// Something has come while it rested, which need not be the beginning of a request: TLS has words of its own.
+    pub fn awake(&self, now_ms: u64) {
+        self.rests.store(false, Relaxed);
+        // Or it would rest again before that is read.
+        self.since_ms.store(now_ms, Relaxed);
     }
 
     /// Has its task look at it.
@@ -167,6 +175,15 @@ impl Stage {
         u128::from(now_ms.saturating_sub(since.load(Relaxed))) > limit.as_millis()
     }
 
+    /// What it has been told.
+    pub fn word(&self) -> Word {
+        match self.word.load(Relaxed) {
+            0 => Word::GoOn,
+            1 => Word::Finish,
+            _ => Word::End,
+        }
+    }
+
     /// Tells it something. What was said first stands unless it is more now.
     pub fn say(&self, word: Word) {
         if word as u8 > self.word.load(Relaxed) {
@@ -178,11 +195,7 @@ impl Stage {
     /// What it has been told; the task is woken when there is more.
     pub fn poll_word(&self, cx: &Context<'_>) -> Word {
         self.waker.register(cx.waker());
-        match self.word.load(Relaxed) {
-            0 => Word::GoOn,
-            1 => Word::Finish,
-            _ => Word::End,
-        }
+        self.word()
     }
 }
 
@@ -246,6 +259,15 @@ pub struct ClientIo {
     clock: Arc<Clock>,
 }
 
+/// A client's connection while it is silent.
+#[derive(Debug)]
+pub enum RestingIo {
+    /// Known to the system alone.
+    Plain(std::net::TcpStream),
+    /// As it was: TLS goes on with what it has agreed on.
+    Tls(Box<tokio_rustls::server::TlsStream<Prefixed>>),
+}
+
 // === impl ClientIo ===
 
 impl ClientIo {
@@ -267,17 +289,50 @@ impl ClientIo {
         self
     }
 
-    /// Ready when there is something to read. Reading may find that it is less than anything.
-    pub fn poll_readable(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if !self.prefix.is_empty() {
-            return Poll::Ready(());
-        }
-        let stream = match &self.transport {
-            Transport::Plain(stream) => stream,
-            Transport::Tls(stream) => &stream.get_ref().0.stream,
+    /// Whether all that has come has been read.
+    pub fn is_silent(&self) -> bool {
+        self.prefix.is_empty()
+    }
+
+    /// Lets go what only a connection in use needs. It must be silent.
+    ///
+    /// # Errors
+    /// If the runtime does not give it up.
+    pub fn rest(self) -> io::Result<RestingIo> {
+        Ok(match self.transport {
+            Transport::Plain(stream) => RestingIo::Plain(stream.into_std()?),
+            Transport::Tls(stream) => RestingIo::Tls(stream),
+        })
+    }
+}
+
+// === impl RestingIo ===
+
+impl RestingIo {
+    /// In use again.
+    ///
+    /// # Errors
+    /// If the runtime does not take it.
+    pub fn wake(self, stage: &Arc<Stage>, clock: &Arc<Clock>) -> io::Result<ClientIo> {
+        let transport = match self {
+            Self::Plain(stream) => Transport::Plain(TcpStream::from_std(stream)?),
+            Self::Tls(stream) => Transport::Tls(stream),
         };
-        // What fails is found by reading.
-        stream.poll_read_ready(cx).map(drop)
+        Ok(ClientIo::new(
+            transport,
+            Bytes::new(),
+            Arc::clone(stage),
+            Arc::clone(clock),
+        ))
+    }
+}
+
+impl AsFd for RestingIo {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Self::Plain(stream) => stream.as_fd(),
+            Self::Tls(stream) => stream.get_ref().0.stream.as_fd(),
+        }
     }
 }
 

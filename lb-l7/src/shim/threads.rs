@@ -24,8 +24,7 @@ pub(super) fn start(
         let runtime = Builder::new_current_thread()
             .enable_all()
             .build_local(LocalOptions::default())?;
-        runtime.block_on(Worker::new(index, shared).run(sockets));
-        Ok(())
+        Ok(runtime.block_on(Worker::new(index, shared)?.run(sockets))?)
     };
     let spawned = thread.spawn(move || {
         if let Err(error) = work() {

@@ -4,7 +4,7 @@ use std::{
     future::poll_fn,
     pin::{Pin, pin},
     rc::Rc,
-    task::{Context, Poll},
+    task::Poll,
 };
 
 use futures_util::future::Either;
@@ -46,7 +46,7 @@ pub(super) fn serve(
     }
 }
 
-/// Not `async` itself: what is given would have room twice.
+/// Until the connection ends, or rests. Not `async` itself: what is given would have room twice.
 fn http1(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo) -> impl Future<Output = ()> {
     let mut resting = Some(io);
     async move {
@@ -73,12 +73,10 @@ fn http1(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo) -> impl Future<Ou
                     .into_parts()
                     .map(|parts| parts.io.into_inner().before(parts.read_buf)),
             };
-            if let Some(io) = &mut resting {
-                client.rest();
-                worker.rested.set(true);
-                if client.stage.rest(io).await != Word::GoOn {
-                    return;
-                }
+            // What has come behind the last request is served at once.
+            if let Some(io) = resting.take_if(|io| io.is_silent()) {
+                worker.rest(client, io);
+                return;
             }
         }
     }
@@ -139,23 +137,6 @@ fn drive<C: Future<Output = hyper::Result<()>>>(
     })
 }
 
-impl Stage {
-    /// Waits until its client says something, or it is told to end.
-    async fn rest(&self, io: &mut ClientIo) -> Word {
-        self.rests(true);
-        let word = poll_fn(|cx: &mut Context<'_>| match self.poll_word(cx) {
-            Word::End => Poll::Ready(Word::End),
-            // What has been asked already is answered before the end.
-            _ if io.poll_readable(cx).is_ready() => Poll::Ready(Word::GoOn),
-            Word::GoOn => Poll::Pending,
-            Word::Finish => Poll::Ready(Word::Finish),
-        })
-        .await;
-        self.rests(false);
-        word
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::sync::Arc;
@@ -170,7 +151,7 @@ mod tests {
         task::JoinHandle,
     };
 
-    use super::*;
+    use super::{super::rest, *};
     use crate::{
         client::{Clock, Transport},
         log::Log,
@@ -198,7 +179,7 @@ mod tests {
             clients: Shards::new(1),
             since: std::time::SystemTime::now(),
         };
-        Worker::new(0, Arc::new(shared))
+        Worker::new(0, Arc::new(shared)).unwrap()
     }
 
     /// A client, the server's side of its connection, and the task that serves it.
@@ -240,7 +221,11 @@ mod tests {
     fn run(test: impl AsyncFnOnce(Rc<Worker>)) {
         let mut builder = Builder::new_current_thread();
         let runtime = builder.enable_all().build_local(LocalOptions::default()).unwrap();
-        runtime.block_on(async { test(worker()).await });
+        runtime.block_on(async {
+            let worker = worker();
+            tokio::task::spawn_local(rest::watch(Rc::clone(&worker)));
+            test(worker).await;
+        });
     }
 
     const REQUEST: &str = "GET / HTTP/1.1\r\nHost: a.example\r\n\r\n";
@@ -254,12 +239,22 @@ mod tests {
                 pass(&worker, &stage, 500).await;
                 assert!(!worker.rested.take(), "not yet");
                 pass(&worker, &stage, 1_000).await;
-                assert!(worker.rested.take(), "its buffers are let go");
+                assert!(
+                    worker.rested.take() && worker.resting.count() == 1,
+                    "it is let go"
+                );
                 pass(&worker, &stage, 5_000).await;
-                assert!(!worker.rested.take() && !task.is_finished(), "it rests already");
+                assert!(
+                    !worker.rested.take() && worker.resting.count() == 1,
+                    "it rests already"
+                );
             }
-            drop(client);
             task.await.unwrap();
+            drop(client);
+            while Arc::strong_count(&stage) > 1 {
+                tokio::task::yield_now().await;
+            }
+            assert_eq!(worker.resting.count(), 0);
         });
     }
 
@@ -312,12 +307,12 @@ mod tests {
     fn a_resting_connection_ends_when_it_is_told() {
         for word in [Word::Finish, Word::End] {
             run(async |worker| {
-                let (mut client, stage, task) = connect(&worker).await;
+                let (mut client, stage, _task) = connect(&worker).await;
                 ask(&mut client, REQUEST).await;
                 pass(&worker, &stage, 2_000).await;
                 assert!(worker.rested.get());
                 stage.say(word);
-                task.await.unwrap();
+                worker.heed();
                 assert_eq!(client.read_to_end(&mut Vec::new()).await.unwrap(), 0);
             });
         }

@@ -4,6 +4,7 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    io,
     rc::Rc,
     sync::Arc,
     time::Duration,
@@ -18,11 +19,12 @@ use tokio::{
 mod accept;
 mod client;
 mod http;
+mod rest;
 
 pub use client::Client;
 
 use crate::{
-    client::{Clock, Stage, Word},
+    client::{ClientIo, Clock, Stage, Word},
     listen::{Gate, Nascent, PlaceReport},
     log::Log,
     served::{Served, Serving},
@@ -88,6 +90,7 @@ pub struct Worker {
     next_client: Cell<u64>,
     /// Whether a connection has let go what it does not need meanwhile.
     rested: Cell<bool>,
+    resting: rest::Resting,
     /// Clients whose connections or upgrades are open.
     clients: RefCell<HashMap<u64, Arc<Stage>>>,
     /// A client has gone while the process drains.
@@ -144,11 +147,14 @@ impl std::ops::Deref for View {
 
 impl Worker {
     /// The worker of this number.
-    pub fn new(index: usize, shared: Arc<Shared>) -> Rc<Self> {
+    ///
+    /// # Errors
+    /// If no file descriptor is left.
+    pub fn new(index: usize, shared: Arc<Shared>) -> io::Result<Rc<Self>> {
         let mut news = shared.serving.subscribe();
         let last = View::new(Arc::clone(&news.borrow_and_update()));
         let serving = RefCell::new(News { news, last });
-        Rc::new(Self {
+        Ok(Rc::new(Self {
             index,
             shared,
             pool: Pool::default(),
@@ -157,9 +163,10 @@ impl Worker {
             next_client: Cell::new(0),
             clients: RefCell::default(),
             rested: Cell::new(false),
+            resting: rest::Resting::new()?,
             emptied: tokio::sync::Notify::new(),
             relieved: watch::Sender::new(false),
-        })
+        }))
     }
 
     /// What is served now. Costs a look at a number unless it has changed.
@@ -182,9 +189,13 @@ impl Worker {
     }
 
     /// Serves by these sockets until the process has drained. Must run on a runtime of this thread alone.
-    pub async fn run(self: Rc<Self>, mut listeners: mpsc::UnboundedReceiver<Nascent>) {
+    ///
+    /// # Errors
+    /// If the system does not tell any more which clients speak.
+    pub async fn run(self: Rc<Self>, mut listeners: mpsc::UnboundedReceiver<Nascent>) -> io::Result<()> {
         let mut accepting = JoinSet::new();
         let sweeping = tokio::task::spawn_local(Rc::clone(&self).sweep());
+        let mut watching = tokio::task::spawn_local(rest::watch(Rc::clone(&self)));
         let mut phase = self.shared.phase.subscribe();
         let mut gates = Vec::new();
         let deadline = loop {
@@ -205,6 +216,7 @@ impl Worker {
                 },
                 // One whose place was given up.
                 Some(_) = accepting.join_next() => {}
+                failed = &mut watching => return failed?,
             }
         };
         self.draining.set(true);
@@ -234,11 +246,28 @@ impl Worker {
             }
         }
         sweeping.abort();
+        watching.abort();
+        Ok(())
+    }
+
+    /// Takes a client in that says nothing.
+    fn rest(&self, client: Rc<Client>, io: ClientIo) {
+        match self.resting.take(client, io) {
+            Ok(()) => self.rested.set(true),
+            Err(error) => tracing::warn!("a silent connection is closed: {error}"),
+        }
+    }
+
+    /// Has clients that say nothing hear what they have been told.
+    fn heed(self: &Rc<Self>) {
+        if let Err(error) = self.resting.heed(self) {
+            tracing::error!("silent connections do not hear what they are told: {error}");
+        }
     }
 
     /// Waits until the clients of now have gone, while others come: nobody else accepts where they come to. They are told to
     /// end early enough that those who came late can end too.
-    async fn relieve(&self, deadline: Instant) {
+    async fn relieve(self: &Rc<Self>, deadline: Instant) {
         let (now, old) = (Instant::now(), self.next_client.get());
         let last_call = deadline - FAREWELL.min(deadline.saturating_duration_since(now) / 2);
         if !self.emptied_by(last_call.min(now + FAREWELL), old).await {
@@ -247,6 +276,7 @@ impl Worker {
                     stage.say(Word::Finish);
                 }
             }
+            self.heed();
             self.emptied_by(last_call, old).await;
         }
         self.relieved.send_replace(true);
@@ -266,10 +296,11 @@ impl Worker {
         true
     }
 
-    fn tell(&self, word: impl Fn(&Stage) -> Word) {
+    fn tell(self: &Rc<Self>, word: impl Fn(&Stage) -> Word) {
         for stage in self.clients.borrow().values() {
             stage.say(word(stage));
         }
+        self.heed();
     }
 
     /// Ends connections that have been silent for too long.
@@ -280,12 +311,17 @@ impl Worker {
             self.shared.clock.tick();
             let now = self.shared.clock.coarse_ms();
             let serving = self.serving();
+            let mut is_told = false;
             for stage in self.clients.borrow().values() {
                 if stage.is_late(now, &serving.settings.timeouts) {
+                    is_told = true;
                     stage.say(Word::End);
                 } else if stage.may_rest(now) {
                     stage.wake();
                 }
+            }
+            if is_told {
+                self.heed();
             }
             if tick % 4 == 0 {
                 if self.rested.take() {
