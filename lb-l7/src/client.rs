@@ -2,7 +2,7 @@
 //! Timers for each request would cost more than the requests.
 
 use std::{
-    io,
+    io::{self, Read as _},
     os::fd::{AsFd, BorrowedFd},
     pin::Pin,
     sync::Arc,
@@ -27,6 +27,9 @@ const BUSY: u8 = 2;
 
 /// How long a connection says nothing until what its next request needs is let go, milliseconds.
 const REST_AFTER_MS: u64 = 1_000;
+
+/// Room for the first bytes of a connection: most requests fit in it.
+pub const FIRST_BYTES: usize = 2048;
 
 /// Bytes written at once that are parts of answers, and no mere replies to what HTTP/2 says of the connection.
 const PARTS: usize = 1024;
@@ -58,7 +61,6 @@ pub struct Stage {
     is_unflushed: AtomicBool,
     /// Not all of a request has been read: what comes next is no beginning of another one.
     is_unread: AtomicBool,
-    rests: AtomicBool,
     word: AtomicU8,
     waker: AtomicWaker,
 }
@@ -68,9 +70,15 @@ pub struct Stage {
 impl Stage {
     /// Of a connection that is new now.
     pub fn new(now_ms: u64) -> Arc<Self> {
-        let stage = Self::default();
+        let stage = Self::idle(now_ms);
         // A client that opens a connection means to send something.
         stage.stage.store(HEAD, Relaxed);
+        stage
+    }
+
+    /// Of a connection that is between two requests from now on.
+    pub fn idle(now_ms: u64) -> Arc<Self> {
+        let stage = Self::default();
         stage.since_ms.store(now_ms, Relaxed);
         Arc::new(stage)
     }
@@ -140,22 +148,14 @@ impl Stage {
         let is_set = |flag: &AtomicBool| flag.load(Relaxed);
         self.stage.load(Relaxed) == IDLE
             && now_ms.saturating_sub(self.since_ms.load(Relaxed)) > REST_AFTER_MS
-            && !is_set(&self.rests)
             && !is_set(&self.is_h2)
             && !is_set(&self.is_unflushed)
             && !is_set(&self.is_unread)
     }
 
-    /// It rests.
-    pub fn rest(&self) {
-        self.rests.store(true, Relaxed);
-    }
-
-    /// Something has come while it rested, which need not be the beginning of a request: TLS has words of its own.
-    pub fn awake(&self, now_ms: u64) {
-        self.rests.store(false, Relaxed);
-        // Or it would rest again before that is read.
-        self.since_ms.store(now_ms, Relaxed);
+    /// When what it is at began, milliseconds.
+    pub fn since_ms(&self) -> u64 {
+        self.since_ms.load(Relaxed)
     }
 
     /// Has its task look at it.
@@ -309,18 +309,21 @@ impl ClientIo {
 // === impl RestingIo ===
 
 impl RestingIo {
-    /// In use again.
+    /// In use again, with what has come.
     ///
     /// # Errors
-    /// If the runtime does not take it.
+    /// If it has ended, or the runtime does not take it.
     pub fn wake(self, stage: &Arc<Stage>, clock: &Arc<Clock>) -> io::Result<ClientIo> {
-        let transport = match self {
-            Self::Plain(stream) => Transport::Plain(TcpStream::from_std(stream)?),
-            Self::Tls(stream) => Transport::Tls(stream),
+        let (transport, first) = match self {
+            Self::Plain(mut stream) => {
+                let first = first_bytes(&mut stream)?;
+                (Transport::Plain(TcpStream::from_std(stream)?), first)
+            }
+            Self::Tls(stream) => (Transport::Tls(stream), Bytes::new()),
         };
         Ok(ClientIo::new(
             transport,
-            Bytes::new(),
+            first,
             Arc::clone(stage),
             Arc::clone(clock),
         ))
@@ -333,6 +336,20 @@ impl AsFd for RestingIo {
             Self::Plain(stream) => stream.as_fd(),
             Self::Tls(stream) => stream.get_ref().0.stream.as_fd(),
         }
+    }
+}
+
+/// What has come, as far as there is room. The runtime would first have to be told that there is something.
+fn first_bytes(stream: &mut std::net::TcpStream) -> io::Result<Bytes> {
+    let mut bytes = vec![0; FIRST_BYTES];
+    match stream.read(&mut bytes) {
+        Ok(0) => Err(io::ErrorKind::UnexpectedEof.into()),
+        Ok(length) => {
+            bytes.truncate(length);
+            Ok(bytes.into())
+        }
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Bytes::new()),
+        Err(error) => Err(error),
     }
 }
 

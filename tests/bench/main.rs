@@ -18,6 +18,7 @@ fn main() -> Result<()> {
         Some("net") => net::run(),
         Some("nodes") => nodes::run(),
         Some("l7") => l7::run(),
+        Some("l7-profile") => l7::profile(),
         other => bail!("no benchmark {other:?}: run it by `cargo xtask bench`"),
     }
 }

@@ -200,6 +200,17 @@ fn silence_ends_connections() {
     assert_eq!(get(address, "a", "/slow/5000").status, 504);
 }
 
+#[test]
+fn a_silent_connection_rests_serves_again_and_ends_in_time() {
+    let rig = rig(json!({ "timeouts": { "client_ms": 3000 } }));
+    let mut wire = Wire::connect(rig.shim.address());
+    for times in 1..=2 {
+        assert_eq!(wire.get("a", "/").status, 200);
+        rig.shim.await_rest(times);
+    }
+    assert!(wire.is_closed());
+}
+
 /// Two servers that each break off after 0.7 s: one try is in time, both together are not.
 #[test]
 fn all_tries_together_have_one_limit() {

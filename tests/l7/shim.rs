@@ -120,6 +120,14 @@ impl Shim {
         }
     }
 
+    /// Waits until connections have come to rest so many times.
+    pub fn await_rest(&self, times: usize) {
+        self.await_log("that a connection rests", |lines| {
+            let rests = lines.iter().filter(|line| line["message"] == "rests");
+            (rests.count() >= times).then_some(())
+        });
+    }
+
     /// Waits until enough has been logged: `enough` gets all messages and their fields so far.
     pub fn await_log<T>(&self, what: &str, enough: impl Fn(&[Value]) -> Option<T>) -> T {
         let until = Instant::now() + PATIENCE;

@@ -10,8 +10,13 @@ use std::{
     time::{Duration, Instant},
 };
 
+use lb_tests::pki::Authority;
 use rcgen::{CertificateParams, KeyPair};
-use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use rustls::{
+    ClientConfig, ClientConnection, RootCertStore, ServerConfig, ServerConnection, StreamOwned,
+    crypto::ring,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -175,10 +180,9 @@ fn old_versions_of_tls_are_not_spoken() {
 
 /// A server that speaks TLS and answers every connection's first request with its name.
 fn secure_server(folder: &Path, file: &str, name: &'static str) -> SocketAddr {
-    use rustls::pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _};
     let chain = CertificateDer::from_pem_file(folder.join(format!("{file}.pem"))).unwrap();
     let key = PrivateKeyDer::from_pem_file(folder.join(format!("{file}.key"))).unwrap();
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let provider = Arc::new(ring::default_provider());
     let config = ServerConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
         .unwrap()
@@ -347,6 +351,44 @@ fn upstreams_are_told_the_client_where_they_read_it() {
             .write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
             .unwrap();
         assert_eq!(wire.answer().status, 200);
+    }
+}
+
+#[test]
+fn a_silent_client_rests_and_is_served_again() {
+    let origin = Origin::start();
+    let routes = json!([route("a.example", &[origin.address])]);
+    let rig = rig(json!({}), &routes, |certs| {
+        let authority = Authority::new(&certs.with_file_name("ca.pem")).unwrap();
+        let (cert, key) = (certs.join("a.pem"), certs.join("a.key"));
+        authority
+            .certify("a.example", "a.example", 2099, &cert, &key)
+            .unwrap();
+    });
+    let mut roots = RootCertStore::empty();
+    let ca = CertificateDer::from_pem_file(rig.folder.path().join("ca.pem")).unwrap();
+    roots.add(ca).unwrap();
+    let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()))
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let name = ServerName::try_from("a.example").unwrap();
+    let client = ClientConnection::new(Arc::new(config), name).unwrap();
+    let stream = TcpStream::connect(rig.https).unwrap();
+    stream.set_read_timeout(Some(super::shim::PATIENCE)).unwrap();
+    let mut tls = StreamOwned::new(client, stream);
+    for times in 1..=3 {
+        tls.write_all(b"GET / HTTP/1.1\r\nHost: a.example\r\n\r\n")
+            .unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(origin.name().as_bytes()) {
+            let mut byte = [0];
+            tls.read_exact(&mut byte).unwrap();
+            answer.extend(byte);
+        }
+        assert!(answer.starts_with(b"HTTP/1.1 200"));
+        rig.shim.await_rest(times);
     }
 }
 

@@ -4,7 +4,7 @@ use std::{env, path::PathBuf};
 
 use anyhow::Result;
 
-use crate::{ebpf, process, workspace};
+use crate::{ebpf, process, release, workspace};
 
 /// How the agent is compiled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,19 +17,14 @@ pub enum Profile {
 
 /// Builds the agent with the programs of now inside, and the L7 shim beside it. Returns the path of the agent.
 pub fn build(profile: Profile) -> Result<PathBuf> {
+    if profile == Profile::Release {
+        return release::programs();
+    }
     ebpf::build()?;
     let mut build = process::cargo();
     build.args(["build", "--quiet", "-p", "lb-userspace", "--bin", "weir"]);
-    build.args(["-p", "lb-l7", "--bin", "weir-l7"]);
-    if profile == Profile::Release {
-        build.arg("--release");
-    }
-    process::run(&mut build)?;
-    let folder = match profile {
-        Profile::Release => "release",
-        Profile::Debug => "debug",
-    };
-    Ok(workspace::host_binary(folder, "weir"))
+    process::run(build.args(["-p", "lb-l7", "--bin", "weir-l7"]))?;
+    Ok(workspace::host_binary("debug", "weir"))
 }
 
 /// Builds the test server, which runs in images that hold nothing else, and returns its path.

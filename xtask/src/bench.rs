@@ -7,7 +7,7 @@ use crate::{
     agent::{self, Profile},
     ebpf,
     needs::Group,
-    process, setup, workspace,
+    process, release, setup, workspace,
 };
 
 /// Options of `bench`.
@@ -62,8 +62,7 @@ pub fn run(options: &Options) -> Result<()> {
         match kind {
             Kind::Prog => drop(ebpf::build_bench()?),
             Kind::L7 => {
-                let agent = agent::build(Profile::Release)?;
-                command.env("WEIR_L7_BIN", agent.with_file_name("weir-l7"));
+                command.env("WEIR_L7_BIN", release::shim()?);
             }
             Kind::Net | Kind::Update | Kind::Nodes => {
                 command.env("WEIR_BIN", agent::build(Profile::Release)?);

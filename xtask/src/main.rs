@@ -14,6 +14,7 @@ mod elf;
 mod lint;
 mod needs;
 mod process;
+mod release;
 mod run;
 mod setup;
 mod test;
@@ -35,6 +36,10 @@ enum Command {
     Setup(setup::Options),
     /// Build the BPF programs into target/bpf/weir-ebpf.o
     BuildEbpf,
+    /// Build the agent and the L7 shim as they are released, into target/dist/<target>
+    Build(release::Options),
+    /// Make the profile anew by which the L7 shim is compiled for a release
+    Profile(release::Options),
     /// Build everything and run the agent: `cargo xtask run -- --config weir.toml`
     Run(run::Options),
     /// Show it: real containers behind a VIP, scaled under load, in namespaces that are removed afterwards
@@ -62,6 +67,8 @@ fn run(command: Command) -> Result<()> {
     match command {
         Command::Setup(options) => setup::run(&options),
         Command::BuildEbpf => ebpf::build().map(drop),
+        Command::Build(options) => release::run(&options),
+        Command::Profile(options) => release::profile(&options),
         Command::Run(options) => run::run(&options),
         Command::Demo => demo::run(),
         Command::Test(options) => test::run(&options),

@@ -35,8 +35,12 @@ pub struct Toolchain {
 }
 
 /// What `rustc -vV` says about itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CompilerVersion {
+    /// Its whole name, such as `1.95.0`.
+    pub name: String,
+    /// What it compiles for unless told otherwise.
+    pub host: String,
     /// Major and minor.
     pub release: (u32, u32),
     /// Its LLVM's major version: what bpf-linker must be able to read.
@@ -147,6 +151,8 @@ impl CompilerVersion {
         let (major, minor) = (number(parts.next()), number(parts.next()));
         let llvm = number(field("LLVM version")?.split('.').next());
         Ok(Self {
+            name: release.trim().to_owned(),
+            host: field("host")?.trim().to_owned(),
             release: major
                 .zip(minor)
                 .with_context(|| format!("cannot read the compiler's release `{release}`"))?,
@@ -198,6 +204,8 @@ mod tests {
         assert_eq!(
             version,
             CompilerVersion {
+                name: "1.96.0".into(),
+                host: "x86_64-unknown-linux-gnu".into(),
                 release: (1, 96),
                 llvm: 22
             }
@@ -206,21 +214,17 @@ mod tests {
 
     #[test]
     fn a_nightly_release_is_read() {
-        let version = CompilerVersion::parse("release: 1.97.0-nightly\nLLVM version: 23.0.0\n").unwrap();
-        assert_eq!(
-            version,
-            CompilerVersion {
-                release: (1, 97),
-                llvm: 23
-            }
-        );
+        let text = "host: aarch64-unknown-linux-gnu\nrelease: 1.97.0-nightly\nLLVM version: 23.0.0\n";
+        let version = CompilerVersion::parse(text).unwrap();
+        assert_eq!((version.release, version.llvm), ((1, 97), 23));
+        assert_eq!(version.name, "1.97.0-nightly");
     }
 
     #[test]
     fn an_answer_without_llvm_is_refused() {
-        let error = CompilerVersion::parse("release: 1.96.0\n").unwrap_err();
+        let error = CompilerVersion::parse("host: a\nrelease: 1.96.0\n").unwrap_err();
         assert!(error.to_string().contains("LLVM version"), "{error}");
-        assert!(CompilerVersion::parse("release: ?\nLLVM version: 22.1\n").is_err());
+        assert!(CompilerVersion::parse("host: a\nrelease: ?\nLLVM version: 22.1\n").is_err());
     }
 
     #[test]

@@ -17,7 +17,7 @@ use tokio_rustls::server::StartHandshake;
 
 use super::{Client, Phase, Worker, client::Seat, http};
 use crate::{
-    client::{ClientIo, Prefixed, Stage, Transport},
+    client::{ClientIo, FIRST_BYTES, Prefixed, Stage, Transport},
     listen::{Gate, Listener},
     proxy_protocol,
     tls::{hello, passthrough},
@@ -25,8 +25,6 @@ use crate::{
 
 /// What every connection of HTTP/2 begins with.
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// Room for the first bytes of a connection: most requests fit in it.
-const FIRST_BYTES: usize = 2048;
 /// Pause when no file descriptor is left.
 const BREATH: Duration = Duration::from_millis(50);
 /// Milliseconds between two words about balancers.

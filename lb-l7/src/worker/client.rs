@@ -28,14 +28,16 @@ pub struct Client {
     pub stage: Arc<Stage>,
     /// The last `Host` and the element of `Forwarded` made of it: most connections have one host.
     forwarded: RefCell<Option<(HeaderValue, HeaderValue)>>,
-    _seat: Option<Seat>,
+    /// Its place among the clients.
+    pub(super) seat: Option<Seat>,
 }
 
 /// A place among a worker's clients.
 #[derive(Debug)]
 pub struct Seat {
     worker: Rc<Worker>,
-    id: u64,
+    /// Later clients have greater ones.
+    pub id: u64,
     _place: OwnedSemaphorePermit,
 }
 
@@ -53,7 +55,7 @@ impl Client {
             is_trusted,
             stage,
             forwarded: RefCell::default(),
-            _seat: None,
+            seat: None,
         }
     }
 
@@ -65,7 +67,7 @@ impl Client {
     /// The same, with a place.
     pub fn seated(self, seat: Seat) -> Self {
         Self {
-            _seat: Some(seat),
+            seat: Some(seat),
             ..self
         }
     }
@@ -73,11 +75,6 @@ impl Client {
     /// How it came, as `X-Forwarded-Proto` has it.
     pub fn scheme_value(&self) -> HeaderValue {
         HeaderValue::from_static(if self.is_tls { "https" } else { "http" })
-    }
-
-    /// Lets go what the next request can make anew.
-    pub fn rest(&self) {
-        self.forwarded.take();
     }
 
     /// Its element of `Forwarded` (RFC 7239) for a request with this `Host`, which must be a possible one.
@@ -132,6 +129,19 @@ impl Seat {
             id,
             _place: place,
         }
+    }
+
+    /// Its connection has no stage.
+    pub fn rest(&self) {
+        self.worker.clients.borrow_mut().remove(&self.id);
+    }
+
+    /// Its connection has a stage again.
+    pub fn wake(&self, stage: &Arc<Stage>) {
+        self.worker
+            .clients
+            .borrow_mut()
+            .insert(self.id, Arc::clone(stage));
     }
 }
 

@@ -75,7 +75,10 @@ fn http1(worker: Rc<Worker>, client: Rc<Client>, io: ClientIo) -> impl Future<Ou
             };
             // What has come behind the last request is served at once.
             if let Some(io) = resting.take_if(|io| io.is_silent()) {
-                worker.rest(client, io);
+                // Nothing is under way that could hold it.
+                if let Some(client) = Rc::into_inner(client) {
+                    worker.rest(client, io);
+                }
                 return;
             }
         }
@@ -115,20 +118,24 @@ fn drive<C: Future<Output = hyper::Result<()>>>(
         finish(connection.as_mut());
     }
     poll_fn(move |cx| {
-        match stage.poll_word(cx) {
-            Word::End => return Poll::Ready(After::Ended),
-            Word::Finish if !told => {
-                told = true;
-                finish(connection.as_mut());
-            }
-            Word::Finish | Word::GoOn => {}
-        }
-        if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
-            if ended.is_err_and(|error| error.is_parse()) {
-                // What is no request is answered before it comes to us.
-                worker.stats().answered(400);
-            }
+        let word = stage.poll_word(cx);
+        if word == Word::End {
             return Poll::Ready(After::Ended);
+        }
+        loop {
+            if let Poll::Ready(ended) = connection.as_mut().poll(cx) {
+                if ended.is_err_and(|error| error.is_parse()) {
+                    // What is no request is answered before it comes to us.
+                    worker.stats().answered(400);
+                }
+                return Poll::Ready(After::Ended);
+            }
+            if told || word == Word::GoOn {
+                break;
+            }
+            // Not before what has come was read: hyper ends a connection of which it has read nothing.
+            told = true;
+            finish(connection.as_mut());
         }
         match stage.may_rest(worker.shared.clock.coarse_ms()) {
             true => Poll::Ready(After::Rests),
@@ -151,7 +158,10 @@ mod tests {
         task::JoinHandle,
     };
 
-    use super::{super::rest, *};
+    use super::{
+        super::{client::Seat, rest},
+        *,
+    };
     use crate::{
         client::{Clock, Transport},
         log::Log,
@@ -190,8 +200,10 @@ mod tests {
         let stage = Stage::new(0);
         let clock = Arc::clone(&worker.shared.clock);
         let io = ClientIo::new(Transport::Plain(stream), Bytes::new(), Arc::clone(&stage), clock);
-        let served = Rc::new(Client::new(peer, false, false, Arc::clone(&stage)));
-        let task = tokio::task::spawn_local(serve(Rc::clone(worker), served, io, false));
+        let place = Arc::clone(&worker.shared.places).acquire_owned().await.unwrap();
+        let seat = Seat::take(worker, place, &stage);
+        let served = Client::new(peer, false, false, Arc::clone(&stage)).seated(seat);
+        let task = tokio::task::spawn_local(serve(Rc::clone(worker), Rc::new(served), io, false));
         (client, stage, task)
     }
 
@@ -210,12 +222,18 @@ mod tests {
     }
 
     /// Has the worker find that so much time has passed, and the connection what follows of it.
-    async fn pass(worker: &Worker, stage: &Stage, ms: u64) {
+    async fn pass(worker: &Worker, ms: u64) {
         worker.shared.clock.set(worker.shared.clock.coarse_ms() + ms);
-        stage.wake();
+        for stage in worker.clients.borrow().values() {
+            stage.wake();
+        }
         for _ in 0..10 {
             tokio::task::yield_now().await;
         }
+    }
+
+    fn rests(worker: &Worker) -> bool {
+        worker.resting.any(|_| true)
     }
 
     fn run(test: impl AsyncFnOnce(Rc<Worker>)) {
@@ -233,28 +251,22 @@ mod tests {
     #[test]
     fn a_silent_connection_rests_and_serves_again() {
         run(async |worker| {
-            let (mut client, stage, task) = connect(&worker).await;
+            let (mut client, _stage, task) = connect(&worker).await;
             for _ in 0..3 {
                 ask(&mut client, REQUEST).await;
-                pass(&worker, &stage, 500).await;
+                pass(&worker, 500).await;
                 assert!(!worker.rested.take(), "not yet");
-                pass(&worker, &stage, 1_000).await;
-                assert!(
-                    worker.rested.take() && worker.resting.count() == 1,
-                    "it is let go"
-                );
-                pass(&worker, &stage, 5_000).await;
-                assert!(
-                    !worker.rested.take() && worker.resting.count() == 1,
-                    "it rests already"
-                );
+                pass(&worker, 1_000).await;
+                assert!(worker.rested.take() && rests(&worker), "it is let go");
+                pass(&worker, 5_000).await;
+                assert!(!worker.rested.take() && rests(&worker), "it rests already");
+                assert!(worker.clients.borrow().is_empty(), "only what is needed is kept");
             }
             task.await.unwrap();
             drop(client);
-            while Arc::strong_count(&stage) > 1 {
+            while rests(&worker) {
                 tokio::task::yield_now().await;
             }
-            assert_eq!(worker.resting.count(), 0);
         });
     }
 
@@ -267,7 +279,7 @@ mod tests {
             while stage.may_rest(u64::MAX) {
                 tokio::task::yield_now().await;
             }
-            pass(&worker, &stage, 2_000).await;
+            pass(&worker, 2_000).await;
             assert!(!worker.rested.get());
             client.write_all(&REQUEST.as_bytes()[20..]).await.unwrap();
             answer(&mut client).await;
@@ -277,10 +289,10 @@ mod tests {
     #[test]
     fn half_a_header_behind_a_request_is_kept() {
         run(async |worker| {
-            let (mut client, stage, _task) = connect(&worker).await;
+            let (mut client, _stage, _task) = connect(&worker).await;
             ask(&mut client, &format!("{REQUEST}{}", &REQUEST[..20])).await;
             for _ in 0..3 {
-                pass(&worker, &stage, 2_000).await;
+                pass(&worker, 2_000).await;
             }
             client.write_all(&REQUEST.as_bytes()[20..]).await.unwrap();
             answer(&mut client).await;
@@ -290,10 +302,10 @@ mod tests {
     #[test]
     fn an_unread_body_is_no_request() {
         run(async |worker| {
-            let (mut client, stage, task) = connect(&worker).await;
+            let (mut client, _stage, task) = connect(&worker).await;
             let body = format!("POST / HTTP/1.1\r\nHost: a.example\r\nContent-Length: 500\r\n\r\n{REQUEST}");
             ask(&mut client, &body).await;
-            pass(&worker, &stage, 2_000).await;
+            pass(&worker, 2_000).await;
             assert!(!worker.rested.get());
             task.await.unwrap();
             let mut rest = Vec::new();
@@ -304,15 +316,23 @@ mod tests {
     }
 
     #[test]
-    fn a_resting_connection_ends_when_it_is_told() {
-        for word in [Word::Finish, Word::End] {
+    fn a_resting_connection_ends_when_it_is_told_unless_it_has_asked() {
+        for asks in [false, true] {
             run(async |worker| {
-                let (mut client, stage, _task) = connect(&worker).await;
+                let (mut client, _stage, _task) = connect(&worker).await;
                 ask(&mut client, REQUEST).await;
-                pass(&worker, &stage, 2_000).await;
-                assert!(worker.rested.get());
-                stage.say(word);
-                worker.heed();
+                pass(&worker, 2_000).await;
+                assert!(rests(&worker));
+                if asks {
+                    // Not yet noticed: nothing else has run.
+                    let sent = client.try_write(REQUEST.as_bytes()).unwrap();
+                    assert_eq!(sent, REQUEST.len());
+                }
+                worker.finish(|_| true);
+                assert!(!rests(&worker));
+                if asks {
+                    answer(&mut client).await;
+                }
                 assert_eq!(client.read_to_end(&mut Vec::new()).await.unwrap(), 0);
             });
         }

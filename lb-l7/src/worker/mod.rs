@@ -22,6 +22,7 @@ mod http;
 mod rest;
 
 pub use client::Client;
+use rest::{Rested, Resting};
 
 use crate::{
     client::{ClientIo, Clock, Stage, Word},
@@ -90,7 +91,7 @@ pub struct Worker {
     next_client: Cell<u64>,
     /// Whether a connection has let go what it does not need meanwhile.
     rested: Cell<bool>,
-    resting: rest::Resting,
+    resting: Resting,
     /// Clients whose connections or upgrades are open.
     clients: RefCell<HashMap<u64, Arc<Stage>>>,
     /// A client has gone while the process drains.
@@ -163,7 +164,7 @@ impl Worker {
             next_client: Cell::new(0),
             clients: RefCell::default(),
             rested: Cell::new(false),
-            resting: rest::Resting::new()?,
+            resting: Resting::new()?,
             emptied: tokio::sync::Notify::new(),
             relieved: watch::Sender::new(false),
         }))
@@ -220,13 +221,11 @@ impl Worker {
             }
         };
         self.draining.set(true);
-        self.tell(|stage| {
+        for stage in self.clients.borrow().values() {
             if stage.speaks_h2() {
-                Word::Finish
-            } else {
-                Word::GoOn
+                stage.say(Word::Finish);
             }
-        });
+        }
         if gates.iter().any(|gate| gate.waits_for_a_successor()) {
             self.relieve(deadline).await;
         }
@@ -235,14 +234,16 @@ impl Worker {
             tokio::time::timeout_at(deadline, async { while accepting.join_next().await.is_some() {} }).await;
         let farewell = deadline.min(Instant::now() + FAREWELL);
         if !self.emptied_by(farewell, u64::MAX).await {
-            self.tell(|_| Word::Finish);
+            self.finish(|_| true);
             if !self.emptied_by(deadline, u64::MAX).await {
                 tracing::warn!(
                     worker = self.index,
                     connections = self.clients.borrow().len(),
                     "cut off at the deadline"
                 );
-                self.tell(|_| Word::End);
+                for stage in self.clients.borrow().values() {
+                    stage.say(Word::End);
+                }
             }
         }
         sweeping.abort();
@@ -251,17 +252,31 @@ impl Worker {
     }
 
     /// Takes a client in that says nothing.
-    fn rest(&self, client: Rc<Client>, io: ClientIo) {
+    fn rest(&self, client: Client, io: ClientIo) {
         match self.resting.take(client, io) {
-            Ok(()) => self.rested.set(true),
+            Ok(()) => {
+                self.rested.set(true);
+                tracing::debug!("rests");
+            }
             Err(error) => tracing::warn!("a silent connection is closed: {error}"),
         }
     }
 
-    /// Has clients that say nothing hear what they have been told.
-    fn heed(self: &Rc<Self>) {
-        if let Err(error) = self.resting.heed(self) {
-            tracing::error!("silent connections do not hear what they are told: {error}");
+    /// Ends clients that say nothing and are so.
+    fn end_resting(self: &Rc<Self>, is_so: impl Fn(&Rested) -> bool) {
+        if let Err(error) = self.resting.end(self, is_so) {
+            tracing::error!("silent connections do not end: {error}");
+        }
+    }
+
+    /// Has the connections of these clients end after what is under way.
+    fn finish(self: &Rc<Self>, is_meant: impl Fn(u64) -> bool) {
+        // Those that have just spoken are told with the others.
+        self.end_resting(|rested| is_meant(rested.id()));
+        for (id, stage) in &*self.clients.borrow() {
+            if is_meant(*id) {
+                stage.say(Word::Finish);
+            }
         }
     }
 
@@ -271,12 +286,7 @@ impl Worker {
         let (now, old) = (Instant::now(), self.next_client.get());
         let last_call = deadline - FAREWELL.min(deadline.saturating_duration_since(now) / 2);
         if !self.emptied_by(last_call.min(now + FAREWELL), old).await {
-            for (id, stage) in &*self.clients.borrow() {
-                if *id < old {
-                    stage.say(Word::Finish);
-                }
-            }
-            self.heed();
+            self.finish(|id| id < old);
             self.emptied_by(last_call, old).await;
         }
         self.relieved.send_replace(true);
@@ -284,7 +294,11 @@ impl Worker {
 
     /// Waits until no client is left that came before this one; whether that was in time.
     async fn emptied_by(&self, deadline: Instant, before: u64) -> bool {
-        let is_empty = || self.clients.borrow().keys().all(|id| *id >= before);
+        let is_empty = || {
+            let is_old = |id: u64| id < before;
+            !self.clients.borrow().keys().any(|id| is_old(*id))
+                && !self.resting.any(|rested| is_old(rested.id()))
+        };
         while !is_empty() {
             if tokio::time::timeout_at(deadline, self.emptied.notified())
                 .await
@@ -296,13 +310,6 @@ impl Worker {
         true
     }
 
-    fn tell(self: &Rc<Self>, word: impl Fn(&Stage) -> Word) {
-        for stage in self.clients.borrow().values() {
-            stage.say(word(stage));
-        }
-        self.heed();
-    }
-
     /// Ends connections that have been silent for too long.
     async fn sweep(self: Rc<Self>) {
         let mut ticks = tokio::time::interval(SWEEP_EVERY);
@@ -311,18 +318,14 @@ impl Worker {
             self.shared.clock.tick();
             let now = self.shared.clock.coarse_ms();
             let serving = self.serving();
-            let mut is_told = false;
             for stage in self.clients.borrow().values() {
                 if stage.is_late(now, &serving.settings.timeouts) {
-                    is_told = true;
                     stage.say(Word::End);
                 } else if stage.may_rest(now) {
                     stage.wake();
                 }
             }
-            if is_told {
-                self.heed();
-            }
+            self.end_resting(|rested| rested.is_late(now, &serving.settings.timeouts));
             if tick % 4 == 0 {
                 if self.rested.take() {
                     crate::memory::give_back();

@@ -1,14 +1,15 @@
-//! Clients that say nothing. Their sockets wait in a set of the worker's own: the task, the runtime's part and hyper's buffers
-//! of each are let go, and made anew when it speaks. Most clients of a busy shim are silent.
+//! Clients that say nothing. Of each its socket and its place are kept, in one table: its task, what the runtime and hyper
+//! hold for it, and what is made of its address are let go, and made anew when it speaks. Most clients of a busy shim are silent.
 
-use std::{cell::RefCell, io, os::fd::AsFd as _, rc::Rc};
+use std::{cell::RefCell, io, net::SocketAddr, os::fd::AsFd as _, rc::Rc, time::Duration};
 
+use lb_route::L7Timeouts;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use slab::Slab;
 use tokio::io::{Interest, unix::AsyncFd};
 
-use super::{Client, Worker, http};
-use crate::client::{ClientIo, RestingIo, Word};
+use super::{Client, Worker, client::Seat, http};
+use crate::client::{ClientIo, RestingIo, Stage};
 
 /// Clients that are woken at once.
 const BATCH: usize = 64;
@@ -16,15 +17,62 @@ const BATCH: usize = 64;
 /// The clients of a worker that say nothing.
 #[derive(Debug)]
 pub(super) struct Resting {
+    /// Tells which of them speak.
     set: Epoll,
     clients: RefCell<Slab<Rested>>,
 }
 
 /// All that is kept of one.
 #[derive(Debug)]
-struct Rested {
-    client: Rc<Client>,
+pub(super) struct Rested {
     io: RestingIo,
+    address: SocketAddr,
+    local: SocketAddr,
+    is_trusted: bool,
+    /// When it began to say nothing.
+    since_ms: u64,
+    /// Its place among the clients.
+    seat: Seat,
+}
+
+impl Rested {
+    /// # Errors
+    /// If it has no place, or the runtime does not give its socket up.
+    fn new(client: Client, io: ClientIo) -> io::Result<Self> {
+        let seat = client.seat.ok_or(io::ErrorKind::NotFound)?;
+        seat.rest();
+        Ok(Self {
+            io: io.rest()?,
+            address: client.address,
+            local: client.local,
+            is_trusted: client.is_trusted,
+            since_ms: client.stage.since_ms(),
+            seat,
+        })
+    }
+
+    /// # Errors
+    /// If the runtime does not take its socket.
+    fn wake(self, worker: &Worker) -> io::Result<(Client, ClientIo)> {
+        let clock = &worker.shared.clock;
+        // What has come need not be the beginning of a request: TLS has words of its own.
+        let stage = Stage::idle(clock.coarse_ms());
+        let is_tls = matches!(self.io, RestingIo::Tls(_));
+        let io = self.io.wake(&stage, clock)?;
+        self.seat.wake(&stage);
+        let client = Client::new(self.address, is_tls, self.is_trusted, stage);
+        Ok((client.came_to(self.local).seated(self.seat), io))
+    }
+
+    /// Its number among the clients.
+    pub fn id(&self) -> u64 {
+        self.seat.id
+    }
+
+    /// Whether it has been silent for too long.
+    pub fn is_late(&self, now_ms: u64, timeouts: &L7Timeouts) -> bool {
+        Duration::from_millis(now_ms.saturating_sub(self.since_ms)) > timeouts.client
+    }
 }
 
 impl Resting {
@@ -43,22 +91,19 @@ impl Resting {
     ///
     /// # Errors
     /// If the system does not watch it; its connection is closed then, as it may be at any time.
-    pub fn take(&self, client: Rc<Client>, io: ClientIo) -> io::Result<()> {
-        client.rest();
-        client.stage.rest();
-        let io = io.rest()?;
+    pub fn take(&self, client: Client, io: ClientIo) -> io::Result<()> {
+        let rested = Rested::new(client, io)?;
         let mut clients = self.clients.borrow_mut();
         let place = clients.vacant_entry();
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP, place.key() as u64);
-        self.set.add(io.as_fd(), event)?;
-        place.insert(Rested { client, io });
+        self.set.add(rested.io.as_fd(), event)?;
+        place.insert(rested);
         Ok(())
     }
 
-    /// How many there are.
-    #[cfg(test)]
-    pub fn count(&self) -> usize {
-        self.clients.borrow().len()
+    /// Whether any is so.
+    pub fn any(&self, is_so: impl Fn(&Rested) -> bool) -> bool {
+        self.clients.borrow().iter().any(|(_, rested)| is_so(rested))
     }
 
     /// Serves those that have spoken.
@@ -67,15 +112,13 @@ impl Resting {
         loop {
             let ready = self.set.wait(&mut events, EpollTimeout::ZERO)?;
             for event in &events[..ready] {
-                let Some(Rested { client, io }) = self.clients.borrow_mut().try_remove(event.data() as usize)
-                else {
+                let Some(rested) = self.clients.borrow_mut().try_remove(event.data() as usize) else {
                     continue;
                 };
-                self.set.delete(io.as_fd())?;
-                client.stage.awake(worker.shared.clock.coarse_ms());
+                self.set.delete(rested.io.as_fd())?;
                 // What cannot be watched any more is closed, as it may be at any time.
-                if let Ok(io) = io.wake(&client.stage, &worker.shared.clock) {
-                    tokio::task::spawn_local(http::serve(Rc::clone(worker), client, io, false));
+                if let Ok((client, io)) = rested.wake(worker) {
+                    tokio::task::spawn_local(http::serve(Rc::clone(worker), Rc::new(client), io, false));
                 }
             }
             if ready < events.len() {
@@ -84,21 +127,18 @@ impl Resting {
         }
     }
 
-    /// Ends those that have been told to.
-    pub fn heed(&self, worker: &Rc<Worker>) -> io::Result<()> {
-        // What has been asked already is answered before the end.
+    /// Ends those that are so and have not spoken: what has been asked already is answered.
+    pub fn end(&self, worker: &Rc<Worker>, is_so: impl Fn(&Rested) -> bool) -> io::Result<()> {
+        if !self.any(&is_so) {
+            return Ok(());
+        }
         self.wake(worker)?;
-        let is_told = |rested: &Rested| rested.client.stage.word() != Word::GoOn;
         let mut clients = self.clients.borrow_mut();
-        let told: Vec<usize> = clients
-            .iter()
-            .filter(|(_, rested)| is_told(rested))
-            .map(|(key, _)| key)
-            .collect();
-        let ended: Vec<Rested> = told.into_iter().map(|key| clients.remove(key)).collect();
-        drop(clients);
-        // Their seats are given up by dropping them, which the worker sees to.
-        drop(ended);
+        let chosen = clients.iter().filter(|(_, rested)| is_so(rested));
+        let chosen: Vec<usize> = chosen.map(|(key, _)| key).collect();
+        for key in chosen {
+            clients.remove(key);
+        }
         Ok(())
     }
 }

@@ -90,6 +90,23 @@ pub fn run() -> Result<()> {
     failures(&rig)
 }
 
+/// Has a shim that counts what it does serve every load, and HTTP/2, for `cargo xtask profile`; it writes when it ends.
+pub fn profile() -> Result<()> {
+    let rig = Rig::new()?;
+    proxy::certificates(&rig)?;
+    let _running = Proxy::Weir.start(&rig)?;
+    for case in &CASES {
+        rig.wrk(ask(case, SECONDS, &url(case.tls)))?;
+    }
+    let mut h2load = rig.client.command("h2load");
+    h2load.args(["-c", "8", "-m", "8", "-D", &SECONDS.to_string()]);
+    h2load.args(["-H", &format!(":authority: {HOST}"), &url(true)]);
+    let output = h2load.output().context("h2load")?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    ensure!(text.contains(" 0 failed, 0 errored"), "h2load: {text}");
+    Ok(())
+}
+
 fn url(tls: bool) -> String {
     match tls {
         // wrk sends the name of the URL as SNI, and no certificate is looked at.
