@@ -89,7 +89,8 @@ impl Build {
     /// Builds the agent; its path.
     fn agent(&self) -> Result<PathBuf> {
         ebpf::build()?;
-        self.compile("lb-userspace", "weir", "agent", "")
+        // The kernel does its work: what link-time optimisation would bring is not worth its ten minutes.
+        self.compile("lb-userspace", "weir", "agent", "", &ebpf::PLAIN_RELEASE)
     }
 
     /// Builds the shim, by the profile if there is one; its path.
@@ -97,14 +98,14 @@ impl Build {
         let profile = self.stored();
         if profile.exists() {
             let flags = format!("-C profile-use={}", profile.display());
-            return self.compile("lb-l7", "weir-l7", "shim", &flags);
+            return self.compile("lb-l7", "weir-l7", "shim", &flags, &[]);
         }
         println!(
             "build: no profile by rustc {} for {}: the L7 shim takes a third more CPU of its own for a request. `cargo \
              xtask profile` makes one.",
             self.version.name, self.target
         );
-        self.compile("lb-l7", "weir-l7", "shim", "")
+        self.compile("lb-l7", "weir-l7", "shim", "", &[])
     }
 
     /// Makes the profile and keeps it.
@@ -114,7 +115,7 @@ impl Build {
             fs::remove_dir_all(&counts).with_context(|| format!("cannot remove {}", counts.display()))?;
         }
         let flags = format!("-C profile-generate={}", counts.display());
-        let counting = self.compile("lb-l7", "weir-l7", "profile", &flags)?;
+        let counting = self.compile("lb-l7", "weir-l7", "profile", &flags, &[])?;
         let mut serve = process::cargo();
         serve.args([
             "run",
@@ -139,13 +140,21 @@ impl Build {
 
     /// Compiles a program, each kind in a folder of its own: other flags would throw the others' files out, and other packages
     /// beside it would change the names of the functions in what they share. Its path.
-    fn compile(&self, package: &str, program: &str, kind: &str, flags: &str) -> Result<PathBuf> {
+    fn compile(
+        &self,
+        package: &str,
+        program: &str,
+        kind: &str,
+        flags: &str,
+        words: &[&str],
+    ) -> Result<PathBuf> {
         let folder = workspace::target().join(kind);
         let given = env::var("RUSTFLAGS").unwrap_or_default();
         let mut build = process::cargo();
         build
             .env("RUSTFLAGS", format!("{given} {flags}").trim())
             .args(["build", "--quiet", "--release", "-p", package, "--bin", program])
+            .args(words)
             .args(["--target", &self.target, "--target-dir"])
             .arg(&folder);
         process::run(&mut build)?;
