@@ -25,6 +25,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 pub struct Origin {
     pub address: SocketAddr,
     pub seen: Arc<Seen>,
+    listener: TcpListener,
     _runtime: tokio::runtime::Runtime,
 }
 
@@ -68,6 +69,7 @@ impl Origin {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
+        let ours = listener.try_clone().unwrap();
         let seen = Arc::new(Seen::default());
         let to = Arc::clone(&seen);
         runtime.spawn(async move {
@@ -92,6 +94,7 @@ impl Origin {
         Self {
             address,
             seen,
+            listener: ours,
             _runtime: runtime,
         }
     }
@@ -102,6 +105,12 @@ impl Origin {
 
     pub fn requests(&self) -> Vec<String> {
         self.seen.requests.lock().unwrap().clone()
+    }
+}
+
+impl Drop for Origin {
+    fn drop(&mut self) {
+        let _ended_already = hang_up(&self.listener);
     }
 }
 

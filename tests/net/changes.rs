@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::weir::Weir;
+use lb_tests::{listen::hang_up, weir::Weir};
 
 use crate::{
     lab::{Body, Lab, VIP4, VIP6, Wiring, address_of, service},
@@ -86,7 +86,7 @@ fn refused(body: Body, v6: bool) -> Result<()> {
     let to = vip(v6, 80);
     let weir = lab.start(&lab.config(&to.ip().to_string(), "80/tcp", &lab.servers(v6, port)))?;
     let old = lab.client.run(|| reached(to, &closing))?;
-    drop(closing);
+    hang_up(&closing)?;
     let mut slowest = Duration::ZERO;
     lab.client.run(|| {
         for _ in 0..64 {
