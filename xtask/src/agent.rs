@@ -4,22 +4,11 @@ use std::{env, path::PathBuf};
 
 use anyhow::Result;
 
-use crate::{ebpf, process, release, workspace};
+use crate::{ebpf, process, workspace};
 
-/// How the agent is compiled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Profile {
-    /// As it is released.
-    Release,
-    /// As the tests are, whose compiled dependencies it shares.
-    Debug,
-}
-
-/// Builds the agent with the programs of now inside, and the L7 shim beside it. Returns the path of the agent.
-pub fn build(profile: Profile) -> Result<PathBuf> {
-    if profile == Profile::Release {
-        return release::programs();
-    }
+/// Builds the agent with the programs of now inside, and the L7 shim beside it, both as the tests are, whose compiled
+/// dependencies they share. Returns the path of the agent.
+pub fn build() -> Result<PathBuf> {
     ebpf::build()?;
     let mut build = process::cargo();
     build.args(["build", "--quiet", "-p", "lb-userspace", "--bin", "weir"]);

@@ -3,12 +3,7 @@
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::{
-    agent::{self, Profile},
-    ebpf,
-    needs::Group,
-    process, release, setup, workspace,
-};
+use crate::{ebpf, needs::Group, process, release, setup, workspace};
 
 /// Options of `bench`.
 #[derive(clap::Args)]
@@ -65,7 +60,7 @@ pub fn run(options: &Options) -> Result<()> {
                 command.env("WEIR_L7_BIN", release::shim()?);
             }
             Kind::Net | Kind::Update | Kind::Nodes => {
-                command.env("WEIR_BIN", agent::build(Profile::Release)?);
+                command.env("WEIR_BIN", release::agent()?);
             }
             Kind::Scale => {}
         }

@@ -4,11 +4,7 @@ use std::{os::unix::process::CommandExt, path::PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{
-    agent::{self, Profile},
-    needs::Group,
-    process, setup, workspace,
-};
+use crate::{agent, needs::Group, process, setup, workspace};
 
 /// The command. Returns only if the demo cannot be started: it takes the place of this process, so that Ctrl-C and the
 /// exit code are its own.
@@ -18,7 +14,7 @@ pub fn run() -> Result<()> {
     }
     setup::ensure(&[Group::Build, Group::Test, Group::E2e])?;
     println!("demo: building; the first time takes some minutes");
-    let (agent, server) = (agent::build(Profile::Debug)?, agent::build_test_server()?);
+    let (agent, server) = (agent::build()?, agent::build_test_server()?);
     process::run(process::cargo().args(["build", "--quiet", "-p", "lb-tests", "--bin", "weir-demo"]))?;
     let demo: PathBuf = workspace::host_binary("debug", "weir-demo");
     let error = std::process::Command::new(&demo)

@@ -49,6 +49,11 @@ pub fn programs() -> Result<PathBuf> {
     Build::new(None)?.programs()
 }
 
+/// Builds the agent for this machine; its path.
+pub fn agent() -> Result<PathBuf> {
+    Build::new(None)?.agent()
+}
+
 /// Builds the shim for this machine; its path.
 pub fn shim() -> Result<PathBuf> {
     Build::new(None)?.shim()

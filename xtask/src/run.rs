@@ -4,7 +4,7 @@ use std::{ffi::OsString, os::unix::process::CommandExt, process::Command};
 
 use anyhow::{Context, Result};
 
-use crate::agent::{self, Profile};
+use crate::release;
 
 /// Options of `run`.
 #[derive(clap::Args)]
@@ -16,7 +16,7 @@ pub struct Options {
 
 /// The command. Returns only if the agent cannot be started.
 pub fn run(options: &Options) -> Result<()> {
-    let weir = agent::build(Profile::Release)?;
+    let weir = release::programs()?;
     let error = Command::new(&weir).arg("run").args(&options.arguments).exec();
     Err(error).with_context(|| format!("cannot start {}", weir.display()))
 }

@@ -5,10 +5,7 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 
-use crate::{
-    agent::{self, Profile},
-    ebpf, setup, vm, workspace,
-};
+use crate::{agent, ebpf, setup, vm, workspace};
 
 pub mod cargo;
 pub mod report;
@@ -69,7 +66,7 @@ fn run_tier(tier: Tier, filter: Option<&str>) -> Result<Count> {
     }
     let mut command = cargo::test(&tier.selection(), tier.threads(), filter);
     if tier.needs_agent() {
-        command.env("WEIR_BIN", agent::build(Profile::Debug)?);
+        command.env("WEIR_BIN", agent::build()?);
     }
     if tier == Tier::E2e {
         command.env("WEIR_SERVER_BIN", agent::build_test_server()?);
