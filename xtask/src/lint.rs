@@ -8,6 +8,8 @@ use crate::{ebpf, needs::Group, process, setup, toolchain::Toolchain};
 pub fn run() -> Result<()> {
     process::run(process::cargo().args(["fmt", "--all", "--check"]))
         .context("run `cargo fmt` (and `rustup component add rustfmt` where it is missing)")?;
+    // Before clippy: it runs the build scripts of the dependencies, which need the compiler of etcd's messages.
+    setup::ensure(&[Group::Build, Group::Lint])?;
     process::run(process::cargo().args([
         "clippy",
         "--quiet",
@@ -18,7 +20,6 @@ pub fn run() -> Result<()> {
         "-D",
         "warnings",
     ]))?;
-    setup::ensure(&[Group::Build, Group::Lint])?;
     let toolchain = Toolchain::find()?;
     let mut clippy = toolchain.command(&toolchain.clippy());
     // Given by path, it wants its own name as the first argument, as cargo would give it.
