@@ -1,4 +1,17 @@
 //! Counters and drop reasons: index and metric name, defined once.
+//!
+//! The indexes are part of pinned maps: new ones go to the end, and none is ever removed or moved. The maps have
+//! [`COUNTER_SLOTS`] and [`DROP_SLOTS`] slots whatever is defined here, so that a new counter does not change their layout.
+
+/// Slots for [`Counter`]s in the value of `STATS`.
+pub const COUNTER_SLOTS: usize = 64;
+/// Slots for [`DropReason`]s in the values of `DROPS` and `SERVICE_STATS`.
+pub const DROP_SLOTS: usize = 48;
+
+const _: () = {
+    assert!(Counter::COUNT <= COUNTER_SLOTS);
+    assert!(DropReason::COUNT <= DROP_SLOTS);
+};
 
 /// Declares an enum whose discriminant is an index into a per-CPU array and whose name is the metric label.
 macro_rules! indexed {

@@ -6,7 +6,7 @@
 
 use crate::{
     addr::{Addr4, Addr16, Be16, Hop},
-    counter::{Counter, DropReason},
+    counter::{COUNTER_SLOTS, DROP_SLOTS},
     flow::Address,
     limits::{OURS_WORDS, PORT_WORDS, RING_ROW},
 };
@@ -14,7 +14,7 @@ use crate::{
 /// Version of the set of maps; part of the pin path. Raised when maps cannot be adopted any more.
 pub const SCHEMA: u32 = 1;
 /// Version of the layouts below, compared before pinned maps are adopted. Raise it with every change here.
-pub const ABI_VERSION: u32 = 2;
+pub const ABI_VERSION: u32 = 3;
 
 /// The only value of `META`: what the pinned maps are.
 #[repr(C)]
@@ -368,39 +368,39 @@ pub struct BackendStats {
 pub struct ServiceStats {
     /// Flows created.
     pub flows: u64,
-    /// Dropped packets by [`DropReason`].
-    pub drops: [u64; DropReason::COUNT],
+    /// Dropped packets by [`DropReason`](crate::counter::DropReason).
+    pub drops: [u64; DROP_SLOTS],
 }
 
 impl Default for ServiceStats {
     fn default() -> Self {
         Self {
             flows: 0,
-            drops: [0; DropReason::COUNT],
+            drops: [0; DROP_SLOTS],
         }
     }
 }
 
-/// The only value of `STATS` (per CPU), by [`Counter`].
+/// The only value of `STATS` (per CPU), by [`Counter`](crate::counter::Counter).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stats {
     /// Counters.
-    pub counters: [u64; Counter::COUNT],
+    pub counters: [u64; COUNTER_SLOTS],
 }
 
-/// The only value of `DROPS` (per CPU), by [`DropReason`].
+/// The only value of `DROPS` (per CPU), by [`DropReason`](crate::counter::DropReason).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Drops {
     /// Dropped packets.
-    pub reasons: [u64; DropReason::COUNT],
+    pub reasons: [u64; DROP_SLOTS],
 }
 
 impl Default for Stats {
     fn default() -> Self {
         Self {
-            counters: [0; Counter::COUNT],
+            counters: [0; COUNTER_SLOTS],
         }
     }
 }
@@ -408,7 +408,7 @@ impl Default for Stats {
 impl Default for Drops {
     fn default() -> Self {
         Self {
-            reasons: [0; DropReason::COUNT],
+            reasons: [0; DROP_SLOTS],
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use lb_common::{
-    counter::{Counter, DropReason},
+    counter::{COUNTER_SLOTS, DROP_SLOTS},
     maps::{BackendStats, Drops, ServiceStats, Stats},
 };
 
@@ -32,18 +32,18 @@ impl Counters {
         })
     }
 
-    /// `STATS`, by [`Counter`].
-    pub fn stats(&self) -> Result<[u64; Counter::COUNT], MapError> {
-        let mut sum = [0; Counter::COUNT];
+    /// `STATS`, by [`Counter`](lb_common::counter::Counter).
+    pub fn stats(&self) -> Result<[u64; COUNTER_SLOTS], MapError> {
+        let mut sum = [0; COUNTER_SLOTS];
         for cpu in self.stats.range(0, 1)?.into_iter().flatten() {
             add(&mut sum, &cpu.counters);
         }
         Ok(sum)
     }
 
-    /// `DROPS`, by [`DropReason`].
-    pub fn drops(&self) -> Result<[u64; DropReason::COUNT], MapError> {
-        let mut sum = [0; DropReason::COUNT];
+    /// `DROPS`, by [`DropReason`](lb_common::counter::DropReason).
+    pub fn drops(&self) -> Result<[u64; DROP_SLOTS], MapError> {
+        let mut sum = [0; DROP_SLOTS];
         for cpu in self.drops.range(0, 1)?.into_iter().flatten() {
             add(&mut sum, &cpu.reasons);
         }
