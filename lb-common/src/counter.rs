@@ -53,9 +53,9 @@ indexed! {
         Dropped = "dropped",
         /// Flows created.
         FlowsCreated = "flows_created",
-        /// Expired or closed flows replaced by a new flow that needed their place.
+        /// Flows evicted by a new flow that needed their slot or source port: expired, closed or half-open ones.
         FlowsReclaimed = "flows_reclaimed",
-        /// Expired flows removed by the sweep.
+        /// Flows that have been idle for too long.
         FlowsExpired = "flows_expired",
         /// SYNs sent to another backend because the first did not answer or refused.
         Resteered = "resteered",
@@ -107,5 +107,9 @@ indexed! {
         Raced = "raced",
         /// Hidden from the client because another backend is tried.
         RefusalHidden = "refusal_hidden",
+        /// A late packet of a flow that has ended: idle for too long, or closed.
+        FlowExpired = "flow_expired",
+        /// The service holds its share of the flow table.
+        ServiceShare = "service_share",
     }
 }

@@ -3,8 +3,8 @@
 use crate::addr::{Addr4, Addr16, Be16};
 
 /// The address of one family as a flow sees it.
-pub trait Address: Copy + PartialEq + core::fmt::Debug + 'static {
-    /// Fills a `Flow` to the size its map wants.
+pub trait Address: Copy + Default + PartialEq + Eq + core::fmt::Debug + 'static {
+    /// Fills a slot of the flow table to a power of two.
     type Pad: Copy + Default + PartialEq + Eq + core::fmt::Debug + 'static;
     /// All zero.
     const ZERO: Self;
@@ -14,6 +14,17 @@ pub trait Address: Copy + PartialEq + core::fmt::Debug + 'static {
     fn mix(self, state: u32) -> u32;
     /// Sum of the address's 16-bit words in memory order, folded to less than 2^18 (RFC 1071).
     fn sum(self) -> u32;
+    /// Products of NH with two words of a key, for the hash of the flow table.
+    fn nh(self, first: u64, second: u64) -> u64;
+    /// An address whose first word is `word`: room for a number where no address is needed.
+    fn from_word(word: u32) -> Self;
+    /// The first word.
+    fn word(self) -> u32;
+    /// Whether there is this address at a place that others may change meanwhile.
+    ///
+    /// # Safety
+    /// `at` may be read.
+    unsafe fn equals_at(at: *const Self, address: &Self) -> bool;
     /// As the 16-byte form of the map keys.
     fn wide(self) -> Addr16;
     /// From the 16-byte form; the caller knows the family.
@@ -139,7 +150,7 @@ impl<A: Address> Fold for A {
 // === impl Address ===
 
 impl Address for Addr4 {
-    type Pad = [u32; 4];
+    type Pad = [u32; 0];
     const ZERO: Self = Self(0);
     const V6: bool = false;
     #[inline(always)]
@@ -149,6 +160,24 @@ impl Address for Addr4 {
     #[inline(always)]
     fn sum(self) -> u32 {
         (self.0 & 0xffff) + (self.0 >> 16)
+    }
+    #[inline(always)]
+    fn nh(self, first: u64, second: u64) -> u64 {
+        // Half a product: the other half is a word of the key, so that it is not the address alone that is squared.
+        (self.0.wrapping_add(first as u32) as u64).wrapping_mul(second)
+    }
+    #[inline(always)]
+    unsafe fn equals_at(at: *const Self, address: &Self) -> bool {
+        // SAFETY: by the contract.
+        unsafe { at.read_volatile().0 == address.0 }
+    }
+    #[inline(always)]
+    fn from_word(word: u32) -> Self {
+        Self(word)
+    }
+    #[inline(always)]
+    fn word(self) -> u32 {
+        self.0
     }
     #[inline(always)]
     fn wide(self) -> Addr16 {
@@ -161,7 +190,7 @@ impl Address for Addr4 {
 }
 
 impl Address for Addr16 {
-    type Pad = [u32; 0];
+    type Pad = [u32; 4];
     const ZERO: Self = Self([0; 4]);
     const V6: bool = true;
     #[inline(always)]
@@ -177,6 +206,29 @@ impl Address for Addr16 {
         let w = self.0;
         let sum = w[0] as u64 + w[1] as u64 + w[2] as u64 + w[3] as u64;
         ((sum & 0xffff) + (sum >> 16 & 0xffff) + (sum >> 32)) as u32
+    }
+    #[inline(always)]
+    fn nh(self, first: u64, second: u64) -> u64 {
+        let w = self.0;
+        crate::slot::nh(w[0] as u64 | (w[1] as u64) << 32, first)
+            .wrapping_add(crate::slot::nh(w[2] as u64 | (w[3] as u64) << 32, second))
+    }
+    #[inline(always)]
+    unsafe fn equals_at(at: *const Self, address: &Self) -> bool {
+        let (at, address) = (at.cast::<u64>(), core::ptr::from_ref(address).cast::<u64>());
+        // SAFETY: by the contract; words of eight bytes, which every machine that BPF runs on reads at multiples of four.
+        unsafe {
+            at.read_volatile() == address.read_unaligned()
+                && at.add(1).read_volatile() == address.add(1).read_unaligned()
+        }
+    }
+    #[inline(always)]
+    fn from_word(word: u32) -> Self {
+        Self([word, 0, 0, 0])
+    }
+    #[inline(always)]
+    fn word(self) -> u32 {
+        self.0[0]
     }
     #[inline(always)]
     fn wide(self) -> Addr16 {

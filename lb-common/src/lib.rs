@@ -11,3 +11,4 @@ pub mod counter;
 pub mod flow;
 pub mod limits;
 pub mod maps;
+pub mod slot;

@@ -11,17 +11,16 @@ pub const MAX_BACKENDS: u32 = 1 << 17;
 /// IPv4 connections at once.
 pub const DEFAULT_FLOWS4: u32 = 1 << 18;
 /// IPv6 connections at once.
-pub const DEFAULT_FLOWS6: u32 = 1 << 15;
+pub const DEFAULT_FLOWS6: u32 = DEFAULT_FLOWS4;
 /// Largest configurable number of connections of one family.
 pub const MAX_FLOWS: u32 = 1 << 25;
 
-/// Entries of `FLOWS4` or `FLOWS6` for so many connections: two each, for both directions, and one more.
-///
-/// The kernel makes as many hash buckets as the next power of two. For the usual powers of two the one more doubles
-/// them, to at most one entry in two buckets: with a million flows a look-up then takes a tenth less, for an eighth of
-/// memory more.
-pub const fn flow_entries(connections: u32) -> u32 {
-    2 * connections + 1
+/// Buckets of `FLOWS4` or `FLOWS6` for so many flows: a multiple of `slot::OVERFLOW_BUCKETS`, one bucket of four slots for
+/// each flow, which takes two. So the rated load is half of the slots: there fewer than one new flow in a million finds no
+/// room, if all others are established (docs/decisions/flow-table.md).
+pub const fn flow_buckets(flows: u32) -> u32 {
+    let group = crate::slot::OVERFLOW_BUCKETS;
+    flows.div_ceil(group) * group
 }
 /// Rows in `RINGS`, 64 KiB each. A service holds the rows of one ring; a change takes as many again, and gives the old
 /// ones back a second later. So 1,000 services of 100 backends need 2,000 rows and some to spare: `ring_rows = 2200`.
@@ -79,6 +78,14 @@ pub const DEFAULT_TCP_SYN_S: u32 = 60;
 pub const DEFAULT_TCP_CLOSING_S: u32 = 10;
 /// Default idle timeout of a UDP flow, seconds.
 pub const DEFAULT_UDP_S: u32 = 60;
+/// Mask of a slot's index in a slot id.
+pub const SLOTS_MASK: u32 = crate::slot::SLOTS as u32 - 1;
+/// log2 of [`STAMP_TICKS`].
+pub const STAMP_SHIFT: u32 = 5;
+/// Ticks between two stamps of a slot: a third of a second at the slowest rate (HZ=100).
+pub const STAMP_TICKS: u32 = 1 << STAMP_SHIFT;
+/// Idle time that a TCP flow keeps after a RST of one side alone, seconds: the RST may have been somebody else's guess.
+pub const RESET_IDLE_S: u32 = 120;
 /// Longest configurable timeout, seconds: the flow clock is 32 bits of jiffies and compares by wrapping.
 pub const MAX_TIMEOUT_S: u32 = 7 * 86_400;
 /// Default drain deadline of a removed backend, seconds.

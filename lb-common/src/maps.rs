@@ -5,9 +5,8 @@
 //! jiffies, compared by wrapping subtraction.
 
 use crate::{
-    addr::{Addr4, Addr16, Be16, Hop},
+    addr::{Addr16, Be16, Hop},
     counter::{COUNTER_SLOTS, DROP_SLOTS},
-    flow::Address,
     limits::{OURS_WORDS, PORT_WORDS, RING_ROW},
 };
 
@@ -44,6 +43,8 @@ pub struct Settings {
     pub loopback_ifindex: u32,
     /// Explicit padding.
     pub _pad: u32,
+    /// Flows of IPv4 and of IPv6 that one service may hold if they cannot be evicted; 0: as many as there is room for.
+    pub flow_share: [u32; 2],
 }
 
 /// Key of `SERVICES`: what a packet must match to be balanced.
@@ -206,79 +207,80 @@ pub mod vip_flags {
     pub const ECHO: u32 = 1 << 0;
 }
 
-/// Value of `FLOWS4` and `FLOWS6`: what to do with a packet of this direction.
-///
-/// The two directions of a connection are two entries. The key of the other one is
-/// `{src: dst, dst: src, sport: dport, dport: sport}` of this value, so it is not stored.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Flow<A: Address> {
-    /// Source address after translation.
-    pub src: A,
-    /// Destination address after translation.
-    pub dst: A,
-    /// Source port after translation.
-    pub sport: Be16,
-    /// Destination port after translation.
-    pub dport: Be16,
-    /// One's complement difference that the new addresses make (RFC 1624), folded.
-    pub addr_delta: u16,
-    /// One's complement difference that the new ports make, folded.
-    pub port_delta: u16,
-    /// Forward: the client's next hop as last seen. Reverse: where replies go.
-    pub hop: Hop,
-    /// Backend id.
-    pub backend: u32,
-    /// The backend's epoch when it was chosen.
-    pub epoch: u32,
-    /// Service id.
-    pub service: u32,
-    /// [`flow_state`].
-    pub state: u32,
-    /// Flow clock when a packet of this direction was last stamped (at most once in 128 ticks).
-    pub last_seen: u32,
-    /// Flow clock when the flow was created.
-    pub created: u32,
-    /// Makes an IPv4 entry fill two cache lines of the hash table exactly.
-    pub _pad: A::Pad,
-}
-
-/// Value of `FLOWS4`.
-pub type Flow4 = Flow<Addr4>;
-/// Value of `FLOWS6`.
-pub type Flow6 = Flow<Addr16>;
-
-/// Bits of [`Flow::state`]. Both directions carry the same bits but for `REVERSE`.
-///
-/// BPF has no 32-bit atomics in Rust, so each byte has one writer: the creator (bits 0–7), packets of the backend
-/// (8–15), packets of the client (16–23).
+/// Bits of a flow's state, which lie in the head of its slots. What a forward slot says is so; the reverse slot's bits
+/// are a copy of it but for `REVERSE`, and may lag behind.
 pub mod flow_state {
-    /// This entry translates replies.
-    pub const REVERSE: u32 = 1 << 0;
+    /// This slot translates replies.
+    pub const REVERSE: u32 = 1 << 2;
     /// The source address is translated too.
-    pub const SNAT: u32 = 1 << 1;
+    pub const SNAT: u32 = 1 << 3;
+    /// UDP; else TCP.
+    pub const UDP: u32 = 1 << 4;
     /// Shift of the number of re-steers so far.
-    pub const TRIES_SHIFT: u32 = 4;
+    pub const TRIES_SHIFT: u32 = 6;
     /// Mask of the number of re-steers, unshifted.
-    pub const TRIES_MASK: u32 = 0xf;
-    /// Bits that packets of the backend write.
-    pub const BY_BACKEND: u32 = 0xff << 8;
+    pub const TRIES_MASK: u32 = 0x3;
     /// The backend has answered: SYN-ACK (TCP) or any packet (UDP).
-    pub const ESTABLISHED: u32 = 1 << 8;
+    pub const ANSWERED: u32 = 1 << 8;
+    /// The client has acknowledged the SYN-ACK (TCP), or sent again after an answer (UDP). Until then the flow is half-open.
+    pub const ESTABLISHED: u32 = 1 << 9;
     /// The backend refused the SYN; the next SYN goes elsewhere.
-    pub const REFUSED: u32 = 1 << 9;
-    /// The backend has sent FIN.
-    pub const FIN_BACKEND: u32 = 1 << 10;
-    /// The backend has sent RST, and nothing else since.
-    pub const RESET_BACKEND: u32 = 1 << 11;
-    /// Bits that packets of the client write.
-    pub const BY_CLIENT: u32 = 0xff << 16;
+    pub const REFUSED: u32 = 1 << 10;
     /// The client has sent FIN.
-    pub const FIN_CLIENT: u32 = 1 << 16;
-    /// The client has sent RST, and nothing else since.
-    pub const RESET_CLIENT: u32 = 1 << 17;
+    pub const FIN_CLIENT: u32 = 1 << 11;
+    /// The backend has sent FIN.
+    pub const FIN_BACKEND: u32 = 1 << 12;
+    /// Distance from a FIN to its acknowledgement.
+    pub const ACKED_SHIFT: u32 = 2;
+    /// The backend has acknowledged the client's FIN.
+    pub const FIN_CLIENT_ACKED: u32 = FIN_CLIENT << ACKED_SHIFT;
+    /// The client has acknowledged the backend's FIN.
+    pub const FIN_BACKEND_ACKED: u32 = FIN_BACKEND << ACKED_SHIFT;
+    /// Both FINs.
+    pub const FINS: u32 = FIN_CLIENT | FIN_BACKEND;
+    /// Both FINs acknowledged: the flow is closed.
+    pub const CLOSED: u32 = FIN_CLIENT_ACKED | FIN_BACKEND_ACKED;
+    /// The client has sent RST, and nothing else since. Whether the backend took it nobody knows.
+    pub const RESET_CLIENT: u32 = 1 << 15;
+    /// The backend has sent RST, and nothing else since.
+    pub const RESET_BACKEND: u32 = 1 << 16;
     /// Either side has sent RST.
     pub const RESET: u32 = RESET_BACKEND | RESET_CLIENT;
+    /// The backend still has an earlier connection on the source port (it answered the SYN by a bare ACK): the next SYN
+    /// takes another port.
+    pub const PORT_BUSY: u32 = 1 << 17;
+
+    /// Whether both sides have closed.
+    #[inline(always)]
+    pub const fn is_closed(state: u32) -> bool {
+        state & CLOSED == CLOSED
+    }
+
+    /// Whether a flow counts towards its service's share of the table: it may not be evicted.
+    #[inline(always)]
+    pub const fn is_counted(state: u32) -> bool {
+        state & ESTABLISHED != 0 && state & CLOSED != CLOSED
+    }
+}
+
+/// Value of `CURSORS`, by backend id: whose turn it is among the SNAT sources towards a backend.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cursor {
+    /// Sources dealt out so far.
+    pub next: u64,
+    /// Flow clock when all sources that were tried were in use, or 0.
+    pub exhausted_at: u32,
+    /// Explicit padding.
+    pub _pad: u32,
+}
+
+/// Value of `SERVICE_FLOWS`, by service id: flows that cannot be evicted.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ServiceFlows {
+    /// Of IPv4 and of IPv6.
+    pub families: [u64; 2],
 }
 
 /// Key of `AFFINITY`.
@@ -462,13 +464,12 @@ pub mod event_kind {
 
 const _: () = {
     assert!(size_of::<Meta>() == 16);
-    assert!(size_of::<Settings>() == 16);
+    assert!(size_of::<Settings>() == 24);
+    assert!(size_of::<Cursor>() == 16);
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<Service>() == 36);
     assert!(size_of::<Backend>() == 48);
     assert!(size_of::<Device>() == 16);
-    assert!(size_of::<Flow4>() == 64);
-    assert!(size_of::<Flow6>() == 72);
     assert!(size_of::<AffinityKey>() == 20);
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<AclData>() == 20);
@@ -478,7 +479,8 @@ const _: () = {
 #[cfg(feature = "user")]
 mod pod {
     use super::*;
-    use crate::flow::{FlowKey4, FlowKey6};
+    use crate::addr::Addr4;
+    use crate::slot::{Bucket4, Bucket6, TableSettings};
 
     macro_rules! pod {
         ($($type:ty),+ $(,)?) => {
@@ -496,10 +498,9 @@ mod pod {
         Backend,
         Device,
         Vip,
-        Flow4,
-        Flow6,
-        FlowKey4,
-        FlowKey6,
+        Bucket4,
+        Bucket6,
+        TableSettings,
         AffinityKey,
         Affinity,
         FragmentKey,
@@ -511,6 +512,8 @@ mod pod {
         Drops,
         Ours,
         Event,
+        Cursor,
+        ServiceFlows,
         Addr16,
         Addr4,
     );

@@ -4,21 +4,22 @@ use lb_common::{
     addr::{Addr16, Be16, Hop},
     counter::{Counter, DropReason},
     flow::{FlowKey, hash_attempt, hash_client},
-    limits::{RING_ROW_BITS, SNAT_PROBES},
+    limits::RING_ROW_BITS,
     maps::{
         ACL_ALLOW, ACL_DENY, Affinity, AffinityKey, Backend, Event, NO_RING, Service, ServiceKey,
-        backend_flags, backend_state, event_kind, flow_state, service_flags, vip_flags,
+        backend_flags, backend_state, event_kind, service_flags, vip_flags,
     },
+    slot::{Body, mode},
 };
 
 use crate::{
-    csum,
+    flows,
     headers::{Ethernet, TCP},
     packet::{Hook, Packet},
     parse::Datagram,
     reply,
     send::{self, Ip, Kind},
-    tables::{Choice, InsertError, Tables, Work, is_closed, is_expired, remove_pair},
+    tables::{Choice, Tables, Work},
     tcp,
     verdict::Verdict,
 };
@@ -92,14 +93,19 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     if way.is_hop() && datagram.ttl <= 1 {
         return Verdict::drop(DropReason::TtlExpired, service.id);
     }
-    work.forward.backend = id;
-    work.forward.hop = hop;
-    work.forward.state = work.choice.attempt.min(flow_state::TRIES_MASK) << flow_state::TRIES_SHIFT;
-    prepare(tables, work, key, service, backend);
-    if wish.replaces() {
-        forget(tables, key);
+    let share = tables
+        .settings()
+        .map_or(0, |settings| settings.flow_share[A::V6 as usize]);
+    if share != 0 && tables.counted_flows::<A>(service.id) >= share as u64 {
+        return Verdict::drop(DropReason::ServiceShare, service.id);
     }
-    let verdict = install(tables, work, service, backend);
+    work.forward.hop = hop;
+    prepare(tables, work, key, service, backend);
+    if wish.replaces() && !forget::<T, A>(tables) {
+        return Verdict::drop(DropReason::Raced, service.id);
+    }
+    let mode = forwarding_mode(service, backend, hop);
+    let verdict = Verdict::from_raw(tables.install::<A>(service.id, id, mode));
     if verdict == Verdict::CREATED {
         record(tables, datagram, service, id, wish.avoid());
     }
@@ -247,7 +253,7 @@ fn no_backend<P: Packet, T: Tables, A: Ip>(
     Verdict::drop(DropReason::NoBackend, service.id)
 }
 
-/// Fills in all of both entries that does not depend on the source port.
+/// Fills in all of both slots that does not depend on the source port.
 #[inline(always)]
 fn prepare<T: Tables, A: Ip>(
     tables: T,
@@ -256,164 +262,47 @@ fn prepare<T: Tables, A: Ip>(
     service: &Service,
     backend: &Backend,
 ) {
-    let now = tables.now();
     let port = if backend.port.0 == 0 {
         key.dport
     } else {
         backend.port
     };
     work.forward_key = *key;
-    work.forward.dst = A::from_wide(backend.addr);
-    work.forward.dport = port;
-    work.forward.epoch = backend.epoch;
-    work.forward.service = service.id;
-    work.forward.last_seen = now;
-    work.forward.created = now;
-    work.forward._pad = A::Pad::default();
-    work.reverse_key.src = work.forward.dst;
+    work.forward.to_dst = A::from_word(tables.now());
+    work.forward.to_dport = Be16(0);
+    work.forward.backend = Body::<A>::backend_word(work.choice.backend, backend.epoch);
+    work.forward.service = service.id as u16;
+    work.forward.backend_ack = 0;
+    work.reverse_key.src = A::from_wide(backend.addr);
     work.reverse_key.sport = port;
     work.reverse_key.proto = key.proto;
     work.reverse = work.forward;
-    work.reverse.src = key.dst;
-    work.reverse.dst = key.src;
+    work.reverse.to_src = key.dst;
+    work.reverse.to_dst = key.src;
+    work.reverse.to_sport = key.dport;
+    work.reverse.to_dport = key.sport;
 }
 
-/// Claims a source for the flow (the reverse entry arbitrates) and inserts the forward entry.
-#[inline(never)]
-fn install<T: Tables, A: Ip>(tables: T, work: &mut Work<A>, service: &Service, backend: &Backend) -> Verdict {
-    let Some(settings) = tables.settings() else {
-        return Verdict::drop(DropReason::RewriteFailed, service.id);
-    };
+/// How the packets of a new flow are forwarded.
+#[inline(always)]
+fn forwarding_mode(service: &Service, backend: &Backend, hop: Hop) -> u32 {
     let local = backend.flags & (backend_flags::LOCAL | backend_flags::NODE) != 0;
-    let same_bridge =
-        backend.flags & backend_flags::LOCAL != 0 && work.forward.hop.slot() == backend.hop.slot();
-    let snat = service.flags & service_flags::SNAT_ALWAYS != 0
-        || (service.flags & service_flags::SNAT_NEVER == 0 && (!local || same_bridge));
-    let exhausted = Verdict::drop(DropReason::SnatPortsExhausted, service.id);
-    if snat && backend.snat_count == 0 {
-        return exhausted;
-    }
-    let (low, high) = (settings.snat_port_min as u32, settings.snat_port_max as u32);
-    let range = (high + 1).saturating_sub(low);
-    let own = work.forward_key.sport.get() as u32;
-    let keep_own = !snat || (own >= low && own <= high);
-    let first = if snat { flow_state::SNAT } else { 0 };
-    work.forward.state |= first;
-    let spread = work.forward_key.hash() >> 8;
-    for probe in 0..SNAT_PROBES {
-        let port = if probe == 0 && keep_own {
-            own
-        } else {
-            // Ports in use lie side by side, in the trail of another CPU's cursor or of our own from before: two steps,
-            // then leaps, or all tries could end in one trail.
-            let leap = probe >= 2 && range > SMALL_RANGE;
-            let cursor = tables.next_port(work.forward.backend, leap);
-            low + cursor.checked_rem(range).unwrap_or(0)
-        };
-        if snat {
-            let turn = spread
-                .wrapping_add(probe)
-                .checked_rem(backend.snat_count as u32)
-                .unwrap_or(0);
-            let index = backend.snat_first as u32 + turn;
-            let Some(address) = tables.snat_address(index) else {
-                return exhausted;
-            };
-            work.forward.src = A::from_wide(*address);
-        } else {
-            work.forward.src = work.forward_key.src;
-        }
-        work.forward.sport = Be16::new(port as u16);
-        match claim(tables, work) {
-            CLAIMED => return commit(tables, work),
-            FULL => return Verdict::drop(DropReason::FlowTableFull, service.id),
-            _ if reclaim(tables, work) == CLAIMED => return commit(tables, work),
-            _ => {}
-        }
-    }
-    exhausted
-}
-
-/// Ports of a range that is searched step by step.
-const SMALL_RANGE: u32 = 64;
-
-/// The reverse entry is in.
-const CLAIMED: u32 = 0;
-/// The source is in use towards this backend.
-const TAKEN: u32 = 1;
-/// The table is full.
-const FULL: u32 = 2;
-
-/// Inserts the reverse entry.
-#[inline(never)]
-fn claim<T: Tables, A: Ip>(tables: T, work: &mut Work<A>) -> u32 {
-    let Work {
-        forward_key: key,
-        reverse_key,
-        forward,
-        reverse,
-        ..
-    } = work;
-    forward.addr_delta = csum::addr_delta((key.src, key.dst), (forward.src, forward.dst));
-    forward.port_delta = csum::port_delta((key.sport, key.dport), (forward.sport, forward.dport));
-    reverse_key.dst = forward.src;
-    reverse_key.dport = forward.sport;
-    reverse.sport = key.dport;
-    reverse.dport = key.sport;
-    reverse.addr_delta = !forward.addr_delta;
-    reverse.port_delta = !forward.port_delta;
-    reverse.state = forward.state | flow_state::REVERSE;
-    match tables.insert_flow(&work.reverse_key, &work.reverse) {
-        Ok(()) => CLAIMED,
-        Err(InsertError::Full) => FULL,
-        Err(InsertError::Exists) => TAKEN,
+    let same_bridge = backend.flags & backend_flags::LOCAL != 0 && hop.slot() == backend.hop.slot();
+    if service.flags & service_flags::SNAT_ALWAYS != 0
+        || (service.flags & service_flags::SNAT_NEVER == 0 && (!local || same_bridge))
+    {
+        mode::NAT as u32
+    } else if local {
+        mode::LOCAL as u32
+    } else {
+        mode::NAT_KEEP_SOURCE as u32
     }
 }
 
-/// Removes the flow that a tuple had.
+/// Ends the flow that a tuple had: the one that was found. False if it would not end.
 #[inline(never)]
-fn forget<T: Tables, A: Ip>(tables: T, key: &FlowKey<A>) -> u32 {
-    if let Some(old) = tables.flow(key) {
-        remove_pair(tables, key, old.flow());
-    }
-    0
-}
-
-/// Takes the place of the flow that has the reverse key, if that one is over.
-#[inline(never)]
-fn reclaim<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> u32 {
-    let key = &work.reverse_key;
-    let Some(old) = tables.flow(key) else { return TAKEN };
-    let now = tables.now();
-    // A closed flow may go as soon as late segments have had a second; an open one must have expired.
-    let closed = is_closed(old.flow().state)
-        && key.proto == TCP as u32
-        && now.wrapping_sub(old.flow().last_seen) >= tables.ticks_per_second();
-    if !closed && !is_expired(tables, old.flow(), key.proto, now) {
-        return TAKEN;
-    }
-    remove_pair(tables, key, old.flow());
-    tables.count(Counter::FlowsReclaimed);
-    match tables.insert_flow(key, &work.reverse) {
-        Ok(()) => CLAIMED,
-        Err(_) => TAKEN,
-    }
-}
-
-/// Inserts the forward entry; without it the reverse one must not stay.
-#[inline(never)]
-fn commit<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> Verdict {
-    match tables.insert_flow(&work.forward_key, &work.forward) {
-        Ok(()) => Verdict::CREATED,
-        Err(error) => {
-            tables.remove_flow(&work.reverse_key);
-            let reason = match error {
-                InsertError::Exists => DropReason::Raced,
-                InsertError::Full => DropReason::FlowTableFull,
-            };
-            Verdict::drop(reason, work.forward.service)
-        }
-    }
+fn forget<T: Tables, A: Ip>(tables: T) -> bool {
+    tables.found::<A>().is_some_and(|found| flows::end(tables, found))
 }
 
 /// Counts a new flow, remembers the client's backend and tells who listens.

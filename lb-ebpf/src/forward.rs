@@ -4,123 +4,193 @@ use lb_common::{
     addr::Hop,
     counter::{Counter, DropReason},
     maps::{Backend, backend_state, flow_state},
+    slot::{EPOCH_MASK, Flow},
 };
 
 use crate::{
     create,
-    headers::{Ethernet, TCP, TCP_RST},
+    flows::{self, Expected},
+    headers::{Ethernet, TCP, TCP_ACK, TCP_FIN, TCP_RST, Tcp},
     packet::{Hook, Packet},
     parse::Datagram,
     reply,
     send::{self, Ip},
     stats,
-    tables::{Entry, Tables, is_closed, partner_key, remove_pair},
+    tables::Tables,
     tcp,
     verdict::Verdict,
 };
 
-/// A packet whose forward entry was found.
+/// A packet whose forward slot was found.
 #[inline(always)]
 pub fn known<P: Packet, T: Tables, A: Ip>(
     packet: &mut P,
     tables: T,
     datagram: &Datagram<A>,
-    entry: &Entry<A>,
+    flow: &mut Flow<A>,
 ) -> Verdict {
-    let flow = entry.flow();
-    let service = flow.service;
-    let Some(backend) = tables.backend(flow.backend) else {
-        return orphan(packet, tables, datagram, entry);
+    let Some(backend) = tables.backend(flow.backend()) else {
+        return no_backend(packet, tables, datagram, flow);
     };
-    if backend.epoch != flow.epoch || backend.state == backend_state::DEAD {
-        return orphan(packet, tables, datagram, entry);
+    if !is_backend_of(backend, flow) {
+        return no_backend(packet, tables, datagram, flow);
     }
     let way = send::to_backend::<P, T>(tables, backend);
-    if let Some(verdict) = send::refuse(packet, tables, datagram, way, service) {
+    if let Some(verdict) = send::refuse(packet, tables, datagram, way, flow.service()) {
         return verdict;
     }
-    if datagram.proto() == TCP && tcp::is_transition(datagram.flags, flow.state) {
-        let verdict = transition(tables, datagram, entry, backend);
+    if datagram.proto() != TCP {
+        if flow.state() & (flow_state::ANSWERED | flow_state::ESTABLISHED) == flow_state::ANSWERED {
+            established(tables, flow);
+        }
+    } else if !tcp::is_steady(datagram.flags, flow.state()) {
+        let verdict = transition(packet, tables, datagram, flow);
         if verdict != CONTINUE {
             return verdict;
         }
     }
-    entry.stamp(tables.now());
-    if P::HOOK != Hook::Egress && has_moved(packet, flow.hop) {
-        relearn(packet, tables, datagram, entry);
+    if !flows::touch(tables, flow) {
+        return ended(packet, tables, datagram, flow);
     }
-    stats::from_client(tables, flow.backend, datagram.length);
+    if P::HOOK != Hook::Egress && has_moved(packet, flow.body.hop) {
+        relearn(packet, tables, flow);
+    }
+    stats::from_client(tables, flow.backend(), datagram.length);
+    flows::complete(flow, &datagram.key, backend);
     send::send(packet, datagram, flow, way)
+}
+
+/// Whether a backend record is still the one that a flow was given to, and not dead.
+#[inline(always)]
+pub fn is_backend_of<A: Ip>(backend: &Backend, flow: &Flow<A>) -> bool {
+    backend.epoch & EPOCH_MASK == flow.body.epoch() && backend.state != backend_state::DEAD
 }
 
 /// Answer of [`transition`] for "go on as usual". No packet of a known flow is passed, so the value is free.
 const CONTINUE: Verdict = Verdict::PASS;
 
-/// SYN, FIN or RST of the client, or anything after a RST.
+/// The second datagram of a client whose first was answered.
 #[inline(never)]
-fn transition<T: Tables, A: Ip>(
+fn established<T: Tables, A: Ip>(tables: T, flow: &Flow<A>) -> u32 {
+    // A flow that has ended meanwhile is found out by its stamp.
+    let _ = flows::update(tables, flow, flow_state::ESTABLISHED, 0);
+    0
+}
+
+/// A TCP segment that may change the state of its flow.
+#[inline(never)]
+fn transition<P: Packet, T: Tables, A: Ip>(
+    packet: &P,
     tables: T,
     datagram: &Datagram<A>,
-    entry: &Entry<A>,
-    backend: &Backend,
+    flow: &Flow<A>,
 ) -> Verdict {
-    let flow = entry.flow();
-    let state = flow.state;
-    let answered = state & flow_state::ESTABLISHED != 0;
-    if tcp::is_syn(datagram.flags) {
-        // A copy made by the network is no retransmission: those come after 200 ms at the earliest (RFC 6298).
-        let waited = tables.now().wrapping_sub(flow.created) >= tables.ticks_per_second() / 5;
-        // The client begins anew on an old tuple, or its backend is on its way out.
-        if is_closed(state) || (backend.state != backend_state::ACTIVE && (answered || waited)) {
-            return Verdict::replace(0, 0);
-        }
-        if !answered {
-            let attempt = (state >> flow_state::TRIES_SHIFT & flow_state::TRIES_MASK) + 1;
-            if (waited || state & flow_state::REFUSED != 0)
-                && attempt <= lb_common::limits::MAX_RESTEERS
-                && create::has_other(tables, &datagram.key, attempt, flow.backend)
-            {
-                return Verdict::replace(attempt, flow.backend);
-            }
-        }
-    } else if state & flow_state::REFUSED != 0 && datagram.flags & TCP_RST != 0 {
-        // The client's answer to the nudge that hid the refusal, not the end of its connection.
-        return Verdict::drop(DropReason::RefusalHidden, flow.service);
-    } else if datagram.flags & TCP_RST != 0 && !answered {
-        // So a client in SYN-SENT answers an ACK that it cannot accept: the backend still has an older connection of
-        // this tuple (TIME-WAIT), which the RST ends. The client goes on; its next SYN must find the same port.
+    let state = flow.state();
+    if datagram.header == 0 {
         return CONTINUE;
     }
-    apply(tables, datagram, entry, false);
+    if tcp::is_syn(datagram.flags) {
+        return begin_again(tables, datagram, flow);
+    }
+    if datagram.flags & TCP_RST != 0 && state & (flow_state::REFUSED | flow_state::PORT_BUSY) != 0 {
+        // The client's answer to the challenge that made it send its SYN again, not the end of its connection.
+        return Verdict::drop(DropReason::RefusalHidden, flow.service());
+    }
+    let Some(tcp) = packet.get::<Tcp>(datagram.l4) else {
+        return CONTINUE;
+    };
+    let (seq, ack) = (u32::from_be(tcp.seq), u32::from_be(tcp.ack) as u16);
+    let expected = flows::expected(tables, flow, Expected::ByClient);
+    let acks = datagram.flags & TCP_ACK != 0 && expected == Some(ack);
+    let change = tcp::by_client(datagram.flags, state, acks);
+    if change.set & flow_state::FIN_CLIENT != 0 && state & flow_state::FIN_CLIENT_ACKED == 0 {
+        let end = seq.wrapping_add(payload(datagram)).wrapping_add(1);
+        flows::expect(tables, flow, Expected::ByBackend, end);
+    }
+    // A flow that has ended meanwhile is found out by its stamp.
+    let _ = flows::update(tables, flow, change.set, change.clear);
     CONTINUE
 }
 
-/// Applies a packet's flags to both directions of its flow.
+/// Bytes of TCP payload.
 #[inline(always)]
-pub fn apply<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, entry: &Entry<A>, from_backend: bool) {
-    let (sets, clears) = (
-        tcp::sets(datagram.flags, from_backend),
-        tcp::clears(datagram.flags, from_backend),
-    );
-    let state = entry.flow().state;
-    if state & clears == 0 && state | sets == state {
-        return;
+pub const fn payload<A: Ip>(datagram: &Datagram<A>) -> u32 {
+    datagram
+        .length
+        .wrapping_sub((datagram.l4 - datagram.l3) as u32)
+        .wrapping_sub(datagram.header as u32)
+}
+
+/// A SYN on a tuple that has a flow.
+#[inline(always)]
+fn begin_again<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, flow: &Flow<A>) -> Verdict {
+    let state = flow.state();
+    if flow_state::is_closed(state) {
+        return Verdict::replace(0, 0);
     }
-    entry.update_state(from_backend, sets, clears);
-    if let Some(partner) = tables.flow(&partner_key(entry.flow(), TCP as u32)) {
-        partner.update_state(from_backend, sets, clears);
+    if state & flow_state::ESTABLISHED != 0 {
+        // The backend knows the sequence numbers: it tells a new connection from somebody's guess (RFC 5961), and if the
+        // client has really started again, the two of them settle it.
+        return CONTINUE;
     }
+    // A copy made by the network is no retransmission: those come after 200 ms at the earliest (RFC 6298).
+    let waited = tables.now().wrapping_sub(flows::created(flow)) >= tables.ticks_per_second() / 5;
+    let draining = tables
+        .backend(flow.backend())
+        .is_none_or(|backend| backend.state != backend_state::ACTIVE);
+    if state & flow_state::ANSWERED != 0 {
+        return if draining && waited {
+            Verdict::replace(0, 0)
+        } else {
+            CONTINUE
+        };
+    }
+    if draining && waited {
+        return Verdict::replace(0, 0);
+    }
+    if state & flow_state::PORT_BUSY != 0 {
+        return Verdict::replace(state >> flow_state::TRIES_SHIFT & flow_state::TRIES_MASK, 0);
+    }
+    let attempt = (state >> flow_state::TRIES_SHIFT & flow_state::TRIES_MASK) + 1;
+    if (waited || state & flow_state::REFUSED != 0)
+        && attempt <= lb_common::limits::MAX_RESTEERS
+        && create::has_other(tables, &datagram.key, attempt, flow.backend())
+    {
+        return Verdict::replace(attempt, flow.backend());
+    }
+    CONTINUE
+}
+
+/// A packet of a client whose flow has ended.
+#[inline(never)]
+pub fn ended<P: Packet, T: Tables, A: Ip>(
+    packet: &mut P,
+    tables: T,
+    datagram: &Datagram<A>,
+    flow: &Flow<A>,
+) -> Verdict {
+    if datagram.header == 0 || datagram.flags & TCP_RST != 0 {
+        return Verdict::drop(DropReason::FlowExpired, flow.service());
+    }
+    if datagram.proto() != TCP || tcp::is_syn(datagram.flags) {
+        return Verdict::OPEN;
+    }
+    if datagram.flags & (TCP_FIN | TCP_ACK) == TCP_FIN | TCP_ACK || payload(datagram) == 0 {
+        // The last words of a connection that both sides have closed are no reason to reset it.
+        return Verdict::drop(DropReason::FlowExpired, flow.service());
+    }
+    reply::reset(packet, tables, datagram, flow.service())
 }
 
 /// A packet whose backend is gone: TCP cannot go on, UDP can go elsewhere.
 #[inline(never)]
-fn orphan<P: Packet, T: Tables, A: Ip>(
+fn no_backend<P: Packet, T: Tables, A: Ip>(
     packet: &mut P,
     tables: T,
     datagram: &Datagram<A>,
-    entry: &Entry<A>,
+    flow: &Flow<A>,
 ) -> Verdict {
-    let service = entry.flow().service;
+    let service = flow.service();
     if datagram.header == 0 {
         return Verdict::drop(DropReason::BackendDead, service);
     }
@@ -131,7 +201,7 @@ fn orphan<P: Packet, T: Tables, A: Ip>(
     if tcp::is_syn(datagram.flags) {
         return Verdict::replace(0, 0);
     }
-    remove_pair(tables, &datagram.key, entry.flow());
+    flows::end(tables, flow);
     if datagram.flags & TCP_RST != 0 {
         return Verdict::drop(DropReason::BackendDead, service);
     }
@@ -149,20 +219,12 @@ fn has_moved<P: Packet>(packet: &P, hop: Hop) -> bool {
 
 /// Learns the client's next hop anew: its router has changed.
 #[inline(never)]
-fn relearn<P: Packet, T: Tables, A: Ip>(
-    packet: &mut P,
-    tables: T,
-    datagram: &Datagram<A>,
-    entry: &Entry<A>,
-) -> u32 {
+fn relearn<P: Packet, T: Tables, A: Ip>(packet: &P, tables: T, flow: &Flow<A>) -> u32 {
     if let Some(slot) = tables.device_slot(packet.device())
         && let Some(eth) = packet.get::<Ethernet>(0)
     {
         let hop = Hop::from_words(eth.src_high, eth.src_low, slot as u16);
-        entry.set_hop(hop);
-        if let Some(partner) = tables.flow(&partner_key(entry.flow(), datagram.proto() as u32)) {
-            partner.set_hop(hop);
-        }
+        flows::set_hop(tables, flow, hop);
         tables.count(Counter::HopsRelearned);
     }
     0

@@ -3,11 +3,12 @@
 use lb_common::{
     counter::{Counter, DropReason},
     flow::FlowKey,
-    maps::{Flow, backend_state, flow_state, vip_flags},
+    maps::{flow_state, vip_flags},
+    slot::Flow,
 };
 
 use crate::{
-    csum,
+    csum, flows, forward,
     headers::{
         ICMP_CODE_TOO_BIG, ICMP_ECHO, ICMP_PARAMETER, ICMP_QUENCH, ICMP_TIME_EXCEEDED, ICMP_UNREACHABLE,
         ICMPV6_ECHO, ICMPV6_PARAMETER, ICMPV6_UNREACHABLE, Icmp, Ports, TCP, UDP,
@@ -16,7 +17,7 @@ use crate::{
     parse::{self, Datagram, Part},
     reply, reverse,
     send::{self, Ip, Way},
-    tables::{Entry, Tables, Work, partner_key},
+    tables::{Tables, Work},
     verdict::Verdict,
 };
 
@@ -107,24 +108,32 @@ fn translate<P: Packet, T: Tables, A: Ip>(
         return Verdict::PASS;
     };
     *key = quote.key.reversed();
-    let Some(entry) = tables.flow(key) else {
+    if !flows::find(tables, key).is_live() {
+        return Verdict::PASS;
+    }
+    let Some(flow) = tables.found::<A>() else {
         return Verdict::PASS;
     };
-    let flow = entry.flow();
-    let Some(way) = way(packet, tables, &entry) else {
-        return Verdict::drop(DropReason::BackendDead, flow.service);
+    let Some(way) = way(packet, tables, key, flow) else {
+        return Verdict::drop(DropReason::BackendDead, flow.service());
     };
-    if let Some(verdict) = send::refuse(packet, tables, datagram, way, flow.service) {
+    if let Some(verdict) = send::refuse(packet, tables, datagram, way, flow.service()) {
         return verdict;
     }
-    let unanswered = flow.state & (flow_state::REVERSE | flow_state::ESTABLISHED) == flow_state::REVERSE;
-    if refusal && unanswered && quote.proto() == TCP && reverse::refuses(tables, &entry) {
-        return Verdict::drop(DropReason::RefusalHidden, flow.service);
+    *original = FlowKey {
+        src: flow.body.to_dst,
+        dst: flow.body.to_src,
+        sport: flow.body.to_dport,
+        dport: flow.body.to_sport,
+        proto: key.proto,
+    };
+    let unanswered = flow.state() & (flow_state::REVERSE | flow_state::ANSWERED) == flow_state::REVERSE;
+    if refusal && unanswered && quote.proto() == TCP && reverse::refuses(tables, flow) {
+        return Verdict::drop(DropReason::RefusalHidden, flow.service());
     }
-    *original = partner_key(flow, key.proto);
     let quoted = rewrite_quote(packet, quote, original);
     if quoted == FAILED || !rewrite(packet, datagram, quote, flow, way, quoted as u16) {
-        return Verdict::drop(DropReason::RewriteFailed, flow.service);
+        return Verdict::drop(DropReason::RewriteFailed, flow.service());
     }
     tables.count(Counter::IcmpTranslated);
     send::leave(packet, way)
@@ -132,20 +141,25 @@ fn translate<P: Packet, T: Tables, A: Ip>(
 
 /// Where the error goes: as the packets of its direction do.
 #[inline(always)]
-fn way<P: Packet, T: Tables, A: Ip>(packet: &P, tables: T, entry: &Entry<A>) -> Option<Way> {
-    let flow = entry.flow();
-    if flow.state & flow_state::REVERSE != 0 {
+fn way<P: Packet, T: Tables, A: Ip>(
+    packet: &P,
+    tables: T,
+    key: &FlowKey<A>,
+    flow: &mut Flow<A>,
+) -> Option<Way> {
+    if flow.is_reverse() {
         return Some(send::to_client(
             packet,
             tables,
-            flow.hop,
-            flow.state & flow_state::SNAT != 0,
+            flow.body.hop,
+            flow.state() & flow_state::SNAT != 0,
         ));
     }
-    let backend = tables.backend(flow.backend)?;
-    if backend.epoch != flow.epoch || backend.state == backend_state::DEAD {
+    let backend = tables.backend(flow.backend())?;
+    if !forward::is_backend_of(backend, flow) {
         return None;
     }
+    flows::complete(flow, key, backend);
     Some(send::to_backend::<P, T>(tables, backend))
 }
 
@@ -161,9 +175,13 @@ fn rewrite<P: Packet, A: Ip>(
 ) -> bool {
     // The quote has been dealt with: its room in map memory now holds the new addresses.
     let new = &mut quote.key;
-    let hides_sender = flow.state & (flow_state::REVERSE | flow_state::SNAT) != 0;
-    new.src = if hides_sender { flow.src } else { outer.key.src };
-    new.dst = flow.dst;
+    let hides_sender = flow.state() & (flow_state::REVERSE | flow_state::SNAT) != 0;
+    new.src = if hides_sender {
+        flow.body.to_src
+    } else {
+        outer.key.src
+    };
+    new.dst = flow.body.to_dst;
     let delta = addr_delta(&outer.key, new) as u16;
     let pseudo = if A::V6 { delta } else { 0 };
     send::set_macs(packet, way)

@@ -5,34 +5,38 @@
     reason = "a key given by value is copied to the stack, which has 512 bytes"
 )]
 
+use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or, atomic_xadd};
+
 use aya_ebpf::{
-    bindings::BPF_NOEXIST,
-    btf_maps::{HashMap, lpm_trie::Key},
+    btf_maps::lpm_trie::Key,
     helpers::generated::{bpf_get_prandom_u32, bpf_jiffies64},
 };
 use lb_common::{
-    addr::Addr16,
+    addr::{Addr4, Addr16},
     counter::Counter,
-    flow::{Address, FlowKey, FlowKey4, FlowKey6},
+    flow::Address,
     limits::RING_ROW,
     maps::{
-        AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6,
-        FragmentKey, FragmentPorts, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
+        AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Event, FragmentKey, FragmentPorts,
+        Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
     },
+    slot::{Bucket, Flow, TableSettings},
 };
 use lb_ebpf::{
+    install,
     parse::Datagram,
-    tables::{Entry, InsertError, Scratch, Tables, Work},
+    table::{self, mapped::Mapped},
+    tables::{FlowTables, Scratch, Tables, Work},
 };
 
 use crate::maps::{
     ACL, AFFINITY, BACKEND_STATS, BACKENDS, CURSORS, DEVICE_SLOTS, DEVICES, DROPS, EVENTS, FLOWS4, FLOWS6,
-    FRAGMENTS, META, OURS, RINGS, SCRATCH4, SCRATCH6, SERVICE_STATS, SERVICES, SETTINGS, SNAT_ADDRESSES,
-    STATS, TIMEOUTS, VIPS,
+    FRAGMENTS, META, OPAQUE, OURS, RINGS, SCRATCH4, SCRATCH6, SERVICE_FLOWS, SERVICE_STATS, SERVICES,
+    SETTINGS, SNAT_ADDRESSES, STATS, TABLE, TIMEOUTS, VIPS,
 };
 
-/// `errno` of an insert whose key is there.
-const EEXIST: i32 = -17;
+/// All atomic operations fetch, which makes them full barriers (Documentation/bpf/standardization/instruction-set.rst).
+const ORDER: AtomicOrdering = AtomicOrdering::SeqCst;
 /// Bits of an `ACL` key with a full address.
 const ACL_BITS: u32 = 32 + 128;
 /// The maps of this program.
@@ -45,10 +49,82 @@ pub fn loopback() -> u32 {
     SETTINGS.get(0).map_or(1, |s| s.loopback_ifindex)
 }
 
-/// Sees a flow table of one family as that of another: the family is known at compile time and is the same one.
-#[inline(always)]
-const fn same<X, Y>(x: *const X) -> *const Y {
-    x.cast()
+impl FlowTables for Kernel {
+    #[inline(always)]
+    fn table_settings<'a>(self) -> Option<&'a TableSettings> {
+        TABLE.get(0)
+    }
+
+    #[inline(always)]
+    fn flow_bucket<A: Address>(self, index: u32) -> Option<*mut Bucket<A>> {
+        // Hidden from the compiler, which would otherwise add offsets before it is known whether the bucket is there; the
+        // verifier refuses that.
+        if A::V6 {
+            Some(core::hint::black_box(FLOWS6.get_ptr_mut(index)?).cast())
+        } else {
+            Some(core::hint::black_box(FLOWS4.get_ptr_mut(index)?).cast())
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
+        // SAFETY: by the contract.
+        unsafe { atomic_cxchg::<u64, { ORDER }, { ORDER }>(word, old, new).0 }
+    }
+
+    #[inline(always)]
+    unsafe fn fetch_or(word: *mut u64, bits: u64) {
+        // The result is used as far as the compiler knows: without, the operation would not fetch, and be no barrier.
+        // SAFETY: by the contract.
+        core::hint::black_box(unsafe { atomic_or::<u64, u64, { ORDER }>(word, bits) });
+    }
+
+    #[inline(always)]
+    fn timeouts<'a>(self, service: u32) -> Option<&'a Timeouts> {
+        TIMEOUTS.get(service)
+    }
+
+    #[inline(always)]
+    fn ticks_per_second(self) -> u32 {
+        META.get(0).map_or(250, |m| m.hz)
+    }
+
+    #[inline(always)]
+    fn count_flow<A: Address>(self, service: u32, counts: bool) {
+        if let Some(flows) = SERVICE_FLOWS.get_ptr_mut(service) {
+            let by = if counts { 1 } else { u64::MAX };
+            // SAFETY: an aligned word of a map value.
+            core::hint::black_box(unsafe {
+                atomic_xadd::<u64, u64, { ORDER }>(&raw mut (*flows).families[A::V6 as usize], by)
+            });
+        }
+    }
+
+    #[inline(always)]
+    fn flow_evicted(self) {
+        self.count(Counter::FlowsReclaimed);
+    }
+
+    #[inline(always)]
+    fn evict<A: Address>(self, slot: u32, now: u32) -> u32 {
+        if A::V6 {
+            weir_evict6(slot, now)
+        } else {
+            weir_evict4(slot, now)
+        }
+    }
+
+    #[inline(always)]
+    fn opaque(self, word: u64) -> u64 {
+        match OPAQUE.get_ptr_mut(0) {
+            // SAFETY: this CPU's own word.
+            Some(place) => unsafe {
+                place.write_volatile(word);
+                place.read_volatile()
+            },
+            None => word,
+        }
+    }
 }
 
 impl Tables for Kernel {
@@ -59,8 +135,12 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn ticks_per_second(self) -> u32 {
-        META.get(0).map_or(250, |m| m.hz)
+    fn counted_flows<A: Address>(self, service: u32) -> u64 {
+        match SERVICE_FLOWS.get_ptr(service) {
+            // SAFETY: an aligned word of a map value, which others change meanwhile.
+            Some(flows) => unsafe { (&raw const (*flows).families[A::V6 as usize]).read_volatile() },
+            None => 0,
+        }
     }
 
     #[inline(always)]
@@ -102,11 +182,6 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn timeouts<'a>(self, service: u32) -> Option<&'a Timeouts> {
-        TIMEOUTS.get(service)
-    }
-
-    #[inline(always)]
     fn ring(self, row: u32, index: u32) -> u32 {
         match RINGS.get(row) {
             Some(row) => {
@@ -141,21 +216,27 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn next_port(self, backend: u32, leap: bool) -> u32 {
-        match CURSORS.get_ptr_mut(backend) {
-            Some(cursor) => {
-                // A new datapath does not begin where the one before it began: there the backends still have old
-                // connections in TIME-WAIT.
-                // SAFETY: this CPU's own word.
-                unsafe {
-                    if leap || *cursor == 0 {
-                        *cursor = self.random();
-                    }
-                    *cursor = (*cursor).wrapping_add(1);
-                    *cursor
-                }
-            }
-            None => 0,
+    fn next_source(self, backend: u32) -> u64 {
+        let (Some(cursor), Some(table)) = (CURSORS.get_ptr_mut(backend), TABLE.get(0)) else {
+            return 0;
+        };
+        // SAFETY: an aligned word of a map value.
+        let turn = unsafe { atomic_xadd::<u64, u64, { ORDER }>(&raw mut (*cursor).next, 1) };
+        // A new datapath does not begin where the one before it began: there the backends still have old connections in
+        // TIME-WAIT.
+        turn.wrapping_add(table.secret[6] >> 32)
+    }
+
+    #[inline(always)]
+    fn exhausted_at(self, backend: u32) -> u32 {
+        CURSORS.get(backend).map_or(0, |cursor| cursor.exhausted_at)
+    }
+
+    #[inline(always)]
+    fn set_exhausted(self, backend: u32, now: u32) {
+        if let Some(cursor) = CURSORS.get_ptr_mut(backend) {
+            // SAFETY: an aligned word of a map value.
+            unsafe { (&raw mut (*cursor).exhausted_at).write_volatile(now) }
         }
     }
 
@@ -196,52 +277,6 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
-    fn flow<A: Address>(self, key: &FlowKey<A>) -> Option<Entry<A>> {
-        let key = core::ptr::from_ref(key);
-        // SAFETY: `A::V6` says which of the two concrete types `FlowKey<A>` and `Flow<A>` are; map values of a
-        // preallocated hash stay accessible until the program ends.
-        unsafe {
-            let flow: *mut Flow<A> = if A::V6 {
-                FLOWS6.get_ptr_mut(&*same::<_, FlowKey6>(key))?.cast()
-            } else {
-                FLOWS4.get_ptr_mut(&*same::<_, FlowKey4>(key))?.cast()
-            };
-            Some(Entry::new(flow))
-        }
-    }
-
-    #[inline(always)]
-    fn insert_flow<A: Address>(self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), InsertError> {
-        let (key, flow) = (core::ptr::from_ref(key), core::ptr::from_ref(flow));
-        // SAFETY: as in `flow`.
-        let result = unsafe {
-            if A::V6 {
-                insert(&FLOWS6, &*same::<_, FlowKey6>(key), &*same::<_, Flow6>(flow))
-            } else {
-                insert(&FLOWS4, &*same::<_, FlowKey4>(key), &*same::<_, Flow4>(flow))
-            }
-        };
-        match result {
-            Ok(()) => Ok(()),
-            Err(EEXIST) => Err(InsertError::Exists),
-            Err(_) => Err(InsertError::Full),
-        }
-    }
-
-    #[inline(always)]
-    fn remove_flow<A: Address>(self, key: &FlowKey<A>) {
-        let key = core::ptr::from_ref(key);
-        // SAFETY: as in `flow`. A key that is gone already is what was wanted.
-        unsafe {
-            let _ = if A::V6 {
-                FLOWS6.remove(&*same::<_, FlowKey6>(key))
-            } else {
-                FLOWS4.remove(&*same::<_, FlowKey4>(key))
-            };
-        }
-    }
-
-    #[inline(always)]
     fn frame<'a, A: Address>(self) -> Option<&'a mut Datagram<A>> {
         // SAFETY: this CPU's own room, and a program is not entered twice on one CPU. Nothing else refers to `frame`.
         unsafe { Some(&mut (*scratch::<A>()?).frame) }
@@ -254,9 +289,51 @@ impl Tables for Kernel {
     }
 
     #[inline(always)]
+    fn found<'a, A: Address>(self) -> Option<&'a mut Flow<A>> {
+        // SAFETY: as in `frame`, for another field.
+        unsafe { Some(&mut (*scratch::<A>()?).found) }
+    }
+
+    #[inline(always)]
     fn work<'a, A: Address>(self) -> Option<&'a mut Work<A>> {
         // SAFETY: as in `frame`, for another field.
         unsafe { Some(&mut (*scratch::<A>()?).work) }
+    }
+
+    #[inline(always)]
+    fn install<A: Address>(self, service: u32, backend: u32, mode: u32) -> u64 {
+        if A::V6 {
+            weir_install6(service, backend, mode)
+        } else {
+            weir_install4(service, backend, mode)
+        }
+    }
+
+    #[inline(always)]
+    fn place<A: Address>(self, slot: u32, state: u32) -> u64 {
+        if A::V6 {
+            weir_place6(slot, state)
+        } else {
+            weir_place4(slot, state)
+        }
+    }
+
+    #[inline(always)]
+    fn gives_way<A: Address>(self, slot: u32, met: u32) -> u32 {
+        if A::V6 {
+            weir_gives_way6(slot, met)
+        } else {
+            weir_gives_way4(slot, met)
+        }
+    }
+
+    #[inline(always)]
+    fn claim<A: Address>(self, slot: u32, state: u32, place: u64) -> u64 {
+        if A::V6 {
+            weir_claim6(slot, state, place)
+        } else {
+            weir_claim4(slot, state, place)
+        }
     }
 
     #[inline(always)]
@@ -318,7 +395,38 @@ fn scratch<A: Address>() -> Option<*mut Scratch<A>> {
     }
 }
 
-#[inline(always)]
-fn insert<K, V, const N: usize>(map: &HashMap<K, V, N>, key: &K, value: &V) -> Result<(), i32> {
-    map.insert(key, value, BPF_NOEXIST as u64)
+/// Functions that the verifier walks once each, on their own, because they are global: they take and return numbers, and
+/// find all else in map memory.
+macro_rules! global {
+    ($($family:ty: $install:ident, $place:ident, $claim:ident, $gives_way:ident, $evict:ident;)+) => { $(
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $install(service: u32, backend: u32, mode: u32) -> u64 {
+            install::install::<Kernel, $family>(Kernel, service, backend, mode).raw()
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $place(slot: u32, state: u32) -> u64 {
+            install::place::<Kernel, $family>(Kernel, slot, state)
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $claim(slot: u32, state: u32, place: u64) -> u64 {
+            install::claim::<Kernel, $family>(Kernel, slot, state, place)
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $gives_way(slot: u32, met: u32) -> u32 {
+            install::gives_way::<Kernel, $family>(Kernel, slot, met)
+        }
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $evict(slot: u32, now: u32) -> u32 {
+            table::evict(Mapped::<$family, Kernel>::new(Kernel), slot, now) as u32
+        }
+    )+ };
+}
+global! {
+    Addr4: weir_install4, weir_place4, weir_claim4, weir_gives_way4, weir_evict4;
+    Addr16: weir_install6, weir_place6, weir_claim6, weir_gives_way6, weir_evict6;
 }

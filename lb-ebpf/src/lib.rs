@@ -10,9 +10,11 @@
 
 pub mod create;
 pub mod csum;
+pub mod flows;
 pub mod forward;
 pub mod headers;
 pub mod icmp;
+pub mod install;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
@@ -20,7 +22,7 @@ pub mod reply;
 pub mod reverse;
 pub mod send;
 pub mod stats;
-pub mod sweep;
+pub mod table;
 pub mod tables;
 pub mod tcp;
 pub mod template;

@@ -2,6 +2,11 @@
 
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![allow(
+    internal_features,
+    reason = "BPF has atomic operations, but the target's `AtomicU64` does not"
+)]
 
 mod body;
 mod kernel;
@@ -13,7 +18,7 @@ use aya_ebpf::{
     macros::{classifier, xdp},
     programs::{TcContext, XdpContext},
 };
-use lb_ebpf::{packet::Packet, pipeline, sweep, verdict::Action};
+use lb_ebpf::{packet::Packet, pipeline, tables::Tables as _, verdict::Action};
 
 use body::{Skb, Xdp};
 use kernel::Kernel;
@@ -45,10 +50,10 @@ pub fn weir_tc_egress(ctx: TcContext) -> i32 {
     tc::<true>(ctx.skb.skb)
 }
 
-/// Never attached: the agent runs it on lists of flow keys to remove those that have expired.
+/// Never attached: the agent runs it to read the flow clock.
 #[xdp]
-pub fn weir_sweep(ctx: XdpContext) -> u32 {
-    sweep::run(&Xdp::new(ctx.ctx), Kernel)
+pub fn weir_sweep(_ctx: XdpContext) -> u32 {
+    Kernel.now()
 }
 
 #[inline(always)]

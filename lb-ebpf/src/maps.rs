@@ -3,20 +3,24 @@
 //! Sizes here are the defaults of `lb_common::limits`; the agent may set others when it first loads the programs.
 
 use aya_ebpf::{
+    bindings::BPF_F_MMAPABLE,
     btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
     macros::btf_map,
 };
 use lb_common::{
     addr::{Addr4, Addr16},
-    flow::{FlowKey4, FlowKey6},
     limits,
     maps::{
-        AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Event, Flow4, Flow6,
-        FragmentKey, FragmentPorts, Meta, Ours, RingRow, Service, ServiceKey, ServiceStats, Settings, Stats,
+        AclData, Affinity, AffinityKey, Backend, BackendStats, Cursor, Device, Drops, Event, FragmentKey,
+        FragmentPorts, Meta, Ours, RingRow, Service, ServiceFlows, ServiceKey, ServiceStats, Settings, Stats,
         Timeouts, Vip,
     },
+    slot::{Bucket4, Bucket6, TableSettings},
 };
 use lb_ebpf::tables::Scratch;
+
+/// The agent maps the flow tables into its memory.
+const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 
 /// Agent writes once. What the pinned maps are, and how fast the flow clock ticks.
 #[btf_map]
@@ -66,16 +70,25 @@ pub static SNAT_ADDRESSES: Array<Addr16, { limits::MAX_SNAT_ADDRESSES as usize }
 #[btf_map]
 pub static ACL: LpmTrie<AclData, u32, { limits::MAX_ACL_ENTRIES as usize }> = LpmTrie::new();
 
-/// Programs write, agent reads and has expired flows removed. Full: new flows are dropped as `flow_table_full`;
-/// never an LRU, because a connection does not survive the loss of one of its two entries.
+/// Agent writes once: the key of the flow table's hash, and how many buckets there are.
 #[btf_map]
-pub static FLOWS4: HashMap<FlowKey4, Flow4, { limits::flow_entries(limits::DEFAULT_FLOWS4) as usize }> =
-    HashMap::new();
+pub static TABLE: Array<TableSettings, 1> = Array::new();
+
+/// Programs write, the agent reads and ends flows: both directions of every flow (`lb_common::slot`). Full: a new flow
+/// takes the place of one that has expired, is closed or half-open; of established ones only, it is dropped as
+/// `flow_table_full`.
+#[btf_map]
+pub static FLOWS4: Array<Bucket4, { limits::flow_buckets(limits::DEFAULT_FLOWS4) as usize }, MMAPABLE> =
+    Array::new();
 
 /// See [`FLOWS4`].
 #[btf_map]
-pub static FLOWS6: HashMap<FlowKey6, Flow6, { limits::flow_entries(limits::DEFAULT_FLOWS6) as usize }> =
-    HashMap::new();
+pub static FLOWS6: Array<Bucket6, { limits::flow_buckets(limits::DEFAULT_FLOWS6) as usize }, MMAPABLE> =
+    Array::new();
+
+/// Programs write, agent puts right, by service id: flows that cannot be evicted.
+#[btf_map]
+pub static SERVICE_FLOWS: Array<ServiceFlows, { limits::DEFAULT_SERVICES as usize }, MMAPABLE> = Array::new();
 
 /// Programs write and read. Full: the least recently used client is forgotten and the ring decides.
 #[btf_map]
@@ -86,9 +99,9 @@ pub static AFFINITY: LruHashMap<AffinityKey, Affinity, { limits::MAX_AFFINITY as
 pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::MAX_FRAGMENTS as usize }> =
     LruHashMap::new();
 
-/// Programs write: the next SNAT port to try, by backend.
+/// Programs write: whose turn it is among the SNAT sources, by backend.
 #[btf_map]
-pub static CURSORS: PerCpuArray<u32, { limits::DEFAULT_BACKENDS as usize }> = PerCpuArray::new();
+pub static CURSORS: Array<Cursor, { limits::DEFAULT_BACKENDS as usize }> = Array::new();
 
 /// Programs write, agent reads.
 #[btf_map]
@@ -119,3 +132,7 @@ pub static SCRATCH4: PerCpuArray<Scratch<Addr4>, 1> = PerCpuArray::new();
 /// See [`SCRATCH4`].
 #[btf_map]
 pub static SCRATCH6: PerCpuArray<Scratch<Addr16>, 1> = PerCpuArray::new();
+
+/// Programs' own: what is written here and read back, the verifier takes for any word.
+#[btf_map]
+pub static OPAQUE: PerCpuArray<u64, 1> = PerCpuArray::new();

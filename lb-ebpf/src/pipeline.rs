@@ -2,12 +2,13 @@
 
 use lb_common::{
     addr::{Addr4, Addr16},
+    counter::DropReason,
     flow::{Address, FlowKey, ours_bit, port_bit},
-    maps::{FragmentPorts, flow_state},
+    maps::FragmentPorts,
 };
 
 use crate::{
-    create, forward,
+    create, flows, forward,
     headers::{ETH_IPV4, ETH_IPV6, ICMP, ICMPV6, TCP, Tcp, UDP, Udp},
     icmp,
     packet::Packet,
@@ -16,7 +17,7 @@ use crate::{
     send::Ip,
     stats,
     tables::Tables,
-    verdict::Verdict,
+    verdict::{NO_SERVICE, Verdict},
 };
 
 /// What becomes of a frame. The one entry, the one exit.
@@ -116,8 +117,12 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
     let mut verdict = known(packet, tables, datagram);
     if verdict.opens() {
         verdict = create::open(packet, tables, datagram, verdict);
-        if verdict == Verdict::CREATED {
+        if verdict == Verdict::CREATED || verdict == Verdict::EXISTS {
             verdict = known(packet, tables, datagram);
+            if verdict.opens() {
+                // It has ended again: the sender will send once more.
+                verdict = Verdict::drop(DropReason::Raced, NO_SERVICE);
+            }
         }
     }
     if datagram.part == Part::First {
@@ -129,13 +134,28 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
 /// Flow → rewrite, or the wish to open a flow. Foreign packets to an address of ours end here, by the filter.
 #[inline(never)]
 fn known<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Datagram<A>) -> Verdict {
-    match tables.flow(&datagram.key) {
-        Some(entry) if entry.flow().state & flow_state::REVERSE == 0 => {
-            forward::known(packet, tables, datagram, &entry)
+    let found = flows::find(tables, &datagram.key);
+    let Some(flow) = tables.found::<A>() else {
+        return Verdict::PASS;
+    };
+    if found.is_live() {
+        if flow.is_reverse() {
+            reverse::known(packet, tables, datagram, flow)
+        } else {
+            forward::known(packet, tables, datagram, flow)
         }
-        Some(entry) => reverse::known(packet, tables, datagram, &entry),
-        None if serves(tables, &datagram.key) => Verdict::OPEN,
-        None => Verdict::PASS,
+    } else if found.is_ended() {
+        if flow.is_reverse() {
+            reverse::ended(packet, tables, datagram, flow)
+        } else if serves(tables, &datagram.key) {
+            forward::ended(packet, tables, datagram, flow)
+        } else {
+            Verdict::PASS
+        }
+    } else if serves(tables, &datagram.key) {
+        Verdict::OPEN
+    } else {
+        Verdict::PASS
     }
 }
 

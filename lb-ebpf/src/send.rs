@@ -4,7 +4,8 @@ use lb_common::{
     addr::{Addr4, Addr16, Be16, Hop},
     counter::DropReason,
     flow::Address,
-    maps::{Backend, Device, Flow, backend_flags, device_flags},
+    maps::{Backend, Device, backend_flags, device_flags},
+    slot::Flow,
 };
 
 use crate::{
@@ -172,14 +173,14 @@ pub fn refuse<P: Packet, T: Tables, A: Ip>(
 /// Rewrites the packet as `flow` says and sends it on its way.
 #[inline(always)]
 pub fn send<P: Packet, A: Ip>(packet: &mut P, datagram: &Datagram<A>, flow: &Flow<A>, way: Way) -> Verdict {
-    let failed = Verdict::drop(DropReason::RewriteFailed, flow.service);
+    let failed = Verdict::drop(DropReason::RewriteFailed, flow.service());
     if !set_macs(packet, way)
         || !A::rewrite(
             packet,
             datagram.l3,
-            flow.src,
-            flow.dst,
-            flow.addr_delta,
+            flow.body.to_src,
+            flow.body.to_dst,
+            flow.body.addr_delta,
             way.is_hop(),
         )
         || (datagram.header != 0 && !rewrite_transport(packet, datagram, flow))
@@ -226,10 +227,15 @@ fn rewrite_transport<P: Packet, A: Ip>(packet: &mut P, datagram: &Datagram<A>, f
     let Some(ports) = packet.get_mut::<Ports>(datagram.l4) else {
         return false;
     };
-    ports.source = flow.sport;
-    ports.dest = flow.dport;
+    ports.source = flow.body.to_sport;
+    ports.dest = flow.body.to_dport;
     let offset = datagram.l4 + check_offset(datagram.proto());
-    packet.fix_checksum(offset, flow.addr_delta, flow.port_delta, datagram.proto() == UDP)
+    packet.fix_checksum(
+        offset,
+        flow.body.addr_delta,
+        flow.body.port_delta,
+        datagram.proto() == UDP,
+    )
 }
 
 /// Where the checksum is in a TCP or UDP header.

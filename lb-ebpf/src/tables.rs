@@ -5,27 +5,13 @@ use lb_common::{
     counter::Counter,
     flow::{Address, FlowKey},
     maps::{
-        Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, FragmentKey, FragmentPorts,
-        Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip, flow_state,
+        Affinity, AffinityKey, Backend, BackendStats, Device, Event, FragmentKey, FragmentPorts, Service,
+        ServiceKey, ServiceStats, Settings, Timeouts, Vip,
     },
+    slot::{Body, Bucket, Flow, Home, TableSettings},
 };
 
 use crate::parse::Datagram;
-
-/// Why an insert failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InsertError {
-    /// The key is there already.
-    Exists,
-    /// The map is full.
-    Full,
-}
-
-/// log2 of the ticks between two stamps of an entry.
-const STAMP_SHIFT: u32 = 7;
-
-/// A flow entry in its map. The entry may change or be reused by another CPU at any time, as any map value may.
-pub struct Entry<A: Address>(*mut Flow<A>);
 
 /// A backend chosen for a new flow.
 #[derive(Clone, Copy, Debug, Default)]
@@ -37,20 +23,26 @@ pub struct Choice {
     pub attempt: u32,
 }
 
-/// Room for the two entries of a new flow, off the 512-byte stack.
-#[derive(Clone, Copy, Debug, Default)]
+/// Room for the two slots of a new flow, off the 512-byte stack.
+#[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct Work<A: Address> {
     /// The backend that was chosen.
     pub choice: Choice,
-    /// Key of the forward entry.
+    /// Where the forward slot may be.
+    pub forward_home: Home,
+    /// Where the reverse slot may be.
+    pub reverse_home: Home,
+    /// What a look-up of a key needs on its way.
+    pub search_home: Home,
+    /// Key of the forward slot.
     pub forward_key: FlowKey<A>,
-    /// Key of the reverse entry.
+    /// Key of the reverse slot.
     pub reverse_key: FlowKey<A>,
-    /// The forward entry.
-    pub forward: Flow<A>,
-    /// The reverse entry.
-    pub reverse: Flow<A>,
+    /// The forward slot.
+    pub forward: Body<A>,
+    /// The reverse slot.
+    pub reverse: Body<A>,
 }
 
 /// This CPU's scratch room: the value of `SCRATCH4` and `SCRATCH6`.
@@ -61,17 +53,59 @@ pub struct Scratch<A: Address> {
     pub frame: Datagram<A>,
     /// The packet that it quotes (ICMP errors).
     pub quote: Datagram<A>,
+    /// The flow that was found.
+    pub found: Flow<A>,
     /// The flow being made.
     pub work: Work<A>,
 }
 
-/// The maps.
-/// A handle (in the kernel of no size): references it returns live as long as the maps, not as the handle.
-pub trait Tables: Copy {
-    /// The flow clock: low 32 bits of jiffies.
-    fn now(self) -> u32;
+/// What the flow table needs of the maps: the programs, the agent's sweep and the tests each bring their own.
+pub trait FlowTables: Copy {
+    /// `TABLE`.
+    fn table_settings<'a>(self) -> Option<&'a TableSettings>
+    where
+        Self: 'a;
+    /// A bucket of `FLOWS4` or `FLOWS6`.
+    fn flow_bucket<A: Address>(self, index: u32) -> Option<*mut Bucket<A>>;
+    /// Replaces a word if it is `old`, as a full barrier; what it was.
+    ///
+    /// # Safety
+    /// `word` is an aligned word of the maps.
+    unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64;
+    /// Sets bits of a word, as a full barrier.
+    ///
+    /// # Safety
+    /// As for [`FlowTables::compare_exchange`].
+    unsafe fn fetch_or(word: *mut u64, bits: u64);
+    /// `TIMEOUTS`.
+    fn timeouts<'a>(self, service: u32) -> Option<&'a Timeouts>
+    where
+        Self: 'a;
     /// Ticks of the flow clock per second.
     fn ticks_per_second(self) -> u32;
+    /// Adds to, or takes from, the flows of a service that may not be evicted.
+    fn count_flow<A: Address>(self, service: u32, counts: bool);
+    /// Counts a flow that was evicted.
+    fn flow_evicted(self);
+    /// [`evict`](crate::table::evict), and whether it did. In the kernel a global function.
+    #[inline(always)]
+    fn evict<A: Address>(self, slot: u32, now: u32) -> u32 {
+        crate::table::evict(crate::table::mapped::Mapped::<A, Self>::new(self), slot, now) as u32
+    }
+    /// The same word, of which the verifier knows nothing any more; elsewhere just the same word.
+    #[inline(always)]
+    fn opaque(self, word: u64) -> u64 {
+        word
+    }
+}
+
+/// The maps.
+/// A handle (in the kernel of no size): references it returns live as long as the maps, not as the handle.
+pub trait Tables: FlowTables {
+    /// The flow clock: low 32 bits of jiffies.
+    fn now(self) -> u32;
+    /// How many flows of a service, of one family, may not be evicted.
+    fn counted_flows<A: Address>(self, service: u32) -> u64;
     /// Word of the address filter in `OURS`.
     fn ours_word(self, word: u32) -> u64;
     /// Word of the port filter in `OURS`.
@@ -86,10 +120,6 @@ pub trait Tables: Copy {
         Self: 'a;
     /// `SERVICES`.
     fn service<'a>(self, key: &ServiceKey) -> Option<&'a Service>
-    where
-        Self: 'a;
-    /// `TIMEOUTS`.
-    fn timeouts<'a>(self, service: u32) -> Option<&'a Timeouts>
     where
         Self: 'a;
     /// Backend id in a row of `RINGS`; `index` is taken modulo the row's length.
@@ -108,8 +138,12 @@ pub trait Tables: Copy {
     fn snat_address<'a>(self, index: u32) -> Option<&'a Addr16>
     where
         Self: 'a;
-    /// Next value of the backend's port cursor on this CPU, one further or anywhere (`leap`); starts differ between CPUs.
-    fn next_port(self, backend: u32, leap: bool) -> u32;
+    /// The backend's turn of SNAT sources: a number that goes up by one with each call on any CPU.
+    fn next_source(self, backend: u32) -> u64;
+    /// Flow clock when all sources of a backend were last found in use, or 0.
+    fn exhausted_at(self, backend: u32) -> u32;
+    /// Notes that all sources of a backend were found in use.
+    fn set_exhausted(self, backend: u32, now: u32);
     /// `ACL`: the action of the longest prefix, or 0.
     fn acl(self, service: u32, client: &Addr16) -> u32;
     /// `AFFINITY`.
@@ -120,12 +154,6 @@ pub trait Tables: Copy {
     fn fragment(self, key: &FragmentKey) -> Option<FragmentPorts>;
     /// Writes `FRAGMENTS`.
     fn set_fragment(self, key: &FragmentKey, ports: &FragmentPorts);
-    /// The flow of a key.
-    fn flow<A: Address>(self, key: &FlowKey<A>) -> Option<Entry<A>>;
-    /// Inserts a flow that must not be there.
-    fn insert_flow<A: Address>(self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), InsertError>;
-    /// Removes a flow.
-    fn remove_flow<A: Address>(self, key: &FlowKey<A>);
     /// This CPU's room for the packet at hand.
     fn frame<'a, A: Address>(self) -> Option<&'a mut Datagram<A>>
     where
@@ -134,10 +162,23 @@ pub trait Tables: Copy {
     fn quote<'a, A: Address>(self) -> Option<&'a mut Datagram<A>>
     where
         Self: 'a;
+    /// This CPU's room for the flow that was found.
+    fn found<'a, A: Address>(self) -> Option<&'a mut Flow<A>>
+    where
+        Self: 'a;
     /// This CPU's room for a new flow.
     fn work<'a, A: Address>(self) -> Option<&'a mut Work<A>>
     where
         Self: 'a;
+    /// [`install`](crate::install::install): the raw word of its verdict. In the kernel this and the next two are global
+    /// functions.
+    fn install<A: Address>(self, service: u32, backend: u32, mode: u32) -> u64;
+    /// [`place`](crate::install::place).
+    fn place<A: Address>(self, slot: u32, state: u32) -> u64;
+    /// [`gives_way`](crate::install::gives_way).
+    fn gives_way<A: Address>(self, slot: u32, met: u32) -> u32;
+    /// [`claim`](crate::install::claim).
+    fn claim<A: Address>(self, slot: u32, state: u32, place: u64) -> u64;
     /// Adds one to a counter.
     fn count(self, counter: Counter);
     /// Adds one to a drop reason of the node; `reason` is an index of [`DropReason`].
@@ -154,124 +195,4 @@ pub trait Tables: Copy {
     fn random(self) -> u32;
     /// Sends an event.
     fn event(self, event: &Event);
-}
-
-// === impl Entry ===
-
-impl<A: Address> Entry<A> {
-    /// Wraps a map value.
-    ///
-    /// # Safety
-    /// `flow` points to a value of a flow map and stays readable and writable until the program ends.
-    #[inline(always)]
-    pub const unsafe fn new(flow: *mut Flow<A>) -> Self {
-        Self(flow)
-    }
-
-    /// The entry.
-    #[inline(always)]
-    pub fn flow(&self) -> &Flow<A> {
-        // SAFETY: by the contract of `new`. A concurrent writer makes a word old or new, both of which are valid.
-        unsafe { &*self.0 }
-    }
-
-    /// Changes the bits of the state that one side's packets write. The other side's are not touched, whatever
-    /// another CPU does to them at the same moment.
-    #[inline(always)]
-    pub fn update_state(&self, by_backend: bool, sets: u32, clears: u32) {
-        let shift = if by_backend { 8 } else { 16 };
-        let byte = ((self.flow().state & !clears | sets) >> shift) as u8;
-        let index = if cfg!(target_endian = "little") {
-            shift / 8
-        } else {
-            3 - shift / 8
-        };
-        // SAFETY: as in `flow`; one byte inside the `state` word.
-        unsafe { (&raw mut (*self.0).state).cast::<u8>().add(index).write(byte) }
-    }
-
-    /// Notes that a packet of this direction was seen; the old stamp stays where it is as good, since a write to a shared
-    /// cache line is dear.
-    #[inline(always)]
-    pub fn stamp(&self, now: u32) {
-        if (now ^ self.flow().last_seen) >> STAMP_SHIFT != 0 {
-            // SAFETY: as in `flow`; one aligned word.
-            unsafe { (*self.0).last_seen = now }
-        }
-    }
-
-    /// Changes the next hop.
-    #[inline(always)]
-    pub fn set_hop(&self, hop: lb_common::addr::Hop) {
-        // SAFETY: as in `flow`; one aligned word.
-        unsafe { (*self.0).hop = hop }
-    }
-}
-
-// === flow arithmetic that needs the tables ===
-
-/// The key of the other direction of a flow.
-#[inline(always)]
-pub fn partner_key<A: Address>(flow: &Flow<A>, proto: u32) -> FlowKey<A> {
-    FlowKey {
-        src: flow.dst,
-        dst: flow.src,
-        sport: flow.dport,
-        dport: flow.sport,
-        proto,
-    }
-}
-
-/// Whether a TCP flow is over: closed by both sides, or reset.
-#[inline(always)]
-pub const fn is_closed(state: u32) -> bool {
-    let fins = flow_state::FIN_CLIENT | flow_state::FIN_BACKEND;
-    state & fins == fins || state & flow_state::RESET != 0
-}
-
-/// Idle time that a flow is allowed, ticks.
-#[inline(always)]
-pub fn timeout(timeouts: &Timeouts, state: u32, proto: u32) -> u32 {
-    if proto != crate::headers::TCP as u32 {
-        timeouts.udp
-    } else if is_closed(state) {
-        timeouts.closing
-    } else if state & flow_state::ESTABLISHED != 0 {
-        timeouts.established
-    } else {
-        timeouts.syn
-    }
-}
-
-/// Whether one entry's idle time is over.
-#[inline(always)]
-pub fn is_idle<A: Address, T: Tables>(tables: T, flow: &Flow<A>, proto: u32, now: u32) -> bool {
-    match tables.timeouts(flow.service) {
-        // Another CPU may have stamped the entry after this one read the clock: such an age is "negative".
-        Some(timeouts) => {
-            let age = now.wrapping_sub(flow.last_seen);
-            age > timeout(timeouts, flow.state, proto) && age < 1 << 31
-        }
-        None => true,
-    }
-}
-
-/// Whether the flow that an entry belongs to has expired: neither direction was seen for its idle time.
-#[inline(always)]
-pub fn is_expired<A: Address, T: Tables>(tables: T, flow: &Flow<A>, proto: u32, now: u32) -> bool {
-    if !is_idle(tables, flow, proto, now) {
-        return false;
-    }
-    match tables.flow(&partner_key(flow, proto)) {
-        Some(partner) => is_idle(tables, partner.flow(), proto, now),
-        None => true,
-    }
-}
-
-/// Removes both directions of a flow.
-#[inline(always)]
-pub fn remove_pair<A: Address, T: Tables>(tables: T, key: &FlowKey<A>, flow: &Flow<A>) {
-    let partner = partner_key(flow, key.proto);
-    tables.remove_flow(key);
-    tables.remove_flow(&partner);
 }

@@ -39,6 +39,8 @@ pub enum Action {
 const OPEN: u64 = 8;
 /// Kind of [`Verdict::CREATED`].
 const CREATED: u64 = 9;
+/// Kind of [`Verdict::EXISTS`].
+const EXISTS: u64 = 10;
 /// Bit of [`Verdict::replace`].
 const REPLACES: u64 = 1 << 16;
 
@@ -57,6 +59,9 @@ impl Verdict {
     pub const OPEN: Self = Self(OPEN);
     /// Inside the pipeline: the flow is there, the packet is now one of a known flow.
     pub const CREATED: Self = Self(CREATED);
+
+    /// Inside the pipeline: another CPU has just made the flow.
+    pub const EXISTS: Self = Self(EXISTS);
 
     /// See [`Action::Redirect`].
     #[inline(always)]
@@ -81,6 +86,18 @@ impl Verdict {
     #[inline(always)]
     pub const fn replace(attempt: u32, avoid: u32) -> Self {
         Self(OPEN | REPLACES | (attempt as u64) << 8 | (avoid as u64) << 32)
+    }
+
+    /// The raw word.
+    #[inline(always)]
+    pub const fn raw(self) -> u64 {
+        self.0
+    }
+
+    /// From the raw word.
+    #[inline(always)]
+    pub const fn from_raw(raw: u64) -> Self {
+        Self(raw)
     }
 
     /// Whether this is [`Verdict::OPEN`] or [`Verdict::replace`].

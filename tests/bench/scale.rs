@@ -8,16 +8,15 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use aya::maps::MapData;
 use lb_common::{
-    addr::{Addr4, Addr16, Be16, Hop},
-    flow::FlowKey4,
-    limits::{DEFAULT_FLOWS6, EVENTS_BYTES, MAX_ACL_ENTRIES, RING_ROW, flow_entries},
-    maps::{Backend, Flow4, NO_RING, Service, ServiceKey, Timeouts, backend_state, flow_state},
+    addr::{Addr16, Be16, Hop},
+    limits::{DEFAULT_FLOWS6, EVENTS_BYTES, MAX_ACL_ENTRIES, RING_ROW},
+    maps::{Backend, NO_RING, Service, ServiceKey, Timeouts, backend_state, flow_state},
 };
-use lb_tests::{kernel::flow_of, world::Conn};
+use lb_tests::{slots, world::Conn};
 use weir::datapath::{
     Capacities, MapOp, Maps as _,
-    batch::Table,
     bpf::KernelMaps,
+    flow_table::FlowMaps,
     load::{Loaded, Sizes, load},
     object,
     preflight::preflight,
@@ -29,8 +28,6 @@ const BACKENDS: u32 = 1 << 16;
 const CONNECTIONS: u32 = 1_000_000;
 /// Rows for the ring of each service, and half as many for those being filled.
 const RING_ROWS: u32 = SERVICES + SERVICES / 2;
-/// Connections written by one call, times two entries.
-const CHUNK: u32 = 4_096;
 /// Ticks after which the connections of this benchmark are over.
 const IDLE: u32 = 1 << 20;
 
@@ -49,8 +46,8 @@ fn measure(pin: &Path) -> Result<()> {
             backends: BACKENDS + 1,
             ring_rows: RING_ROWS,
             acl: MAX_ACL_ENTRIES,
-            flows4: flow_entries(CONNECTIONS),
-            flows6: flow_entries(DEFAULT_FLOWS6),
+            flows4: CONNECTIONS,
+            flows6: DEFAULT_FLOWS6,
         },
         events_bytes: EVENTS_BYTES,
     };
@@ -158,10 +155,12 @@ fn memlock(pin: &Path) -> Result<u64> {
 /// Fills the table and sweeps it: once with all alive, once with half expired.
 fn sweeps(loaded: &Loaded) -> Result<()> {
     let sweeper = Sweeper::open(&loaded.pins)?;
-    let table: Table<FlowKey4, Flow4> = Table::open(&loaded.pins.maps(), "FLOWS4")?;
+    let flows = FlowMaps::open(&loaded.pins.maps())?;
     let now = sweeper.now()?;
     let start = std::time::Instant::now();
-    put(&table, 0..CONNECTIONS, now)?;
+    for n in 0..CONNECTIONS {
+        slots::insert(&flows, &connection(n), now)?;
+    }
     println!(
         "{CONNECTIONS} connections written in {:.2} s",
         start.elapsed().as_secs_f64()
@@ -174,29 +173,22 @@ fn sweeps(loaded: &Loaded) -> Result<()> {
         report.expired
     );
     println!("sweep, none expired: {:.3} s", report.took.as_secs_f64());
-    put(&table, 0..CONNECTIONS / 2, now.wrapping_sub(2 * IDLE))?;
+    for n in 0..CONNECTIONS / 2 {
+        let connection = connection(n);
+        ensure!(slots::remove(&flows, &connection), "a connection is not there");
+        slots::insert(&flows, &connection, now.wrapping_sub(2 * IDLE))?;
+    }
     let report = sweeper.sweep()?;
     ensure!(
         report.expired == u64::from(CONNECTIONS / 2),
-        "the sweep removed {} connections instead of {}",
+        "the sweep ended {} connections instead of {}",
         report.expired,
         CONNECTIONS / 2
     );
     println!(
-        "sweep, half expired and removed: {:.3} s",
+        "sweep, half expired and ended: {:.3} s",
         report.took.as_secs_f64()
     );
-    Ok(())
-}
-
-fn put(table: &Table<FlowKey4, Flow4>, connections: std::ops::Range<u32>, last_seen: u32) -> Result<()> {
-    for first in connections.clone().step_by(CHUNK as usize) {
-        let (keys, flows): (Vec<_>, Vec<_>) = (first..connections.end.min(first + CHUNK))
-            .flat_map(|n| connection(n).entries())
-            .map(|entry| flow_of::<Addr4>(&entry, last_seen))
-            .unzip();
-        table.put_all(&keys, &flows)?;
-    }
     Ok(())
 }
 
@@ -215,7 +207,7 @@ fn connection(n: u32) -> Conn {
         id,
         epoch: 1,
         service,
-        state: flow_state::ESTABLISHED,
+        state: flow_state::ANSWERED | flow_state::ESTABLISHED,
         hop: Hop::new([2, 0, 0, 0, 0, 1], 1),
     }
 }

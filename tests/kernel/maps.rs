@@ -4,16 +4,20 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
     addr::{Addr4, Addr16, Be16, Hop},
-    flow::{FlowKey4, FlowKey6},
+    flow::Address,
     limits::RING_ROW,
     maps::{self as m, ABI_VERSION, Meta, SCHEMA, flow_state},
+    slot::head,
 };
+use lb_ebpf::table::{Memory as _, mapped::Mapped};
+use lb_tests::{slots, world::Conn};
 use weir::{
     datapath::{
         Dump, Filter, MapError, MapOp, Maps as _,
         batch::Table,
         bpf::KernelMaps,
         counters::Counters,
+        flow_table::FlowMaps,
         flows::{self, FlowFilter},
         load::{LoadError, Sizes, load},
         preflight::preflight,
@@ -264,104 +268,95 @@ fn every_operation_is_read_back() {
     assert_eq!(counters.services(&[5]).unwrap()[&5], m::ServiceStats::default());
 }
 
-/// One IPv4 connection number `n` as its two entries.
-fn pair(n: u32, seen: u32) -> [(FlowKey4, m::Flow4); 2] {
-    let client = Addr4::from_octets((0x0a00_0000 + n / 60_000).to_be_bytes());
-    let (vip, backend) = (
-        Addr4::from_octets([192, 0, 2, 1]),
-        Addr4::from_octets([172, 17, 0, 2]),
-    );
-    let port = Be16::new((1024 + n % 60_000) as u16);
-    let (front, back) = (Be16::new(80), Be16::new(8080));
-    let key = FlowKey4 {
-        src: client,
-        dst: vip,
-        sport: port,
-        dport: front,
-        proto: 6,
+/// Connection number `n` of IPv4 or IPv6.
+fn connection(n: u32, v6: bool) -> Conn {
+    let port = (1024 + n % 60_000) as u16;
+    let (client, vip, backend): (IpAddr, IpAddr, IpAddr) = if v6 {
+        let address = |last: u32| IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, (last >> 16) as u16, last as u16]);
+        (address(0x1_0000 + n / 60_000), address(2), address(3))
+    } else {
+        (
+            (0x0a00_0000 + n / 60_000).to_be_bytes().into(),
+            [192, 0, 2, 1].into(),
+            [172, 17, 0, 2].into(),
+        )
     };
-    let flow = m::Flow4 {
-        src: client,
-        dst: backend,
-        sport: port,
-        dport: back,
-        backend: 1 + n % 7,
+    Conn {
+        proto: 6,
+        client: (client, port),
+        vip: (vip, 80),
+        backend: (backend, 8080),
+        source: (client, port),
+        id: 1 + n % 7,
+        epoch: 1,
         service: 1,
-        state: flow_state::ESTABLISHED,
-        last_seen: seen,
-        created: seen,
-        ..Default::default()
+        state: flow_state::ANSWERED | flow_state::ESTABLISHED,
+        hop: Hop::UNKNOWN,
+    }
+}
+
+/// Sets when a slot was last heard of.
+fn set_seen<A: Address>(flows: &FlowMaps, slot: u32, seen: u32) {
+    let cell = Mapped::<A, &FlowMaps>::new(flows).slot(slot).unwrap();
+    // SAFETY: a slot of the table, which no program uses.
+    unsafe { (&raw mut (*cell).seen).write_volatile(seen) }
+}
+
+fn timeouts(ticks: u32) -> MapOp {
+    let timeouts = m::Timeouts {
+        established: ticks,
+        syn: ticks,
+        closing: ticks,
+        udp: ticks,
     };
-    let reverse = FlowKey4 {
-        src: backend,
-        dst: client,
-        sport: back,
-        dport: port,
-        proto: 6,
-    };
-    let answer = m::Flow4 {
-        src: vip,
-        dst: client,
-        sport: front,
-        dport: port,
-        state: flow.state | flow_state::REVERSE,
-        ..flow
-    };
-    [(key, flow), (reverse, answer)]
+    MapOp::PutTimeouts { service: 1, timeouts }
 }
 
 #[test]
-fn a_million_flow_entries_are_swept() {
-    const PAIRS: u32 = 500_000;
+fn half_a_million_flows_are_swept() {
+    const FLOWS: u32 = 500_000;
     let ns = Netns::new();
     preflight(&ns.pin).unwrap();
     let limits = weir::datapath::Capacities {
-        flows4: 1 << 20,
+        flows4: FLOWS,
         ..sizes().limits
     };
     let loaded = load(object(), &ns.pin, &Sizes { limits, ..sizes() }).unwrap();
     let sweeper = Sweeper::open(&loaded.pins).unwrap();
     assert!([100, 250, 300, 1000].contains(&sweeper.hz().unwrap()));
     let mut maps = KernelMaps::open(&loaded.pins.maps()).unwrap();
-    let timeouts = m::Timeouts {
-        established: 100_000,
-        syn: 100_000,
-        closing: 100_000,
-        udp: 100_000,
-    };
-    maps.apply(&MapOp::PutTimeouts { service: 1, timeouts }).unwrap();
-    let table: Table<FlowKey4, m::Flow4> = Table::open(&loaded.pins.maps(), "FLOWS4").unwrap();
+    maps.apply(&timeouts(100_000)).unwrap();
+    let flows = FlowMaps::open(&loaded.pins.maps()).unwrap();
     let now = sweeper.now().unwrap();
     let old = now.wrapping_sub(200_000);
     let mut expected = BTreeMap::new();
-    let (mut keys, mut values) = (Vec::new(), Vec::new());
-    for n in 0..PAIRS {
-        let mut entries = pair(n, if n % 5 == 0 { old } else { now });
+    for n in 0..FLOWS {
+        let [_, reverse] =
+            slots::insert(&flows, &connection(n, false), if n % 5 == 0 { old } else { now }).unwrap();
         if n % 10 == 0 {
             // The client is silent, but the backend still sends: alive.
-            entries[1].1.last_seen = now;
+            set_seen::<Addr4>(&flows, reverse, now);
         }
         if n % 5 != 0 || n % 10 == 0 {
             *expected.entry(1 + n % 7).or_insert(0_u64) += 1;
         }
-        for (key, value) in entries {
-            keys.push(key);
-            values.push(value);
-        }
     }
-    table.put_all(&keys, &values).unwrap();
     let began = std::time::Instant::now();
     let report = sweeper.sweep().unwrap();
     eprintln!(
-        "sweep of {} entries: {:?}, {} expired",
-        keys.len(),
+        "sweep of {FLOWS} flows: {:?}, {} expired",
         began.elapsed(),
         report.expired
     );
-    assert_eq!(report.expired, u64::from(PAIRS / 10));
+    assert_eq!(report.expired, u64::from(FLOWS / 10));
     assert_eq!(report.flows_by_backend, expected);
     assert_eq!(report.flows_by_service, [(1, report.total)].into());
-    assert_eq!(table.all().unwrap().len(), 2 * (PAIRS - PAIRS / 10) as usize);
+    assert_eq!(
+        (report.established, report.half_open),
+        ([report.total, 0], [0, 0])
+    );
+    let live = (0..flows.slots::<Addr4>()).filter(|id| flows.head::<Addr4>(*id).is_some_and(head::is_live));
+    assert_eq!(live.count(), 2 * (FLOWS - FLOWS / 10) as usize);
     // Nothing more to do the second time.
     let again = sweeper.sweep().unwrap();
     assert_eq!((again.expired, again.total), (0, report.total));
@@ -386,37 +381,25 @@ fn ipv6_flows_and_orphans_expire() {
     let loaded = load(object(), &ns.pin, &sizes()).unwrap();
     let sweeper = Sweeper::open(&loaded.pins).unwrap();
     let mut maps = KernelMaps::open(&loaded.pins.maps()).unwrap();
-    let timeouts = m::Timeouts {
-        established: 1000,
-        syn: 1000,
-        closing: 1000,
-        udp: 1000,
-    };
-    maps.apply(&MapOp::PutTimeouts { service: 1, timeouts }).unwrap();
-    let table: Table<FlowKey6, m::Flow6> = Table::open(&loaded.pins.maps(), "FLOWS6").unwrap();
-    let address = |last: u16| Addr16::from(IpAddr::from([0x2001, 0xdb8, 0, 0, 0, 0, 0, last]));
+    maps.apply(&timeouts(1000)).unwrap();
+    let flows = FlowMaps::open(&loaded.pins.maps()).unwrap();
     let old = sweeper.now().unwrap().wrapping_sub(5000);
-    for port in 1..=100 {
-        let key = FlowKey6 {
-            src: address(1),
-            dst: address(2),
-            sport: Be16::new(port),
-            dport: Be16::new(53),
-            proto: 17,
-        };
-        // Halves without a partner: each is the only one of its direction.
-        let state = if port % 2 == 0 { flow_state::REVERSE } else { 0 };
-        let flow = m::Flow6 {
-            src: address(1),
-            dst: address(3),
-            service: 1,
-            state,
-            last_seen: old,
-            ..Default::default()
-        };
-        table.put(&key, &flow).unwrap();
+    for n in 0..100 {
+        let [forward, _] = slots::insert(&flows, &connection(n, true), old).unwrap();
+        if n % 2 == 0 {
+            // Its other half is left alone, as by somebody who was killed between the two.
+            let cell = Mapped::<Addr16, &FlowMaps>::new(&flows).slot(forward).unwrap();
+            let seen = flows.head::<Addr16>(forward).unwrap();
+            assert!(Mapped::<Addr16, &FlowMaps>::compare_exchange(
+                cell,
+                seen,
+                seen & !head::OCCUPIED
+            ));
+        }
     }
     let report = sweeper.sweep().unwrap();
     assert_eq!((report.expired, report.total), (100, 0));
-    assert!(table.all().unwrap().is_empty());
+    let mut left =
+        (0..flows.slots::<Addr16>()).filter(|id| flows.head::<Addr16>(*id).is_some_and(head::is_live));
+    assert_eq!(left.next(), None);
 }

@@ -289,7 +289,7 @@ fn from_node(n: Net) -> Vec<Row> {
             Expect::loopback(&back)
                 .to_client(1, &reply)
                 .handshake(1)
-                .flows(&[&conn.clone().established()]),
+                .flows(&[&conn.clone().answered()]),
         ),
         row(
             format!("{n}: the node talks to a VIP served by a container"),

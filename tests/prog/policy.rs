@@ -47,7 +47,7 @@ fn udp(n: Net) -> Vec<Row> {
         .comes(NIC, &data, moved()),
         row(format!("{n}: a flow of a backend id's earlier user moves"), stale).comes(NIC, &data, moved()),
         row(
-            format!("{n}: the first answer establishes"),
+            format!("{n}: an answer and one more datagram of the client establish"),
             n.one().conn(n.conn(), 1),
         )
         .comes(
@@ -56,6 +56,18 @@ fn udp(n: Net) -> Vec<Row> {
             Expect::send(NIC, &n.to_client(&reply))
                 .to_client(1, &reply)
                 .handshake(1)
+                .flows(&[&n.conn().answered()]),
+        )
+        .comes(
+            NIC,
+            &reply,
+            Expect::send(NIC, &n.to_client(&reply)).to_client(1, &reply),
+        )
+        .comes(
+            NIC,
+            &n.open(),
+            Expect::send(NIC, &n.to_b1(&n.open()))
+                .to_backend(1, &n.open())
                 .flows(&[&n.conn().established()]),
         ),
         row(format!("{n}: a datagram sent again stays with its backend"), {
@@ -169,7 +181,7 @@ fn affinity(n: Net) -> Vec<Row> {
         .comes(NIC, &open, to_b1()),
         row(
             format!("{n}: the second flow of a client follows the first"),
-            given(),
+            given().snat_ports(CPORT, CPORT + 1),
         )
         .comes(NIC, &open, to_b1())
         .comes(
@@ -259,7 +271,8 @@ fn refuse(n: Net) -> Vec<Row> {
 fn weights(n: Net) -> Row {
     // Weights 3 and 1.
     let ring = [1, 1, 2, 1];
-    let mut given = row(format!("{n}: the ring's shares decide"), n.two().ring(&ring));
+    let world = n.two().ring(&ring).snat_ports(CPORT, CPORT + 23);
+    let mut given = row(format!("{n}: the ring's shares decide"), world);
     let mut conns: Vec<Conn> = Vec::new();
     for port in CPORT..CPORT + 24 {
         let open = n.open().ports(port, SPORT);
@@ -270,9 +283,11 @@ fn weights(n: Net) -> Row {
         } else {
             (n.conn2(), n.to_b2(&open))
         };
-        let conn = conn.client_port(port);
+        // The source ports towards a backend are dealt out in turn.
+        let turn = conns.iter().filter(|earlier| earlier.id == conn.id).count() as u16;
+        let conn = conn.client_port(port).source(n.source(), CPORT + turn);
         conns.push(conn.clone());
-        let expect = Expect::send(NIC, &out.ports(port, BPORT))
+        let expect = Expect::send(NIC, &out.ports(CPORT + turn, BPORT))
             .new_flow(1, conn.id)
             .to_backend(conn.id, &open)
             .flows(&conns.iter().collect::<Vec<_>>());
@@ -354,7 +369,7 @@ fn hairpin(n: Net) -> Vec<Row> {
                     Expect::send(BRIDGE, &back.eth(mac_of(BRIDGE), CONTAINER_MAC))
                         .to_client(1, &reply)
                         .handshake(1)
-                        .flows(&[&conn.clone().established()]),
+                        .flows(&[&conn.clone().answered()]),
                 )
         })
         .collect()

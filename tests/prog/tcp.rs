@@ -7,12 +7,12 @@ use lb_common::{
 use lb_tests::{
     packet::{Packet, eth, flag},
     row::{Expect, Row, row},
-    world::{CLOSING_S, Conn, NIC, mac_of},
+    world::{CLOSING_S, Conn, ESTABLISHED_S, NIC, mac_of},
 };
 
 use crate::{
     flows::created,
-    net::{CLIENT_MAC, CPORT, Net, SPORT, TCPS},
+    net::{B1_MAC, BPORT, CLIENT_MAC, CPORT, Net, SPORT, TCPS},
 };
 
 pub fn rows() -> Vec<Row> {
@@ -20,6 +20,9 @@ pub fn rows() -> Vec<Row> {
     for n in TCPS {
         rows.extend(life(n));
         rows.extend(reuse(n));
+        rows.extend(busy_port(n));
+        rows.extend(late(n));
+        rows.extend(share(n));
         rows.extend(resteer(n));
         rows.extend(unknown(n));
         rows.extend(gone(n));
@@ -38,38 +41,34 @@ fn reset(n: Net, seq: u32, ack: Option<u32>) -> Packet {
         .window(0)
 }
 
-fn up(n: Net, flags: u8) -> (Packet, Expect) {
-    let packet = n.request(flags);
-    let expect = Expect::send(NIC, &n.to_b1(&packet)).to_backend(1, &packet);
-    (packet, expect)
-}
+/// A packet of a story: who sends it, its flags, sequence and acknowledgement number, and the state that it has to leave
+/// behind. The client's first number is 1000, the backend's 5000.
+type Told = (char, u8, u32, u32, u32);
 
-fn down(n: Net, flags: u8) -> (Packet, Expect) {
-    let packet = n.reply(flags);
-    let expect = Expect::send(NIC, &n.to_client(&packet)).to_client(1, &packet);
-    (packet, expect)
-}
-
-/// A row of packets of one flow, each with the state that it has to leave behind.
-fn story(name: String, n: Net, from: Option<u32>, packets: &[(char, u8, u32)]) -> Row {
+/// A row of packets of one flow.
+fn story(name: String, n: Net, from: Option<u32>, packets: &[Told]) -> Row {
     let given = match from {
         Some(bits) => n.one().conn(n.conn().state(bits), 1),
         None => n.one(),
     };
     let mut row = row(name, given);
     let mut before = from;
-    for (side, flags, after) in packets {
-        let (packet, expect) = if *side == '>' {
-            up(n, *flags)
+    for (side, flags, seq, ack, after) in packets {
+        let (packet, expect): (Packet, Expect) = if *side == '>' {
+            let packet = n.request(*flags).seq(*seq, *ack);
+            let expect = Expect::send(NIC, &n.to_b1(&packet)).to_backend(1, &packet);
+            (packet, expect)
         } else {
-            down(n, *flags)
+            let packet = n.reply(*flags).seq(*seq, *ack);
+            let expect = Expect::send(NIC, &n.to_client(&packet)).to_client(1, &packet);
+            (packet, expect)
         };
         let conn = n.conn().state(*after);
         let mut expect = expect.flows(&[&conn]);
         if before.is_none() {
             expect = expect.new_flow(1, 1);
         }
-        if before.unwrap_or(0) & state::ESTABLISHED == 0 && after & state::ESTABLISHED != 0 {
+        if before.unwrap_or(0) & state::ANSWERED == 0 && after & state::ANSWERED != 0 {
             expect = expect.handshake(1);
         }
         before = Some(*after);
@@ -78,91 +77,144 @@ fn story(name: String, n: Net, from: Option<u32>, packets: &[(char, u8, u32)]) -
     row
 }
 
+const ANSWERED: u32 = state::ANSWERED;
+const ESTABLISHED: u32 = state::ANSWERED | state::ESTABLISHED;
+/// A handshake.
+const OPEN: [Told; 3] = [
+    ('>', flag::SYN, 1000, 0, 0),
+    ('<', flag::SYN_ACK, 5000, 1001, ANSWERED),
+    ('>', flag::ACK, 1001, 5001, ESTABLISHED),
+];
+
+/// A handshake, or its beginning, and what follows.
+fn after(open: &[Told], more: &[Told]) -> Vec<Told> {
+    [open, more].concat()
+}
+
 fn life(n: Net) -> Vec<Row> {
-    use flag::{ACK, FIN_ACK, PSH, RST, RST_ACK, SYN, SYN_ACK};
-    let est = state::ESTABLISHED;
+    use flag::{ACK, FIN, FIN_ACK, PSH, RST, RST_ACK, SYN, SYN_ACK};
+    let est = ESTABLISHED;
     let (fc, fb) = (est | state::FIN_CLIENT, est | state::FIN_BACKEND);
-    let both = est | state::FIN_CLIENT | state::FIN_BACKEND;
+    let (fca, fba) = (fc | state::FIN_CLIENT_ACKED, fb | state::FIN_BACKEND_ACKED);
     let (client_reset, backend_reset) = (est | state::RESET_CLIENT, est | state::RESET_BACKEND);
     let name = |what: &str| format!("{n}: {what}");
+    let tale = |what: &str, packets: Vec<Told>| story(name(what), n, None, &packets);
     vec![
-        story(
-            name("a handshake"),
-            n,
-            None,
-            &[('>', SYN, 0), ('<', SYN_ACK, est), ('>', ACK, est)],
+        tale("a handshake", OPEN.to_vec()),
+        tale(
+            "only the acknowledgement of the SYN-ACK establishes",
+            after(
+                &OPEN[..2],
+                &[
+                    ('>', ACK, 1001, 5002, ANSWERED),
+                    ('>', RST, 1001, 0, ANSWERED),
+                    ('>', SYN_ACK, 1000, 5001, ANSWERED),
+                    ('>', FIN, 1001, 0, ANSWERED),
+                    ('>', ACK | PSH, 1001, 5001, est),
+                ],
+            ),
         ),
-        story(
-            name("data both ways leaves the state alone"),
-            n,
-            Some(est),
-            &[('>', ACK | PSH, est), ('<', ACK | PSH, est), ('>', ACK, est)],
+        tale(
+            "an acknowledgement before the SYN-ACK establishes nothing",
+            after(&OPEN[..1], &[('>', ACK, 1001, 1, 0), ('>', ACK, 1001, 0, 0)]),
         ),
-        story(
-            name("the client closes first"),
-            n,
-            Some(est),
-            &[
-                ('>', FIN_ACK, fc),
-                ('<', ACK, fc),
-                ('<', FIN_ACK, both),
-                ('>', ACK, both),
-            ],
+        tale(
+            "data both ways leaves the state alone",
+            after(
+                &OPEN,
+                &[
+                    ('>', ACK | PSH, 1001, 5001, est),
+                    ('<', ACK | PSH, 5001, 1001, est),
+                    ('>', ACK, 1001, 5001, est),
+                ],
+            ),
         ),
-        story(
-            name("the backend closes first"),
-            n,
-            Some(est),
-            &[
-                ('<', FIN_ACK, fb),
-                ('>', ACK, fb),
-                ('>', FIN_ACK, both),
-                ('<', ACK, both),
-            ],
+        tale(
+            "the client closes first",
+            after(
+                &OPEN,
+                &[
+                    ('>', FIN_ACK, 1001, 5001, fc),
+                    ('<', ACK, 5001, 1002, fca),
+                    ('<', FIN_ACK, 5001, 1002, fca | fb),
+                    ('>', ACK, 1002, 5002, fca | fba),
+                ],
+            ),
         ),
-        story(
-            name("both close at once"),
-            n,
-            Some(est),
-            &[
-                ('>', FIN_ACK, fc),
-                ('<', FIN_ACK, both),
-                ('>', ACK, both),
-                ('<', ACK, both),
-            ],
+        tale(
+            "the backend closes first",
+            after(
+                &OPEN,
+                &[
+                    ('<', FIN_ACK, 5001, 1001, fb),
+                    ('>', ACK, 1001, 5002, fba),
+                    ('>', FIN_ACK, 1001, 5002, fba | fc),
+                    ('<', ACK, 5002, 1002, fca | fba),
+                ],
+            ),
+        ),
+        tale(
+            "both close at once",
+            after(
+                &OPEN,
+                &[
+                    ('>', FIN_ACK, 1001, 5001, fc),
+                    ('<', FIN_ACK, 5001, 1001, fc | fb),
+                    ('>', ACK, 1002, 5002, fc | fba),
+                    ('<', ACK, 5002, 1002, fca | fba),
+                ],
+            ),
+        ),
+        tale(
+            "a FIN that the other side does not acknowledge closes nothing",
+            after(
+                &OPEN,
+                &[
+                    ('>', FIN_ACK, 77, 5001, fc),
+                    ('<', ACK, 5001, 1001, fc),
+                    ('<', FIN_ACK, 5001, 1001, fc | fb),
+                    ('>', ACK, 1001, 5002, fc | fba),
+                    ('>', FIN_ACK, 1001, 5002, fc | fba),
+                    ('<', ACK, 5002, 1002, fca | fba),
+                ],
+            ),
         ),
         story(
             name("half closed, the backend goes on sending"),
             n,
-            Some(fc),
-            &[('<', ACK | PSH, fc), ('>', ACK, fc), ('<', ACK | PSH, fc)],
+            Some(fca),
+            &[
+                ('<', ACK | PSH, 5001, 1002, fca),
+                ('>', ACK, 1002, 5001, fca),
+                ('<', ACK | PSH, 5001, 1002, fca),
+            ],
         ),
         story(
             name("a repeated FIN changes nothing more"),
             n,
-            Some(fc),
-            &[('>', FIN_ACK, fc)],
+            Some(fca),
+            &[('>', FIN_ACK, 1001, 5001, fca)],
         ),
         story(
             name("the client resets"),
             n,
             Some(est),
-            &[('>', RST, client_reset)],
+            &[('>', RST, 1001, 0, client_reset)],
         ),
         story(
             name("the backend resets"),
             n,
             Some(est),
-            &[('<', RST_ACK, backend_reset)],
+            &[('<', RST_ACK, 5001, 1001, backend_reset)],
         ),
         story(
             name("a client that goes on after its reset takes it back"),
             n,
             Some(est),
             &[
-                ('>', RST, client_reset),
-                ('<', ACK, client_reset),
-                ('>', ACK, est),
+                ('>', RST, 1001, 0, client_reset),
+                ('<', ACK, 5001, 1001, client_reset),
+                ('>', ACK, 1001, 5001, est),
             ],
         ),
         story(
@@ -170,22 +222,39 @@ fn life(n: Net) -> Vec<Row> {
             n,
             Some(est),
             &[
-                ('<', RST_ACK, backend_reset),
-                ('>', ACK, backend_reset),
-                ('<', ACK, est),
+                ('<', RST_ACK, 5001, 1001, backend_reset),
+                ('>', ACK, 1001, 5001, backend_reset),
+                ('<', ACK, 5001, 1001, est),
             ],
         ),
-        story(
-            name("a SYN-ACK that comes twice is counted once"),
-            n,
-            None,
-            &[('>', SYN, 0), ('<', SYN_ACK, est), ('<', SYN_ACK, est)],
+        tale(
+            "a client that has started again is let through by its backend",
+            after(
+                &OPEN,
+                &[
+                    ('>', SYN, 9000, 0, est),
+                    ('<', ACK, 5001, 1001, est),
+                    ('>', RST, 1001, 0, client_reset),
+                    ('>', SYN, 9000, 0, client_reset),
+                    ('<', SYN_ACK, 7000, 9001, ANSWERED),
+                    ('>', ACK, 9001, 7001, est),
+                ],
+            ),
         ),
-        story(
-            name("an ECN SYN opens a flow"),
-            n,
-            None,
-            &[('>', SYN | flag::ECE | flag::CWR, 0)],
+        tale(
+            "a SYN-ACK that comes twice is counted once",
+            after(
+                &OPEN[..2],
+                &[
+                    ('<', SYN_ACK, 5000, 1001, ANSWERED),
+                    ('>', ACK, 1001, 5001, est),
+                    ('<', SYN_ACK, 5000, 1001, est),
+                ],
+            ),
+        ),
+        tale(
+            "an ECN SYN opens a flow",
+            vec![('>', SYN | flag::ECE | flag::CWR, 1000, 0, 0)],
         ),
         {
             let packet = n.open().payload(b"GET / HTTP/1.1");
@@ -196,74 +265,218 @@ fn life(n: Net) -> Vec<Row> {
 }
 
 fn reuse(n: Net) -> Vec<Row> {
-    let both = state::ESTABLISHED | state::FIN_CLIENT | state::FIN_BACKEND;
+    let both = ESTABLISHED | state::FINS | state::CLOSED;
     let open = n.open();
     let fresh = || created(Expect::send(NIC, &n.to_b2(&open)), &open, &n.conn2());
+    let to_same = || Expect::send(NIC, &n.to_b1(&open)).to_backend(1, &open);
     let given = || n.two().ring(&[2]);
     let drains = {
         let mut world = given();
         world.backends[0].state = backend_state::DRAINING;
         world
     };
-    // Somebody else's finished flow holds the SNAT port.
-    let other = Conn {
+    // Somebody else's flow holds the SNAT port.
+    let other = |state: u32| Conn {
         client: (n.stranger(), 40_000),
-        ..n.conn2().state(both)
+        ..n.conn2().state(state)
     };
+    let one_port = |conn: Conn, age: u32| given().snat_ports(CPORT, CPORT).conn(conn, age);
+    let exhausted = || Expect::drop(DropReason::SnatPortsExhausted, 1);
     vec![
         row(
             format!("{n}: a SYN on a closed tuple begins a new flow"),
             given().conn(n.conn().state(both), 5),
         )
         .comes(NIC, &open, fresh()),
-        row(format!("{n}: a SYN on a reset tuple begins a new flow"), {
-            given().conn(n.conn().state(state::ESTABLISHED | state::RESET), 5)
-        })
-        .comes(NIC, &open, fresh()),
+        row(
+            format!("{n}: a SYN on a tuple that was reset is left to the backend"),
+            given().conn(n.conn().state(ESTABLISHED | state::RESET), 5),
+        )
+        .comes(NIC, &open, to_same()),
         row(
             format!("{n}: a SYN on a half-closed tuple is left to the backend"),
-            given().conn(n.conn().state(state::ESTABLISHED | state::FIN_CLIENT), 5),
+            given().conn(n.conn().state(ESTABLISHED | state::FIN_CLIENT), 5),
         )
-        .comes(
-            NIC,
-            &open,
-            Expect::send(NIC, &n.to_b1(&open)).to_backend(1, &open),
-        ),
+        .comes(NIC, &open, to_same()),
         row(
             format!("{n}: a SYN on a live tuple is left to the backend (RFC 5961)"),
             given().conn(n.conn().established(), 5),
         )
-        .comes(
-            NIC,
-            &open,
-            Expect::send(NIC, &n.to_b1(&open)).to_backend(1, &open),
-        ),
+        .comes(NIC, &open, to_same()),
         row(
-            format!("{n}: a SYN to a draining backend's flow goes to another"),
+            format!("{n}: a SYN on a live tuple is left to the backend while that drains"),
             drains.clone().conn(n.conn().established(), 5),
+        )
+        .comes(NIC, &open, to_same()),
+        row(
+            format!("{n}: a half-open flow leaves a draining backend"),
+            drains.conn(n.conn().answered(), 5),
         )
         .comes(NIC, &open, fresh()),
         row(
-            format!("{n}: a closed flow gives up its SNAT port after a second"),
-            given().snat_ports(CPORT, CPORT).conn(other.clone(), 5),
+            format!("{n}: a closed flow keeps its SNAT port for as long as tcp-closing says"),
+            one_port(other(both), 5),
+        )
+        .comes(NIC, &open, exhausted()),
+        row(
+            format!("{n}: an expired closed flow gives up its SNAT port"),
+            one_port(other(both), CLOSING_S + 5),
         )
         .comes(NIC, &open, fresh().count(Counter::FlowsReclaimed)),
-        row(format!("{n}: a closed flow keeps its SNAT port for a second"), {
-            given().snat_ports(CPORT, CPORT).conn(other.clone(), 0)
-        })
-        .comes(NIC, &open, Expect::drop(DropReason::SnatPortsExhausted, 1)),
-        row(format!("{n}: an expired closed flow gives up its SNAT port"), {
-            given().snat_ports(CPORT, CPORT).conn(other, CLOSING_S + 5)
-        })
+        row(
+            format!("{n}: half-closed flows keep their SNAT port"),
+            one_port(other(ESTABLISHED | state::FIN_CLIENT), CLOSING_S + 5),
+        )
+        .comes(NIC, &open, exhausted()),
+        row(
+            format!("{n}: a half-open flow gives up its SNAT port when all are taken"),
+            one_port(other(0), 1),
+        )
         .comes(NIC, &open, fresh().count(Counter::FlowsReclaimed)),
-        row(format!("{n}: half-closed flows keep their SNAT port"), {
-            let half = Conn {
-                client: (n.stranger(), 40_000),
-                ..n.conn2().state(state::ESTABLISHED | state::FIN_CLIENT)
-            };
-            given().snat_ports(CPORT, CPORT).conn(half, CLOSING_S + 5)
-        })
-        .comes(NIC, &open, Expect::drop(DropReason::SnatPortsExhausted, 1)),
+        row(
+            format!("{n}: a flow that was reset by one side keeps its SNAT port for two minutes"),
+            one_port(other(ESTABLISHED | state::RESET_CLIENT), 110),
+        )
+        .comes(NIC, &open, exhausted()),
+        row(
+            format!("{n}: a flow that was reset and is silent gives up its SNAT port"),
+            one_port(other(ESTABLISHED | state::RESET_CLIENT), 125),
+        )
+        .comes(NIC, &open, fresh().count(Counter::FlowsReclaimed)),
+    ]
+}
+
+/// A backend that still has an earlier connection on the source port.
+fn busy_port(n: Net) -> Vec<Row> {
+    let open = n.open();
+    let challenge = n.reply(flag::ACK).seq(5000, 77);
+    let busy = n.conn().state(state::PORT_BUSY);
+    let next = n.conn().source(n.source(), CPORT + 1);
+    vec![
+        row(
+            format!("{n}: where the backend has the port still, the next SYN takes another"),
+            n.one().snat_ports(CPORT, CPORT + 1),
+        )
+        .comes(
+            NIC,
+            &open,
+            created(Expect::send(NIC, &n.to_b1(&open)), &open, &n.conn()),
+        )
+        .comes(
+            NIC,
+            &challenge,
+            Expect::send(NIC, &n.to_client(&challenge))
+                .to_client(1, &challenge)
+                .flows(&[&busy]),
+        )
+        .comes(
+            NIC,
+            &n.request(flag::RST).seq(77, 0),
+            Expect::drop(DropReason::RefusalHidden, 1),
+        )
+        .comes(
+            NIC,
+            &open,
+            created(
+                Expect::send(NIC, &n.to_b1(&open).ports(CPORT + 1, BPORT)),
+                &open,
+                &next,
+            ),
+        ),
+    ]
+}
+
+/// Packets that come late.
+fn late(n: Net) -> Vec<Row> {
+    let old = ESTABLISHED_S + 5;
+    let idle = || n.one().conn(n.conn().established(), old);
+    let data = n.request(flag::ACK).payload(b"late");
+    let from_backend = n.reply(flag::ACK).seq(5001, 1001).payload(b"late");
+    let to_backend = eth(mac_of(NIC), B1_MAC)
+        .ip(n.source(), n.b1())
+        .id(0)
+        .tcp(CPORT, BPORT, flag::RST)
+        .seq(1001, 0)
+        .window(0);
+    let expired = || Expect::drop(DropReason::FlowExpired, 1);
+    let ends = |expect: Expect| expect.count(Counter::FlowsExpired).flows(&[]);
+    vec![
+        row(
+            format!("{n}: a client that was silent for too long is reset"),
+            idle(),
+        )
+        .comes(
+            NIC,
+            &data,
+            ends(Expect::send(NIC, &reset(n, 2000, None)).count(Counter::ResetsSent)),
+        ),
+        row(
+            format!("{n}: a backend that was silent for too long is reset, and so is what comes after"),
+            idle(),
+        )
+        .comes(
+            NIC,
+            &from_backend,
+            ends(Expect::send(NIC, &to_backend).count(Counter::ResetsSent)),
+        )
+        .comes(
+            NIC,
+            &from_backend,
+            Expect::send(NIC, &to_backend).count(Counter::ResetsSent),
+        )
+        .comes(NIC, &n.reply(flag::RST).seq(5001, 0), expired())
+        .comes(NIC, &n.reply(flag::FIN_ACK).seq(5001, 1001), expired()),
+        row(
+            format!("{n}: a SYN-ACK that meets a flow that has ended is somebody else's, and clears it"),
+            idle(),
+        )
+        .comes(
+            NIC,
+            &from_backend,
+            ends(Expect::send(NIC, &to_backend).count(Counter::ResetsSent)),
+        )
+        .comes(NIC, &n.reply(flag::SYN_ACK).seq(5000, 1001), Expect::pass())
+        .comes(NIC, &from_backend, Expect::pass()),
+        row(
+            format!("{n}: a SYN after a flow that has ended begins a new one"),
+            idle(),
+        )
+        .comes(
+            NIC,
+            &n.open(),
+            created(Expect::send(NIC, &n.to_b1(&n.open())), &n.open(), &n.conn())
+                .count(Counter::FlowsExpired),
+        ),
+        row(
+            format!("{n}: while either side sends, a flow does not expire"),
+            n.one().conn(n.conn().established(), ESTABLISHED_S - 5),
+        )
+        .comes(
+            NIC,
+            &data,
+            Expect::send(NIC, &n.to_b1(&data)).to_backend(1, &data),
+        ),
+    ]
+}
+
+/// A service that holds its share of the table.
+fn share(n: Net) -> Vec<Row> {
+    let open = n.open();
+    vec![
+        row(
+            format!("{n}: a service that holds its share of the table gets no new flows"),
+            n.one().flow_share(10, 10),
+        )
+        .comes(NIC, &open, Expect::drop(DropReason::ServiceShare, 1)),
+        row(
+            format!("{n}: below its share a service gets new flows"),
+            n.one().flow_share(10, 9),
+        )
+        .comes(
+            NIC,
+            &open,
+            created(Expect::send(NIC, &n.to_b1(&open)), &open, &n.conn()),
+        ),
     ]
 }
 
@@ -380,7 +593,7 @@ fn resteer(n: Net) -> Vec<Row> {
             Expect::send(NIC, &n.to_client(&n.reply(flag::SYN_ACK)))
                 .to_client(2, &n.reply(flag::SYN_ACK))
                 .handshake(2)
-                .flows(&[&n.conn2().state(tries(1) | state::ESTABLISHED)]),
+                .flows(&[&n.conn2().state(tries(1) | state::ANSWERED)]),
         ),
     ]
 }

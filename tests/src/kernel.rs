@@ -2,7 +2,7 @@
 
 use std::{
     fs::File,
-    net::IpAddr,
+    os::fd::AsFd as _,
     path::PathBuf,
     process::Command,
     sync::{Mutex, PoisonError},
@@ -16,26 +16,29 @@ use aya::{
     programs::{SchedClassifier, Xdp},
 };
 use lb_common::{
-    addr::{Addr4, Addr16, Be16},
+    addr::{Addr4, Addr16},
     counter::{Counter, DropReason},
-    flow::{Address, FlowKey},
+    limits::flow_buckets,
     maps::{
-        ABI_VERSION, AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Flow, FragmentKey,
-        FragmentPorts, Meta, RingRow, SCHEMA, Service, ServiceKey, ServiceStats, Settings, Stats, Timeouts,
-        Vip,
+        ABI_VERSION, AclData, Affinity, AffinityKey, Backend, BackendStats, Cursor, Device, Drops,
+        FragmentKey, FragmentPorts, Meta, RingRow, SCHEMA, Service, ServiceFlows, ServiceKey, ServiceStats,
+        Settings, Stats, Timeouts, Vip,
     },
+    slot::TableSettings,
 };
+use weir::datapath::flow_table::{Context, FlowMaps};
 
 use crate::{
     row::Datapath,
-    world::{Conn, DEVICES, FlowEntry, World, ifindex_of},
+    slots,
+    world::{DEVICES, FlowEntry, World, ifindex_of},
 };
 
-/// Entries of each flow table in the tests.
-pub const FLOW_ENTRIES: u32 = 64;
+/// Flows that each flow table is for in the tests.
+pub const FLOWS: u32 = 32;
 /// Sizes of the maps in the tests.
 pub const SMALL: Sizes = Sizes {
-    flow_entries: FLOW_ENTRIES,
+    flows: FLOWS,
     backends: 32,
     services: 16,
 };
@@ -43,8 +46,8 @@ pub const SMALL: Sizes = Sizes {
 /// Sizes of the maps.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// Entries of each flow table.
-    pub flow_entries: u32,
+    /// Flows that each flow table is for.
+    pub flows: u32,
     /// Backend records.
     pub backends: u32,
     /// Services.
@@ -153,8 +156,10 @@ impl Kernel {
         // The log of a refused program is long and slow to write; `cargo xtask build-ebpf` is the place to read it.
         let mut bpf = EbpfLoader::new()
             .verifier_log_level(VerifierLogLevel::DISABLE)
-            .map_max_entries("FLOWS4", sizes.flow_entries)
-            .map_max_entries("FLOWS6", sizes.flow_entries)
+            .map_max_entries("FLOWS4", flow_buckets(sizes.flows))
+            .map_max_entries("FLOWS6", flow_buckets(sizes.flows))
+            .map_max_entries("CURSORS", sizes.backends)
+            .map_max_entries("SERVICE_FLOWS", sizes.services)
             .map_max_entries("BACKENDS", sizes.backends)
             .map_max_entries("BACKEND_STATS", sizes.backends)
             .map_max_entries("SERVICES", sizes.services)
@@ -188,7 +193,41 @@ impl Kernel {
             _pad: 0,
         };
         kernel.array::<Meta>("META")?.set(0, meta, 0)?;
+        let table = kernel.table();
+        kernel.array::<TableSettings>("TABLE")?.set(0, table, 0)?;
         Ok(kernel)
+    }
+
+    /// What the flow tables' hash is made of: nothing secret, so that rows come out the same every time.
+    fn table(&self) -> TableSettings {
+        TableSettings {
+            buckets4: flow_buckets(self.sizes.flows),
+            buckets6: flow_buckets(self.sizes.flows),
+            ..slots::SETTINGS
+        }
+    }
+
+    /// The flow tables in this process's memory, with the idle times of a world.
+    pub fn flow_maps(&mut self, world: Option<&World>) -> Result<FlowMaps> {
+        let mut timeouts = vec![Timeouts::default(); self.sizes.services as usize];
+        for service in world.iter().flat_map(|world| &world.services) {
+            timeouts[service.value.id as usize] = World::timeouts(service, self.hz);
+        }
+        let context = Context {
+            settings: self.table(),
+            timeouts,
+            ticks_per_second: self.hz,
+        };
+        let mut fds = Vec::new();
+        for name in ["FLOWS4", "FLOWS6", "SERVICE_FLOWS"] {
+            let map = self.bpf.map(name).with_context(|| format!("no map {name}"))?;
+            let aya::maps::Map::Array(map) = map else {
+                bail!("map {name} is no array");
+            };
+            fds.push(map.fd().as_fd());
+        }
+        let fds = fds.try_into().map_err(|_| anyhow::anyhow!("three maps"))?;
+        Ok(FlowMaps::of(fds, self.sizes.services, context)?)
     }
 
     fn array<V: Pod>(&mut self, name: &str) -> Result<Array<&mut MapData, V>> {
@@ -232,44 +271,22 @@ impl Kernel {
         }
         Ok(())
     }
-
-    /// Puts both entries of a connection into its flow table.
-    pub fn insert(&mut self, conn: &Conn, last_seen: u32) -> Result<()> {
-        conn.entries()
-            .iter()
-            .try_for_each(|entry| self.insert_entry(entry, last_seen))
-    }
-
-    fn insert_entry(&mut self, entry: &FlowEntry, last_seen: u32) -> Result<()> {
-        if entry.src.0.is_ipv4() {
-            let (key, flow) = flow_of::<Addr4>(entry, last_seen);
-            self.hash("FLOWS4")?.insert(key, flow, 0).context("FLOWS4")
-        } else {
-            let (key, flow) = flow_of::<Addr16>(entry, last_seen);
-            self.hash("FLOWS6")?.insert(key, flow, 0).context("FLOWS6")
-        }
-    }
-
-    /// Fills both flow tables with flows that belong to nobody here, until the kernel says that there is no room.
-    fn fill(&mut self, now: u32) -> Result<()> {
-        for v6 in [false, true] {
-            let full = (0..4 * FLOW_ENTRIES).any(|n| self.insert_entry(&strangers(v6, n), now).is_err());
-            ensure!(
-                full,
-                "a flow table has room for more than {} entries",
-                4 * FLOW_ENTRIES
-            );
-        }
-        Ok(())
-    }
 }
 
 // === impl Datapath ===
 
 impl Datapath for Kernel {
     fn set(&mut self, world: &World) -> Result<()> {
-        self.clear::<FlowKey<Addr4>, Flow<Addr4>>("FLOWS4")?;
-        self.clear::<FlowKey<Addr16>, Flow<Addr16>>("FLOWS6")?;
+        let flows = self.flow_maps(Some(world))?;
+        slots::clear::<Addr4, _>(&flows);
+        slots::clear::<Addr16, _>(&flows);
+        for id in 0..self.sizes.backends {
+            self.array::<Cursor>("CURSORS")?.set(id, Cursor::default(), 0)?;
+        }
+        for id in 0..self.sizes.services {
+            self.array::<ServiceFlows>("SERVICE_FLOWS")?
+                .set(id, world.service_flows(id), 0)?;
+        }
         self.clear::<ServiceKey, Service>("SERVICES")?;
         self.clear::<AffinityKey, Affinity>("AFFINITY")?;
         self.clear::<FragmentKey, FragmentPorts>("FRAGMENTS")?;
@@ -320,24 +337,19 @@ impl Datapath for Kernel {
         }
         let now = jiffies()?;
         for (conn, age) in &world.conns {
-            self.insert(conn, now.wrapping_sub(age * self.hz))?;
+            slots::insert(&flows, conn, now.wrapping_sub(age * self.hz))?;
         }
         if world.flow_table_full {
-            self.fill(now)?;
+            slots::fill::<Addr4, _>(&flows, now)?;
+            slots::fill::<Addr16, _>(&flows, now)?;
         }
         Ok(())
     }
 
     fn flows(&mut self) -> Result<Vec<FlowEntry>> {
-        let mut all = Vec::new();
-        for entry in self.hash::<FlowKey<Addr4>, Flow<Addr4>>("FLOWS4")?.iter() {
-            let (key, flow) = entry?;
-            all.push(entry_of(&key, &flow));
-        }
-        for entry in self.hash::<FlowKey<Addr16>, Flow<Addr16>>("FLOWS6")?.iter() {
-            let (key, flow) = entry?;
-            all.push(entry_of(&key, &flow));
-        }
+        let flows = self.flow_maps(None)?;
+        let mut all = slots::live::<Addr4, _>(&flows)?;
+        all.extend(slots::live::<Addr16, _>(&flows)?);
         all.sort_by_key(|e| (e.src, e.dst, e.proto));
         Ok(all)
     }
@@ -435,31 +447,6 @@ fn words(words: &[u32]) -> Vec<u8> {
     words.iter().flat_map(|w| w.to_ne_bytes()).collect()
 }
 
-/// A live flow that belongs to nobody in the rows: what full tables are full of.
-pub fn strangers(v6: bool, n: u32) -> FlowEntry {
-    let (src, dst): (IpAddr, IpAddr) = if v6 {
-        (
-            [0xfdff, 0, 0, 0, 0, 0, 0, 1].into(),
-            [0xfdff, 0, 0, 0, 0, 0, 0, 2].into(),
-        )
-    } else {
-        ([10, 255, 0, 1].into(), [10, 255, 0, 2].into())
-    };
-    let (src, dst) = ((src, n as u16 + 1), (dst, 9));
-    FlowEntry {
-        proto: 6,
-        src,
-        dst,
-        to_src: src,
-        to_dst: dst,
-        backend: 1,
-        epoch: 100,
-        service: 1,
-        state: lb_common::maps::flow_state::ESTABLISHED,
-        hop: lb_common::addr::Hop::UNKNOWN,
-    }
-}
-
 /// The counters of a backend by name.
 pub fn backend_fields(stats: &BackendStats) -> [(&'static str, u64); 8] {
     [
@@ -472,81 +459,6 @@ pub fn backend_fields(stats: &BackendStats) -> [(&'static str, u64); 8] {
         ("resteered", stats.resteered),
         ("established", stats.established),
     ]
-}
-
-/// A flow entry as the maps hold it.
-pub fn flow_of<A: Address + Default>(entry: &FlowEntry, last_seen: u32) -> (FlowKey<A>, Flow<A>) {
-    let addr = |ip: IpAddr| A::from_wide(Addr16::from(ip));
-    let key = FlowKey {
-        src: addr(entry.src.0),
-        dst: addr(entry.dst.0),
-        sport: Be16::new(entry.src.1),
-        dport: Be16::new(entry.dst.1),
-        proto: entry.proto.into(),
-    };
-    let flow = Flow {
-        src: addr(entry.to_src.0),
-        dst: addr(entry.to_dst.0),
-        sport: Be16::new(entry.to_src.1),
-        dport: Be16::new(entry.to_dst.1),
-        addr_delta: delta(&[entry.src.0, entry.dst.0], &[entry.to_src.0, entry.to_dst.0]),
-        port_delta: port_delta([entry.src.1, entry.dst.1], [entry.to_src.1, entry.to_dst.1]),
-        hop: entry.hop,
-        backend: entry.backend,
-        epoch: entry.epoch,
-        service: entry.service,
-        state: entry.state,
-        last_seen,
-        created: last_seen,
-        _pad: A::Pad::default(),
-    };
-    (key, flow)
-}
-
-/// A flow entry of the maps in the form that rows compare.
-pub fn entry_of<A: Address>(key: &FlowKey<A>, flow: &Flow<A>) -> FlowEntry {
-    let end = |addr: A, port: Be16| (IpAddr::from(addr.wide()), port.get());
-    FlowEntry {
-        proto: key.proto as u8,
-        src: end(key.src, key.sport),
-        dst: end(key.dst, key.dport),
-        to_src: end(flow.src, flow.sport),
-        to_dst: end(flow.dst, flow.dport),
-        backend: flow.backend,
-        epoch: flow.epoch,
-        service: flow.service,
-        state: flow.state,
-        hop: flow.hop,
-    }
-}
-
-/// One's complement difference new − old in memory words (RFC 1624: the sum of ~old and new).
-fn difference(old: &[u8], new: &[u8]) -> u16 {
-    let mut sum = 0u32;
-    for (o, n) in old.chunks(2).zip(new.chunks(2)) {
-        sum += u32::from(!u16::from_ne_bytes([o[0], o[1]])) + u32::from(u16::from_ne_bytes([n[0], n[1]]));
-    }
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
-    }
-    sum as u16
-}
-
-fn delta(old: &[IpAddr], new: &[IpAddr]) -> u16 {
-    let bytes = |ips: &[IpAddr]| -> Vec<u8> {
-        ips.iter()
-            .flat_map(|ip| match ip {
-                IpAddr::V4(v4) => v4.octets().to_vec(),
-                IpAddr::V6(v6) => v6.octets().to_vec(),
-            })
-            .collect()
-    };
-    difference(&bytes(old), &bytes(new))
-}
-
-fn port_delta(old: [u16; 2], new: [u16; 2]) -> u16 {
-    let bytes = |ports: [u16; 2]| ports.map(u16::to_be_bytes).concat();
-    difference(&bytes(old), &bytes(new))
 }
 
 /// The flow clock now: the low 32 bits of the kernel's jiffies, which `/proc/timer_list` tells to root.

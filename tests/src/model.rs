@@ -1,34 +1,37 @@
 //! The core as the host compiles it, over maps on the heap: the same code as in the kernel, without the kernel.
 
 use std::{
-    cell::{Cell, UnsafeCell},
+    cell::UnsafeCell,
     collections::HashMap,
     net::IpAddr,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use lb_common::{
     addr::{Addr4, Addr16},
     counter::{Counter, DropReason},
-    flow::{Address, FlowKey, FlowKey6},
-    limits::RING_ROW,
+    flow::Address,
+    limits::{RING_ROW, flow_buckets},
     maps::{
-        Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6, FragmentKey,
-        FragmentPorts, Ours, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
+        Affinity, AffinityKey, Backend, BackendStats, Cursor, Device, Event, FragmentKey, FragmentPorts,
+        Ours, Service, ServiceFlows, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
     },
+    slot::{Bucket, Bucket4, Bucket6, Flow, TableSettings},
 };
 use lb_ebpf::{
-    csum,
+    csum, install,
     packet::{Header, Hook, Packet},
     parse::Datagram,
     pipeline,
-    tables::{Entry, InsertError, Scratch, Tables, Work},
+    tables::{FlowTables, Scratch, Tables, Work},
     verdict::{Action, Verdict},
 };
 
 use crate::{
-    kernel::{Counters, FLOW_ENTRIES, Program, Ran, SMALL, backend_fields, entry_of, flow_of, strangers},
+    kernel::{Counters, FLOWS, Program, Ran, SMALL, backend_fields},
     row::Datapath,
+    slots,
     world::{FlowEntry, World, ifindex_of},
 };
 
@@ -40,10 +43,6 @@ const NOW: u32 = u32::MAX - 100;
 /// All maps on the heap. One thread, one packet at a time.
 pub struct Model(UnsafeCell<Maps>);
 
-#[expect(
-    clippy::vec_box,
-    reason = "the core may hold pointers into what was removed: it must not move"
-)]
 struct Maps {
     ours: Box<Ours>,
     settings: Settings,
@@ -54,15 +53,14 @@ struct Maps {
     backends: Vec<Backend>,
     devices: Vec<Device>,
     sources: Vec<Addr16>,
-    cursor: Cell<u32>,
+    cursors: Vec<Cursor>,
     acl: Vec<(u32, IpAddr, u8, u32)>,
     affinity: HashMap<AffinityKey, Affinity>,
     fragments: HashMap<FragmentKey, FragmentPorts>,
-    flows4: HashMap<FlowKey6, Box<Flow4>>,
-    flows6: HashMap<FlowKey6, Box<Flow6>>,
-    /// As under RCU, what was removed stays readable while a packet is on its way.
-    removed4: Vec<Box<Flow4>>,
-    removed6: Vec<Box<Flow6>>,
+    table: TableSettings,
+    flows4: Vec<Bucket4>,
+    flows6: Vec<Bucket6>,
+    service_flows: Vec<ServiceFlows>,
     scratch4: Scratch<Addr4>,
     scratch6: Scratch<Addr16>,
     counters: Vec<u64>,
@@ -87,14 +85,18 @@ impl Default for Model {
             backends: Vec::new(),
             devices: Vec::new(),
             sources: Vec::new(),
-            cursor: Cell::new(0),
+            cursors: vec![Cursor::default(); SMALL.backends as usize],
             acl: Vec::new(),
             affinity: HashMap::new(),
             fragments: HashMap::new(),
-            flows4: HashMap::new(),
-            flows6: HashMap::new(),
-            removed4: Vec::new(),
-            removed6: Vec::new(),
+            table: TableSettings {
+                buckets4: flow_buckets(FLOWS),
+                buckets6: flow_buckets(FLOWS),
+                ..slots::SETTINGS
+            },
+            flows4: vec![Bucket4::default(); flow_buckets(FLOWS) as usize],
+            flows6: vec![Bucket6::default(); flow_buckets(FLOWS) as usize],
+            service_flows: vec![ServiceFlows::default(); SMALL.services as usize],
             scratch4: blank(),
             scratch6: blank(),
             counters: vec![0; Counter::COUNT],
@@ -152,36 +154,22 @@ impl Datapath for Model {
             maps.timeouts
                 .insert(service.value.id, World::timeouts(service, HZ));
         }
+        for (id, flows) in (0_u32..).zip(&mut maps.service_flows) {
+            *flows = world.service_flows(id);
+        }
         for (conn, age) in &world.conns {
-            for entry in conn.entries() {
-                insert(maps, &entry, NOW.wrapping_sub(age * HZ));
-            }
+            slots::insert(View(self), conn, NOW.wrapping_sub(age * HZ))?;
         }
         if world.flow_table_full {
-            for n in 0..FLOW_ENTRIES {
-                if maps.flows4.len() < FLOW_ENTRIES as usize {
-                    insert(maps, &strangers(false, n), NOW);
-                }
-                if maps.flows6.len() < FLOW_ENTRIES as usize {
-                    insert(maps, &strangers(true, n), NOW);
-                }
-            }
+            slots::fill::<Addr4, _>(View(self), NOW)?;
+            slots::fill::<Addr16, _>(View(self), NOW)?;
         }
         Ok(())
     }
 
     fn flows(&mut self) -> Result<Vec<FlowEntry>> {
-        let maps = self.maps();
-        let narrow = |key: &FlowKey6| FlowKey {
-            src: Addr4::from_wide(key.src),
-            dst: Addr4::from_wide(key.dst),
-            sport: key.sport,
-            dport: key.dport,
-            proto: key.proto,
-        };
-        let four = maps.flows4.iter().map(|(key, flow)| entry_of(&narrow(key), flow));
-        let six = maps.flows6.iter().map(|(key, flow)| entry_of(key, flow));
-        let mut all: Vec<_> = four.chain(six).collect();
+        let mut all = slots::live::<Addr4, _>(View(self))?;
+        all.extend(slots::live::<Addr16, _>(View(self))?);
         all.sort_by_key(|e| (e.src, e.dst, e.proto));
         Ok(all)
     }
@@ -220,12 +208,6 @@ impl Datapath for Model {
             Program::Egress => run::<EGRESS>(View(self), ifindex, frame),
         };
         let maps = self.maps();
-        maps.removed4.clear();
-        maps.removed6.clear();
-        ensure!(
-            maps.flows4.len().max(maps.flows6.len()) <= FLOW_ENTRIES as usize,
-            "too many flows"
-        );
         let xdp = program == Program::Xdp;
         let (action, to) = match verdict.action() {
             Action::Pass | Action::ToTc => (if xdp { 2 } else { -1 }, None),
@@ -245,26 +227,6 @@ fn run<const HOOK: u8>(view: View<'_>, device: u32, frame: &[u8]) -> (Verdict, V
     let mut frame = Frame::<HOOK>::new(device, frame);
     let verdict = pipeline::process(&mut frame, view);
     (verdict, frame.bytes().to_vec())
-}
-
-fn insert(maps: &mut Maps, entry: &FlowEntry, last_seen: u32) {
-    if entry.src.0.is_ipv4() {
-        let (key, flow) = flow_of::<Addr4>(entry, last_seen);
-        maps.flows4.insert(wide(&key), Box::new(flow));
-    } else {
-        let (key, flow) = flow_of::<Addr16>(entry, last_seen);
-        maps.flows6.insert(wide(&key), Box::new(flow));
-    }
-}
-
-fn wide<A: Address>(key: &FlowKey<A>) -> FlowKey6 {
-    FlowKey {
-        src: key.src.wide(),
-        dst: key.dst.wide(),
-        sport: key.sport,
-        dport: key.dport,
-        proto: key.proto,
-    }
 }
 
 impl View<'_> {
@@ -287,12 +249,60 @@ fn blank<A: Address>() -> Scratch<A> {
 
 // === impl Tables ===
 
+impl FlowTables for View<'_> {
+    fn table_settings<'a>(self) -> Option<&'a TableSettings>
+    where
+        Self: 'a,
+    {
+        Some(&self.0.maps().table)
+    }
+    fn flow_bucket<A: Address>(self, index: u32) -> Option<*mut Bucket<A>> {
+        let (maps, index) = (self.0.maps(), index as usize);
+        if A::V6 {
+            Some((&raw mut *maps.flows6.get_mut(index)?).cast())
+        } else {
+            Some((&raw mut *maps.flows4.get_mut(index)?).cast())
+        }
+    }
+    unsafe fn compare_exchange(word: *mut u64, old: u64, new: u64) -> u64 {
+        // SAFETY: an aligned word of the model's maps.
+        match unsafe { AtomicU64::from_ptr(word) }.compare_exchange(
+            old,
+            new,
+            Ordering::SeqCst,
+            Ordering::SeqCst,
+        ) {
+            Ok(seen) | Err(seen) => seen,
+        }
+    }
+    unsafe fn fetch_or(word: *mut u64, bits: u64) {
+        // SAFETY: as in `compare_exchange`.
+        unsafe { AtomicU64::from_ptr(word) }.fetch_or(bits, Ordering::SeqCst);
+    }
+    fn timeouts<'a>(self, service: u32) -> Option<&'a Timeouts>
+    where
+        Self: 'a,
+    {
+        self.0.maps().timeouts.get(&service)
+    }
+    fn ticks_per_second(self) -> u32 {
+        HZ
+    }
+    fn count_flow<A: Address>(self, service: u32, counts: bool) {
+        let flows = &mut self.0.maps().service_flows[service as usize].families[usize::from(A::V6)];
+        *flows = flows.wrapping_add(if counts { 1 } else { u64::MAX });
+    }
+    fn flow_evicted(self) {
+        self.count(Counter::FlowsReclaimed);
+    }
+}
+
 impl Tables for View<'_> {
     fn now(self) -> u32 {
         NOW
     }
-    fn ticks_per_second(self) -> u32 {
-        HZ
+    fn counted_flows<A: Address>(self, service: u32) -> u64 {
+        self.0.maps().service_flows[service as usize].families[usize::from(A::V6)]
     }
     fn ours_word(self, word: u32) -> u64 {
         self.0.maps().ours.words[word as usize]
@@ -317,12 +327,6 @@ impl Tables for View<'_> {
         Self: 'a,
     {
         self.0.maps().services.get(key)
-    }
-    fn timeouts<'a>(self, service: u32) -> Option<&'a Timeouts>
-    where
-        Self: 'a,
-    {
-        self.0.maps().timeouts.get(&service)
     }
     fn ring(self, row: u32, index: u32) -> u32 {
         self.0
@@ -357,15 +361,16 @@ impl Tables for View<'_> {
     {
         self.0.maps().sources.get(index as usize)
     }
-    fn next_port(self, _backend: u32, leap: bool) -> u32 {
-        let cursor = &self.0.maps().cursor;
-        let from = if leap {
-            cursor.get().wrapping_mul(0x9e37_79b1)
-        } else {
-            cursor.get()
-        };
-        cursor.set(from.wrapping_add(1));
-        cursor.get()
+    fn next_source(self, backend: u32) -> u64 {
+        let cursor = &mut self.0.maps().cursors[backend as usize];
+        cursor.next += 1;
+        cursor.next - 1
+    }
+    fn exhausted_at(self, backend: u32) -> u32 {
+        self.0.maps().cursors[backend as usize].exhausted_at
+    }
+    fn set_exhausted(self, backend: u32, now: u32) {
+        self.0.maps().cursors[backend as usize].exhausted_at = now;
     }
     fn acl(self, service: u32, client: &Addr16) -> u32 {
         let bits = u128::from_be_bytes(client.octets());
@@ -398,46 +403,12 @@ impl Tables for View<'_> {
     fn set_fragment(self, key: &FragmentKey, ports: &FragmentPorts) {
         self.0.maps().fragments.insert(*key, *ports);
     }
-    fn flow<A: Address>(self, key: &FlowKey<A>) -> Option<Entry<A>> {
-        let (maps, key) = (self.0.maps(), wide(key));
-        let found: *mut Flow<A> = if A::V6 {
-            (&raw mut **maps.flows6.get_mut(&key)?).cast()
-        } else {
-            (&raw mut **maps.flows4.get_mut(&key)?).cast()
-        };
-        // SAFETY: `V6` says which of the two types `Flow<A>` is; removed entries live on until the packet is done.
-        Some(unsafe { Entry::new(found) })
-    }
-    fn insert_flow<A: Address>(self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), InsertError> {
-        let (maps, key) = (self.0.maps(), wide(key));
-        let (exists, length) = if A::V6 {
-            (maps.flows6.contains_key(&key), maps.flows6.len())
-        } else {
-            (maps.flows4.contains_key(&key), maps.flows4.len())
-        };
-        if exists {
-            return Err(InsertError::Exists);
-        }
-        if length >= FLOW_ENTRIES as usize {
-            return Err(InsertError::Full);
-        }
-        let flow = std::ptr::from_ref(flow);
-        if A::V6 {
-            // SAFETY: `V6` says that `Flow<A>` is `Flow6`.
-            maps.flows6.insert(key, Box::new(unsafe { *flow.cast() }));
-        } else {
-            // SAFETY: not `V6` says that `Flow<A>` is `Flow4`.
-            maps.flows4.insert(key, Box::new(unsafe { *flow.cast() }));
-        }
-        Ok(())
-    }
-    fn remove_flow<A: Address>(self, key: &FlowKey<A>) {
-        let (maps, key) = (self.0.maps(), wide(key));
-        if A::V6 {
-            maps.removed6.extend(maps.flows6.remove(&key));
-        } else {
-            maps.removed4.extend(maps.flows4.remove(&key));
-        }
+    fn found<'a, A: Address>(self) -> Option<&'a mut Flow<A>>
+    where
+        Self: 'a,
+    {
+        // SAFETY: the model's own room, of which the core takes each field once.
+        Some(unsafe { &mut (*self.scratch::<A>()).found })
     }
     fn frame<'a, A: Address>(self) -> Option<&'a mut Datagram<A>>
     where
@@ -459,6 +430,18 @@ impl Tables for View<'_> {
     {
         // SAFETY: as in `frame`, for another field.
         Some(unsafe { &mut (*self.scratch::<A>()).work })
+    }
+    fn install<A: Address>(self, service: u32, backend: u32, mode: u32) -> u64 {
+        install::install::<Self, A>(self, service, backend, mode).raw()
+    }
+    fn place<A: Address>(self, slot: u32, state: u32) -> u64 {
+        install::place::<Self, A>(self, slot, state)
+    }
+    fn gives_way<A: Address>(self, slot: u32, met: u32) -> u32 {
+        install::gives_way::<Self, A>(self, slot, met)
+    }
+    fn claim<A: Address>(self, slot: u32, state: u32, place: u64) -> u64 {
+        install::claim::<Self, A>(self, slot, state, place)
     }
     fn count(self, counter: Counter) {
         self.0.maps().counters[counter as usize] += 1;

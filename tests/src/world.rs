@@ -110,7 +110,11 @@ impl Conn {
     }
     /// Established.
     pub fn established(self) -> Self {
-        self.state(flow_state::ESTABLISHED)
+        self.state(flow_state::ANSWERED | flow_state::ESTABLISHED)
+    }
+    /// Half-open: the backend has answered, the client not yet again.
+    pub fn answered(self) -> Self {
+        self.state(flow_state::ANSWERED)
     }
     /// Of another epoch.
     pub fn epoch(mut self, epoch: u32) -> Self {
@@ -245,6 +249,8 @@ pub struct World {
     pub settings: Settings,
     /// More addresses in `OURS`.
     pub ours: Vec<IpAddr>,
+    /// Flows of each service that count towards its share.
+    pub counted: u64,
     /// Fill the flow table of IPv4 or IPv6 up with live flows of somebody else.
     pub flow_table_full: bool,
 }
@@ -256,7 +262,7 @@ impl Default for World {
 }
 
 impl World {
-    /// The devices and nothing else. SNAT ports 16,384 to 32,767.
+    /// The devices and nothing else. One SNAT port, 20,000, so that whose turn it is does not matter.
     pub fn new() -> Self {
         Self {
             services: Vec::new(),
@@ -267,13 +273,14 @@ impl World {
             conns: Vec::new(),
             affinity: Vec::new(),
             settings: Settings {
-                snat_port_min: 16_384,
-                snat_port_max: 32_767,
+                snat_port_min: 20_000,
+                snat_port_max: 20_000,
                 event_sample: 0,
                 loopback_ifindex: 1,
-                _pad: 0,
+                ..Settings::default()
             },
             ours: Vec::new(),
+            counted: 0,
             flow_table_full: false,
         }
     }
@@ -302,6 +309,20 @@ impl World {
             timeouts: [ESTABLISHED_S, SYN_S, CLOSING_S, UDP_S],
         });
         self
+    }
+
+    /// A service may hold `share` flows that cannot be evicted, and each holds `counted` besides those of the row.
+    pub fn flow_share(mut self, share: u32, counted: u64) -> Self {
+        self.settings.flow_share = [share; 2];
+        self.counted = counted;
+        self
+    }
+
+    /// Value of `SERVICE_FLOWS` before the row's flows are put in.
+    pub fn service_flows(&self, _id: u32) -> maps::ServiceFlows {
+        maps::ServiceFlows {
+            families: [self.counted; 2],
+        }
     }
 
     fn last_service(&mut self) -> &mut ServiceRow {

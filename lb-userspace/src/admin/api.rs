@@ -31,7 +31,7 @@ pub struct Reading {
     pub services: BTreeMap<u32, maps::ServiceStats>,
     /// `BACKEND_STATS` by backend id.
     pub backends: BTreeMap<u32, maps::BackendStats>,
-    /// Entries that fit in `FLOWS4` and `FLOWS6`.
+    /// Flows that `FLOWS4` and `FLOWS6` are made for.
     pub flow_capacity: [u32; 2],
 }
 
@@ -252,7 +252,7 @@ impl Counters {
         let table = |family: &str, v4: bool, capacity: u32| FlowTable {
             family: family.into(),
             entries: ENTRIES_PER_FLOW * flows(v4),
-            capacity: capacity.into(),
+            capacity: ENTRIES_PER_FLOW * u64::from(capacity),
         };
         let [v4, v6] = reading.flow_capacity;
         Self {

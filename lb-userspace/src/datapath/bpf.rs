@@ -39,10 +39,7 @@ pub struct KernelMaps {
 impl KernelMaps {
     /// Opens the pins in `maps` (`Pins::maps`).
     pub fn open(maps: &Path) -> Result<Self, MapError> {
-        use lb_common::{
-            flow::{FlowKey4, FlowKey6},
-            maps::{Flow4, Flow6},
-        };
+        use lb_common::slot::{Bucket4, Bucket6};
         Ok(Self {
             services: Table::open(maps, "SERVICES")?,
             rings: Table::open(maps, "RINGS")?,
@@ -55,8 +52,8 @@ impl KernelMaps {
             snat_addresses: Table::open(maps, "SNAT_ADDRESSES")?,
             ours: Table::open(maps, "OURS")?,
             settings: Table::open(maps, "SETTINGS")?,
-            flows4: Table::<FlowKey4, Flow4>::open(maps, "FLOWS4")?.capacity,
-            flows6: Table::<FlowKey6, Flow6>::open(maps, "FLOWS6")?.capacity,
+            flows4: Table::<u32, Bucket4>::open(maps, "FLOWS4")?.capacity,
+            flows6: Table::<u32, Bucket6>::open(maps, "FLOWS6")?.capacity,
         })
     }
 

@@ -5,16 +5,16 @@ use std::{
     time::Duration,
 };
 
-use aya::Pod;
 use lb_common::{
-    addr::{Addr4, Addr16},
-    flow::{Address, FlowKey},
-    maps::{Flow, flow_state},
+    addr::{Addr4, Addr16, Be16},
+    flow::Address,
+    maps::flow_state,
+    slot::{Slot, head},
 };
 use serde::{Deserialize, Serialize};
 
 use super::{
-    batch::{Cursor, Table},
+    flow_table::FlowMaps,
     load::Pins,
     sweep::{SweepError, Sweeper},
 };
@@ -62,9 +62,10 @@ pub fn list(pins: &Pins, filter: &FlowFilter, limit: usize) -> Result<(Vec<FlowL
         now: sweeper.now()?,
         hz: sweeper.hz()?.max(1),
     };
+    let flows = FlowMaps::open(&pins.maps())?;
     let (mut lines, mut count) = (Vec::new(), 0);
-    family::<Addr4>(pins, "FLOWS4", filter, limit, clock, &mut lines, &mut count)?;
-    family::<Addr16>(pins, "FLOWS6", filter, limit, clock, &mut lines, &mut count)?;
+    family::<Addr4>(&flows, filter, limit, clock, &mut lines, &mut count);
+    family::<Addr16>(&flows, filter, limit, clock, &mut lines, &mut count);
     Ok((lines, count))
 }
 
@@ -84,71 +85,71 @@ impl Clock {
 }
 
 fn family<A: Address>(
-    pins: &Pins,
-    name: &'static str,
+    flows: &FlowMaps,
     filter: &FlowFilter,
     limit: usize,
     clock: Clock,
     lines: &mut Vec<FlowLine>,
     count: &mut u64,
-) -> Result<(), SweepError>
-where
-    FlowKey<A>: Pod,
-    Flow<A>: Pod,
-{
-    let table: Table<FlowKey<A>, Flow<A>> = Table::open(&pins.maps(), name)?;
-    let (mut keys, mut values) = (Vec::new(), Vec::new());
-    let mut cursor = Cursor::new(4096);
-    while table.next_chunk(&mut cursor, &mut keys, &mut values)? {
-        for (key, flow) in keys.iter().zip(&values) {
-            if flow.state & flow_state::REVERSE != 0 || !passes(filter, key, flow) {
-                continue;
-            }
+) {
+    let is_forward = |seen: u64| head::is_live(seen) && head::flow_state(seen) & flow_state::REVERSE == 0;
+    for id in 0..flows.slots::<A>() {
+        if !flows.head::<A>(id).is_some_and(is_forward) {
+            continue;
+        }
+        let Some(slot) = flows.read::<A>(id).filter(|slot| is_forward(slot.head)) else {
+            continue;
+        };
+        if !passes(filter, &slot) {
+            continue;
+        }
+        // Where its packets go, only the reverse slot says.
+        let reverse = flows
+            .read::<A>(slot.body.partner)
+            .filter(|reverse| head::generation(reverse.head) == slot.body.partner_generation());
+        if let Some(reverse) = reverse {
             *count += 1;
             if lines.len() < limit {
-                lines.push(line(key, flow, clock));
+                lines.push(line(&slot, &reverse, clock));
             }
         }
-        keys.clear();
-        values.clear();
     }
-    Ok(())
 }
 
-fn passes<A: Address>(filter: &FlowFilter, key: &FlowKey<A>, flow: &Flow<A>) -> bool {
+fn passes<A: Address>(filter: &FlowFilter, slot: &Slot<A>) -> bool {
     filter
         .client
-        .is_none_or(|client| IpAddr::from(key.src.wide()) == client)
-        && filter.service.is_none_or(|id| id == flow.service)
-        && filter.backend.is_none_or(|id| id == flow.backend)
+        .is_none_or(|client| IpAddr::from(slot.src.wide()) == client)
+        && filter.service.is_none_or(|id| id == u32::from(slot.body.service))
+        && filter.backend.is_none_or(|id| id == slot.body.backend_id())
 }
 
-fn line<A: Address>(key: &FlowKey<A>, flow: &Flow<A>, clock: Clock) -> FlowLine {
-    let at = |address: A, port: lb_common::addr::Be16| SocketAddr::new(address.wide().into(), port.get());
+fn line<A: Address>(slot: &Slot<A>, reverse: &Slot<A>, clock: Clock) -> FlowLine {
+    let at = |address: A, port: Be16| SocketAddr::new(address.wide().into(), port.get());
+    let state = head::flow_state(slot.head);
     FlowLine {
-        protocol: key.proto,
-        client: at(key.src, key.sport),
-        vip: at(key.dst, key.dport),
-        source: at(flow.src, flow.sport),
-        backend: at(flow.dst, flow.dport),
-        backend_id: flow.backend,
-        service_id: flow.service,
-        state: state(key.proto, flow.state).to_owned(),
-        idle: clock.since(flow.last_seen),
-        age: clock.since(flow.created),
+        protocol: slot.key().proto,
+        client: at(slot.src, slot.sport),
+        vip: at(slot.dst, slot.dport),
+        source: at(slot.body.to_src, slot.body.to_sport),
+        backend: at(reverse.src, reverse.sport),
+        backend_id: slot.body.backend_id(),
+        service_id: slot.body.service.into(),
+        state: word(state).to_owned(),
+        idle: clock.since(slot.seen),
+        age: clock.since(slot.body.to_dst.word()),
     }
 }
 
 /// The word for a state.
-fn state(proto: u32, bits: u32) -> &'static str {
+fn word(bits: u32) -> &'static str {
     use flow_state as s;
-    const BOTH_FINS: u32 = s::FIN_CLIENT | s::FIN_BACKEND;
     match bits {
-        _ if proto == 17 => "udp",
+        b if b & s::UDP != 0 => "udp",
+        b if b & s::ESTABLISHED == 0 => "syn",
+        b if s::is_closed(b) => "closed",
         b if b & s::RESET != 0 => "reset",
-        b if b & BOTH_FINS == BOTH_FINS => "closed",
-        b if b & BOTH_FINS != 0 => "closing",
-        b if b & s::ESTABLISHED != 0 => "established",
-        _ => "syn",
+        b if b & s::FINS != 0 => "closing",
+        _ => "established",
     }
 }

@@ -11,7 +11,10 @@ use aya::{
     maps::MapInfo,
     programs::{Program, ProgramError},
 };
-use lb_common::maps::{ABI_VERSION, Meta, SCHEMA};
+use lb_common::{
+    maps::{ABI_VERSION, Meta, SCHEMA},
+    slot::{Bucket4, Bucket6, SECRET_WORDS, TableSettings},
+};
 
 use super::{
     Capacities, MapError,
@@ -171,6 +174,7 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
     for name in PROGRAMS {
         load_program(&mut ebpf, name, &pins)?;
     }
+    seed_table(&maps)?;
     let meta: Table<u32, Meta> = Table::open(&maps, "META")?;
     let hz = meta.get(&0)?.map_or(0, |m| m.hz);
     // Last of all: a set of maps without this stamp is known to be incomplete.
@@ -189,6 +193,38 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
         adopted,
         warnings,
     })
+}
+
+/// Chooses the key of the flow tables' hash, once for each set of maps: strangers must not know which flows share a bucket.
+fn seed_table(maps: &Path) -> Result<(), LoadError> {
+    let table: Table<u32, TableSettings> = Table::open(maps, "TABLE")?;
+    if table.get(&0)?.is_some_and(|settings| settings.buckets4 != 0) {
+        return Ok(());
+    }
+    let mut bytes = [0; size_of::<[u64; SECRET_WORDS]>()];
+    fill_random(&mut bytes).map_err(|source| LoadError::Pin {
+        path: "/dev/urandom".into(),
+        source,
+    })?;
+    let mut secret = [0; SECRET_WORDS];
+    for (word, bytes) in secret.iter_mut().zip(bytes.as_chunks().0) {
+        *word = u64::from_ne_bytes(*bytes);
+    }
+    let buckets4 = Table::<u32, Bucket4>::open(maps, "FLOWS4")?.capacity;
+    let buckets6 = Table::<u32, Bucket6>::open(maps, "FLOWS6")?.capacity;
+    Ok(table.put(
+        &0,
+        &TableSettings {
+            secret,
+            buckets4,
+            buckets6,
+        },
+    )?)
+}
+
+/// Random bytes of the kernel's.
+fn fill_random(bytes: &mut [u8]) -> io::Result<()> {
+    io::Read::read_exact(&mut fs::File::open("/dev/urandom")?, bytes)
 }
 
 /// Whether there is a complete set of maps to adopt. Remains of a start that was cut short are removed.

@@ -9,6 +9,7 @@ pub mod detach;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
 pub mod filter;
+pub mod flow_table;
 pub mod flows;
 pub mod load;
 pub mod net;
@@ -119,9 +120,9 @@ pub struct Capacities {
     pub ring_rows: u32,
     /// `ACL`.
     pub acl: u32,
-    /// `FLOWS4` entries, two a connection.
+    /// Flows that `FLOWS4` is made for.
     pub flows4: u32,
-    /// `FLOWS6` entries, two a connection.
+    /// Flows that `FLOWS6` is made for.
     pub flows6: u32,
 }
 

@@ -4,11 +4,12 @@
 use aya::maps::MapType;
 use lb_common::{
     addr::Addr16,
-    flow::{FlowKey4, FlowKey6},
     limits, maps,
+    slot::{Bucket4, Bucket6, TableSettings},
 };
 
 use super::Capacities;
+use limits::flow_buckets;
 
 /// Key of `ACL` as the kernel's prefix trie wants it.
 #[repr(C)]
@@ -51,8 +52,8 @@ impl Size {
             Self::Backends => Some(limits.backends),
             Self::RingRows => Some(limits.ring_rows),
             Self::Acl => Some(limits.acl),
-            Self::Flows4 => Some(limits.flows4),
-            Self::Flows6 => Some(limits.flows6),
+            Self::Flows4 => Some(flow_buckets(limits.flows4)),
+            Self::Flows6 => Some(flow_buckets(limits.flows6)),
         }
     }
 
@@ -103,8 +104,10 @@ pub const SHAPES: &[Shape] = &[
     shape::<u32, maps::BackendStats>("BACKEND_STATS", MapType::PerCpuArray, Size::Backends),
     shape::<u32, maps::ServiceStats>("SERVICE_STATS", MapType::PerCpuArray, Size::Services),
     shape::<u32, maps::Timeouts>("TIMEOUTS", MapType::Array, Size::Services),
-    shape::<FlowKey4, maps::Flow4>("FLOWS4", MapType::Hash, Size::Flows4),
-    shape::<FlowKey6, maps::Flow6>("FLOWS6", MapType::Hash, Size::Flows6),
+    shape::<u32, TableSettings>("TABLE", MapType::Array, Size::Fixed),
+    shape::<u32, Bucket4>("FLOWS4", MapType::Array, Size::Flows4),
+    shape::<u32, Bucket6>("FLOWS6", MapType::Array, Size::Flows6),
+    shape::<u32, maps::ServiceFlows>("SERVICE_FLOWS", MapType::Array, Size::Services),
     shape::<AclKey, u32>("ACL", MapType::LpmTrie, Size::Acl),
     shape::<Addr16, maps::Vip>("VIPS", MapType::Hash, Size::Services),
     shape::<u32, maps::Device>("DEVICES", MapType::Array, Size::Fixed),
@@ -112,7 +115,7 @@ pub const SHAPES: &[Shape] = &[
     shape::<u32, Addr16>("SNAT_ADDRESSES", MapType::Array, Size::Fixed),
     shape::<maps::AffinityKey, maps::Affinity>("AFFINITY", MapType::LruHash, Size::Fixed),
     shape::<maps::FragmentKey, maps::FragmentPorts>("FRAGMENTS", MapType::LruHash, Size::Fixed),
-    shape::<u32, u32>("CURSORS", MapType::PerCpuArray, Size::Backends),
+    shape::<u32, maps::Cursor>("CURSORS", MapType::Array, Size::Backends),
     shape::<u32, maps::Ours>("OURS", MapType::Array, Size::Fixed),
     shape::<u32, maps::Settings>("SETTINGS", MapType::Array, Size::Fixed),
     shape::<u32, maps::Stats>("STATS", MapType::PerCpuArray, Size::Fixed),
@@ -132,6 +135,6 @@ pub const DEFAULT_LIMITS: Capacities = Capacities {
     backends: limits::DEFAULT_BACKENDS,
     ring_rows: limits::DEFAULT_RING_ROWS,
     acl: limits::MAX_ACL_ENTRIES,
-    flows4: limits::flow_entries(limits::DEFAULT_FLOWS4),
-    flows6: limits::flow_entries(limits::DEFAULT_FLOWS6),
+    flows4: limits::DEFAULT_FLOWS4,
+    flows6: limits::DEFAULT_FLOWS6,
 };

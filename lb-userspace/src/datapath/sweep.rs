@@ -1,5 +1,5 @@
-//! Counts live flows and has the kernel remove expired ones. Only the kernel removes: it looks again at both
-//! directions of a connection, so a packet that arrives between our look and its own saves the flow.
+//! Counts live flows, and ends those that have been idle for too long. Nothing depends on it: the programs find out by
+//! themselves what has expired, when a packet of it comes or its slot is needed.
 
 use std::{
     collections::BTreeMap,
@@ -9,31 +9,29 @@ use std::{
     time::{Duration, Instant},
 };
 
-use aya::Pod;
 use lb_common::{
     addr::{Addr4, Addr16},
-    flow::{Address, FlowKey},
-    maps::{Flow, Meta, Timeouts, flow_state},
+    flow::Address,
+    maps::{Meta, flow_state},
+    slot::{SLOTS, Slot, head},
 };
-use lb_ebpf::{
-    sweep::{BATCH, HEADER},
-    tables::{partner_key, timeout},
-};
+use lb_ebpf::table::{age, mapped::timeout};
 use nix::time::{ClockId, clock_getres};
 use tokio::{sync::watch, task::JoinError};
 
 use super::{
     MapError,
-    batch::{Cursor, Table, open_program, run_program},
+    batch::{Table, open_program, run_program},
+    flow_table::FlowMaps,
     load::{Pins, SWEEP_PROGRAM},
 };
 
-/// Entries read by one call: 0.6 MiB of flows, a few milliseconds.
-const CHUNK: usize = 8192;
 /// Shortest packet that the kernel lets an XDP program be run with.
 const MIN_PACKET: usize = 64;
 /// Rates that Linux can be built with (kernel/Kconfig.hz).
 const RATES: [u32; 4] = [100, 250, 300, 1000];
+/// Buckets between two looks at the clock and two chances for others to run.
+const CHUNK: u32 = 1 << 16;
 
 /// What a sweep found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -42,13 +40,17 @@ pub struct SweepReport {
     pub started: Instant,
     /// How long it took.
     pub took: Duration,
-    /// Live connections by backend id.
+    /// Live connections by backend id, half-open ones too.
     pub flows_by_backend: BTreeMap<u32, u64>,
-    /// Live connections by service id.
+    /// Live connections by service id, half-open ones too.
     pub flows_by_service: BTreeMap<u32, u64>,
     /// Live connections.
     pub total: u64,
-    /// Connections removed.
+    /// Of IPv4 and IPv6: those that cannot be evicted.
+    pub established: [u64; 2],
+    /// Of IPv4 and IPv6: those whose handshake is not finished. They give way when their place is needed.
+    pub half_open: [u64; 2],
+    /// Connections ended.
     pub expired: u64,
 }
 
@@ -120,7 +122,7 @@ impl Sweeper {
         }
     }
 
-    /// One sweep over both families. Blocks for up to a second with a million flows: see [`run`].
+    /// One sweep over both families. Blocks for some milliseconds with a million flows: see [`run`].
     pub fn sweep(&self) -> Result<SweepReport, SweepError> {
         let began = Instant::now();
         let mut report = SweepReport {
@@ -129,66 +131,42 @@ impl Sweeper {
             flows_by_backend: BTreeMap::new(),
             flows_by_service: BTreeMap::new(),
             total: 0,
+            established: [0; 2],
+            half_open: [0; 2],
             expired: 0,
         };
-        let table: Table<u32, Timeouts> = Table::open(&self.maps, "TIMEOUTS")?;
-        let timeouts = table.range(0, table.capacity)?;
-        self.family::<Addr4>("FLOWS4", 4, &timeouts, &mut report)?;
-        self.family::<Addr16>("FLOWS6", 6, &timeouts, &mut report)?;
+        // Mapped anew each time: the tables would count as this process's memory for as long as they are.
+        let flows = FlowMaps::open(&self.maps)?;
+        self.family::<Addr4>(&flows, &mut report)?;
+        self.family::<Addr16>(&flows, &mut report)?;
         report.took = began.elapsed();
         Ok(report)
     }
 
-    fn family<A: Address>(
-        &self,
-        name: &'static str,
-        family: u32,
-        timeouts: &[Timeouts],
-        report: &mut SweepReport,
-    ) -> Result<(), SweepError>
-    where
-        FlowKey<A>: Pod,
-        Flow<A>: Pod,
-    {
-        let flows: Table<FlowKey<A>, Flow<A>> = Table::open(&self.maps, name)?;
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        let mut cursor = Cursor::new(CHUNK);
-        let mut candidates: Vec<FlowKey<A>> = Vec::new();
+    fn family<A: Address>(&self, flows: &FlowMaps, report: &mut SweepReport) -> Result<(), SweepError> {
         // Ids are small numbers: counting by index is what makes a million flows cheap.
         let (mut by_backend, mut by_service) = (Vec::new(), Vec::new());
-        while flows.next_chunk(&mut cursor, &mut keys, &mut values)? {
+        let buckets = flows.buckets::<A>();
+        for first in (0..buckets).step_by(CHUNK as usize) {
             let now = self.now()?;
-            for (key, flow) in keys.iter().zip(&values) {
-                let expired = expired(now, key.proto, flow, timeouts);
-                let forward = flow.state & flow_state::REVERSE == 0;
-                if !expired && !forward {
+            for id in first * SLOTS as u32..(first + CHUNK).min(buckets) * SLOTS as u32 {
+                let Some(slot) = live::<A>(flows, id) else {
                     continue;
-                }
-                // A connection lives while either direction does; the forward entry speaks for both.
-                let partner = if expired {
-                    flows.get(&partner_key(flow, key.proto))?
-                } else {
-                    None
                 };
-                let alive = !expired
-                    || partner
-                        .as_ref()
-                        .is_some_and(|p| !self::expired(now, key.proto, p, timeouts));
-                if alive && forward {
-                    bump(&mut by_backend, flow.backend);
-                    bump(&mut by_service, flow.service);
-                    report.total += 1;
-                } else if expired && (forward || partner.is_none()) && !alive {
-                    candidates.push(*key);
+                match judge(flows, id, &slot, now) {
+                    Life::Lives if head::flow_state(slot.head) & flow_state::REVERSE == 0 => {
+                        bump(&mut by_backend, slot.body.backend_id());
+                        bump(&mut by_service, slot.body.service.into());
+                        report.total += 1;
+                        let state = head::flow_state(slot.head);
+                        let family = usize::from(A::V6);
+                        report.established[family] += u64::from(flow_state::is_counted(state));
+                        report.half_open[family] += u64::from(state & flow_state::ESTABLISHED == 0);
+                    }
+                    Life::Lives => {}
+                    Life::Ended => report.expired += 1,
                 }
             }
-            keys.clear();
-            values.clear();
-            // Removed at once, while what was read is still fresh; the walk copes with vanishing entries.
-            for batch in candidates.chunks(BATCH) {
-                report.expired += u64::from(self.run(&packet(family, batch))?);
-            }
-            candidates.clear();
             std::thread::yield_now();
         }
         for (counts, sums) in [
@@ -203,6 +181,52 @@ impl Sweeper {
     }
 }
 
+/// A slot that holds a live flow. Most are told by their heads alone.
+fn live<A: Address>(flows: &FlowMaps, id: u32) -> Option<Slot<A>> {
+    if !head::is_live(flows.head::<A>(id)?) {
+        return None;
+    }
+    flows.read::<A>(id).filter(|slot| head::is_live(slot.head))
+}
+
+/// What a slot's flow is.
+enum Life {
+    /// Live, as far as this slot tells.
+    Lives,
+    /// Ended just now.
+    Ended,
+}
+
+/// Ends a flow that neither direction was heard of for its idle time, and reverse slots whose flow is gone.
+fn judge<A: Address>(flows: &FlowMaps, id: u32, slot: &Slot<A>, now: u32) -> Life {
+    let context = flows.context();
+    let state = head::flow_state(slot.head);
+    let idle = age(now, slot.seen);
+    let allowed = context
+        .timeouts
+        .get(usize::from(slot.body.service))
+        .map_or(0, |timeouts| timeout(timeouts, state, context.ticks_per_second));
+    if idle <= allowed {
+        return Life::Lives;
+    }
+    let partner = live::<A>(flows, slot.body.partner)
+        .filter(|partner| head::generation(partner.head) == slot.body.partner_generation());
+    if state & flow_state::REVERSE != 0 {
+        // Its forward slot is judged when its turn comes; without one nobody else will.
+        return if partner.is_none() && flows.end_orphan::<A>(id, slot.head) {
+            Life::Ended
+        } else {
+            Life::Lives
+        };
+    }
+    let idle = partner.map_or(idle, |partner| idle.min(age(now, partner.seen)));
+    if idle > allowed && flows.end::<A>(id, slot.head) {
+        Life::Ended
+    } else {
+        Life::Lives
+    }
+}
+
 /// Adds one to the count of an id.
 fn bump(counts: &mut Vec<u64>, id: u32) {
     // An id past every configurable limit is not one of ours, and must not make us allocate by it.
@@ -213,28 +237,6 @@ fn bump(counts: &mut Vec<u64>, id: u32) {
         counts.resize(id as usize + 1, 0);
     }
     counts[id as usize] += 1;
-}
-
-fn expired<A: Address>(now: u32, proto: u32, flow: &Flow<A>, timeouts: &[Timeouts]) -> bool {
-    timeouts.get(flow.service as usize).is_some_and(|t| {
-        let age = now.wrapping_sub(flow.last_seen);
-        // A stamp from the future (written after `now` was read) is fresh, not 2^32 ticks old.
-        age < 1 << 31 && age > timeout(t, flow.state, proto)
-    })
-}
-
-/// The input of the kernel program: family, count, keys.
-fn packet<K: Pod>(family: u32, keys: &[K]) -> Vec<u8> {
-    let mut packet = Vec::with_capacity(HEADER + size_of_val(keys));
-    packet.extend_from_slice(&family.to_ne_bytes());
-    packet.extend_from_slice(&(keys.len() as u32).to_ne_bytes());
-    // SAFETY: the keys are `Pod` without padding (sizes are asserted where they are defined), so every byte is
-    // initialized; the slice lives through the call.
-    packet.extend_from_slice(unsafe {
-        std::slice::from_raw_parts(keys.as_ptr().cast::<u8>(), size_of_val(keys))
-    });
-    packet.resize(packet.len().max(MIN_PACKET), 0);
-    packet
 }
 
 /// Ticks of the flow clock per second. The resolution of the coarse clocks is one tick (kernel/time/posix-timers.c), on
@@ -293,22 +295,5 @@ mod tests {
         assert_eq!(rate(Duration::from_millis(1)), Some(1000));
         assert_eq!(rate(Duration::from_nanos(1)), None);
         assert_eq!(rate(Duration::ZERO), None);
-    }
-
-    #[test]
-    fn a_future_stamp_is_fresh() {
-        let timeouts = [Timeouts {
-            established: 10,
-            syn: 10,
-            closing: 10,
-            udp: 10,
-        }];
-        let flow = Flow::<Addr4> {
-            last_seen: 5,
-            ..Flow::default()
-        };
-        assert!(!expired(4, 6, &flow, &timeouts));
-        assert!(!expired(15, 6, &flow, &timeouts));
-        assert!(expired(16, 6, &flow, &timeouts));
     }
 }

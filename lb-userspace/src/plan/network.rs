@@ -55,6 +55,7 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         event_sample,
         loopback_ifindex,
         _pad: 0,
+        flow_share: [0; 2],
     };
     if settings != programmed.settings {
         ops.push(MapOp::PutSettings { settings });

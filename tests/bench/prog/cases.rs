@@ -143,7 +143,7 @@ impl Kind {
             id,
             epoch: 100 + id - 1,
             service,
-            state: flow_state::ESTABLISHED,
+            state: flow_state::ANSWERED | flow_state::ESTABLISHED,
             hop: Hop::new(CLIENT_MAC, NIC),
         }
     }
@@ -170,6 +170,7 @@ impl Kind {
 /// The services and backends of all cases.
 pub fn world() -> World {
     let mut world = World::new()
+        .snat_ports(16_384, 32_767)
         .source(Kind::Tcp4.source())
         .source(Kind::Tcp6.source());
     for kind in [Kind::Tcp4, Kind::Udp4, Kind::Tcp6, Kind::NewTcp4, Kind::NewUdp4] {

@@ -5,21 +5,21 @@ use std::collections::BTreeMap;
 use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader, TestRun as _, TestRunOptions,
-    maps::{Array, HashMap, ProgramArray},
+    maps::{Array, ProgramArray},
     programs::{ProgramFd, SchedClassifier, TestRunResult, Xdp},
 };
-use lb_common::{addr::Addr4, flow::FlowKey, limits::flow_entries, maps::Flow};
 use lb_ebpf::template::{FRAME, Template};
 use lb_tests::{
-    kernel::{Kernel, Program, Sizes, flow_of, jiffies, object_path},
+    kernel::{Kernel, Program, Sizes, jiffies, object_path},
     row::Datapath as _,
+    slots,
     world::{NIC, ifindex_of},
 };
 
 use super::cases::{self, BACKEND_RECORDS, Case, FRESH, Flows, Kind};
 
-/// Entries of each flow table: twice the flows of the largest case and some.
-const FLOW_ENTRIES: u32 = flow_entries(1 << 20);
+/// Flows that each flow table is for: those of the largest case and some.
+const FLOWS: u32 = 1 << 20;
 /// The programs of `PROGRAMS` by what is measured.
 const EMPTY: u32 = 0;
 const BODY: u32 = 1;
@@ -42,7 +42,7 @@ impl Rig {
     /// Loads everything and sets the world; no flows yet.
     pub fn new() -> Result<Self> {
         let mut kernel = Kernel::load_sized(Sizes {
-            flow_entries: FLOW_ENTRIES,
+            flows: FLOWS,
             backends: BACKEND_RECORDS,
             services: 16,
         })?;
@@ -88,8 +88,9 @@ impl Rig {
         if let Flows::Known(kind, count) = case.flows {
             let now = jiffies()?;
             let there = self.there.entry(kind).or_default();
+            let flows = self.kernel.flow_maps(None)?;
             for flow in *there..count {
-                self.kernel.insert(&kind.conn(flow), now)?;
+                slots::insert(&flows, &kind.conn(flow), now)?;
             }
             *there = count.max(*there);
         }
@@ -161,20 +162,9 @@ impl Rig {
 
     /// Removes the flows that a run has opened. Every packet must have opened one.
     fn forget(&mut self, kind: Kind, count: u32) -> Result<()> {
-        let map = self.kernel.object().map_mut("FLOWS4").context("no map FLOWS4")?;
-        let mut flows = HashMap::<_, FlowKey<Addr4>, Flow<Addr4>>::try_from(map)?;
+        let flows = self.kernel.flow_maps(None)?;
         for flow in FRESH..FRESH + count {
-            let (key, _) = flow_of::<Addr4>(&kind.conn(flow).entries()[0], 0);
-            let value = flows.get(&key, 0).context("a packet opened no flow")?;
-            flows.remove(&key)?;
-            let reverse = FlowKey {
-                src: value.dst,
-                dst: value.src,
-                sport: value.dport,
-                dport: value.sport,
-                proto: key.proto,
-            };
-            flows.remove(&reverse).context("a flow had no reverse entry")?;
+            ensure!(slots::remove(&flows, &kind.conn(flow)), "a packet opened no flow");
         }
         Ok(())
     }

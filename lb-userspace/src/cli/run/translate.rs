@@ -16,7 +16,7 @@ use crate::{
     plan::{Policy, Sweep},
 };
 
-/// Sizes for maps that are made anew. The configuration counts connections, the maps entries, two a connection.
+/// Sizes for maps that are made anew.
 pub(super) fn sizes(config: &Config) -> Sizes {
     let l = &config.limits;
     Sizes {
@@ -25,8 +25,8 @@ pub(super) fn sizes(config: &Config) -> Sizes {
             backends: l.backends,
             ring_rows: l.ring_rows,
             acl: limits::MAX_ACL_ENTRIES,
-            flows4: limits::flow_entries(l.flows4),
-            flows6: limits::flow_entries(l.flows6),
+            flows4: l.flows4,
+            flows6: l.flows6,
         },
         events_bytes: l.events_bytes,
     }
