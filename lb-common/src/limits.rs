@@ -71,14 +71,16 @@ pub const MAX_VLAN_TAGS: usize = 2;
 /// IPv6 extension headers looked through.
 pub const MAX_IPV6_EXTENSIONS: usize = 6;
 
-/// Default idle timeout of an established TCP flow, seconds.
-pub const DEFAULT_TCP_ESTABLISHED_S: u32 = 7_200;
+/// Default idle timeout of an established TCP flow, seconds: longer than the two hours after which Linux sends its first
+/// keep-alive, and than the 2 h 4 min that RFC 5382 (REQ-5) asks for.
+pub const DEFAULT_TCP_ESTABLISHED_S: u32 = 7_800;
 /// Default timeout of a TCP flow whose handshake is not finished, seconds.
 pub const DEFAULT_TCP_SYN_S: u32 = 60;
-/// Default timeout of a TCP flow closed by both sides or reset, seconds.
-pub const DEFAULT_TCP_CLOSING_S: u32 = 10;
-/// Default idle timeout of a UDP flow, seconds.
-pub const DEFAULT_UDP_S: u32 = 60;
+/// Default timeout of a TCP flow closed by both sides or reset, seconds: for so long Linux keeps a closed connection in
+/// TIME-WAIT, and its source port must not come back before.
+pub const DEFAULT_TCP_CLOSING_S: u32 = 60;
+/// Default idle timeout of a UDP flow, seconds: what RFC 4787 (REQ-5) recommends.
+pub const DEFAULT_UDP_S: u32 = 300;
 /// Longest configurable timeout, seconds: the flow clock is 32 bits of jiffies and compares by wrapping.
 pub const MAX_TIMEOUT_S: u32 = 7 * 86_400;
 /// Default drain deadline of a removed backend, seconds.

@@ -22,8 +22,6 @@ use super::{
 };
 use crate::model::{FlowTimeouts, TlsFiles};
 
-/// The flow clock ticks in jiffies and is compared coarsely: a shorter timeout could end a flow that is alive.
-const SHORTEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest interface name: `IFNAMSIZ` with its final zero.
 const MAX_INTERFACE_NAME: usize = 15;
 /// Rings and services of more entries than this are a slip of the pen, not a machine.
@@ -207,12 +205,7 @@ pub(super) fn timeouts(
     base: FlowTimeouts,
 ) -> FlowTimeouts {
     let mut one = |name: &str, given: &Given<String>, base: Duration| {
-        check.text_or(
-            &format!("{key}.{name}"),
-            given,
-            base,
-            value::duration_from(SHORTEST_TIMEOUT),
-        )
+        check.text_or(&format!("{key}.{name}"), given, base, value::timeout)
     };
     FlowTimeouts {
         tcp_established: one("tcp-established", &raw.tcp_established, base.tcp_established),

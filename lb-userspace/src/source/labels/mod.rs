@@ -27,7 +27,10 @@ use crate::{
         Allowed, Policy, health,
         value::{self, Listen, ValueError},
     },
-    model::{Backend, BackendState, Protocol, Rejection, ServiceAddress, ServiceSettings, ServiceWish},
+    model::{
+        Backend, BackendState, FlowTimeouts, Protocol, Rejection, ServiceAddress, ServiceSettings,
+        ServiceWish,
+    },
     route::RouteWish,
 };
 
@@ -72,6 +75,10 @@ pub const SETTINGS: &[&str] = &[
     "when-unhealthy",
     "passive",
 ];
+    "timeout-established",
+    "timeout-syn",
+    "timeout-closing",
+    "timeout-udp",
 
 /// Where the engine's containers are, seen from this node.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -205,7 +212,7 @@ fn service(
         snat: labels.get("snat", policy.defaults.snat, value::snat)?,
         allow: labels.get("allow", Vec::new(), value::prefixes)?,
         deny: labels.get("deny", Vec::new(), value::prefixes)?,
-        timeouts: policy.defaults.timeouts,
+        timeouts: timeouts(&labels, policy.defaults.timeouts)?,
         when_empty: labels.get("when-empty", policy.defaults.when_empty, value::when_empty)?,
         reset_unknown: labels.get("reset-unknown", policy.defaults.reset_unknown, value::boolean)?,
         when_unhealthy: labels.get(
@@ -285,6 +292,16 @@ fn allowed(
         let refusal = Refusal::NotAllowed {
             what,
             engine: site.source.clone(),
+/// The idle timeouts of the service's flows.
+fn timeouts(labels: &Labels<'_>, base: FlowTimeouts) -> Result<FlowTimeouts, (&'static str, Refusal)> {
+    Ok(FlowTimeouts {
+        tcp_established: labels.get("timeout-established", base.tcp_established, value::timeout)?,
+        tcp_syn: labels.get("timeout-syn", base.tcp_syn, value::timeout)?,
+        tcp_closing: labels.get("timeout-closing", base.tcp_closing, value::timeout)?,
+        udp: labels.get("timeout-udp", base.udp, value::timeout)?,
+    })
+}
+
         };
         Err((setting, refusal))
     };
