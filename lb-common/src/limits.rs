@@ -44,6 +44,8 @@ pub const MAX_DEVICES: u32 = 256;
 pub const MAX_SNAT_ADDRESSES: u32 = 1024;
 /// Prefixes of all allow and deny lists together.
 pub const MAX_ACL_ENTRIES: u32 = 65_536;
+/// Prefixes of the deny list for all services: half of the entries, so that the lists of services find room.
+pub const MAX_FIREWALL_PREFIXES: u32 = MAX_ACL_ENTRIES / 2;
 /// Clients remembered for client-IP affinity (LRU).
 pub const MAX_AFFINITY: u32 = 65_536;
 /// Datagrams whose later fragments may still come (LRU).

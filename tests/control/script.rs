@@ -132,6 +132,8 @@ fn policy() -> Policy {
         hz: 250,
         default_drain: Duration::from_secs(30),
     }
+        retention: Retention::default(),
+        firewall: BTreeSet::new(),
 }
 
 // === impl World ===

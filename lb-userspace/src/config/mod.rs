@@ -13,6 +13,7 @@ mod tests;
 pub mod value;
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
@@ -21,6 +22,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use lb_common::limits;
 
 use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode, UnhealthyPolicy};
@@ -65,6 +67,8 @@ pub struct Config {
     pub limits: Limits,
     /// Source translation.
     pub snat: Snat,
+    /// Clients that no service admits: those of the file and those that the nodes share.
+    pub firewall: BTreeSet<IpNet>,
     /// Docker engines, by name.
     pub docker: Vec<DockerConfig>,
     /// Swarms, by name.

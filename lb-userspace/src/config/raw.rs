@@ -29,6 +29,7 @@ pub(super) struct RawConfig {
     pub(super) defaults: RawDefaults,
     pub(super) limits: RawLimits,
     pub(super) snat: RawSnat,
+    pub(super) firewall: RawFirewall,
     pub(super) docker: OneOrMany<RawDocker>,
     pub(super) swarm: Option<OneOrMany<RawSwarm>>,
     pub(super) etcd: Given<RawEtcd>,
@@ -167,6 +168,13 @@ pub(super) struct RawSnat {
 }
 
 /// A section once, or once for each: `[docker]`, or `[[docker]]` for each engine.
+/// `[firewall]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawFirewall {
+    pub(super) deny: Given<Strings>,
+}
+
 #[derive(Debug)]
 pub(super) enum OneOrMany<T> {
     /// The only one.
@@ -268,6 +276,7 @@ pub(super) struct RawShared {
     pub(super) vips: BTreeMap<String, Spanned<RawVip>>,
     pub(super) defaults: RawDefaults,
     pub(super) events: RawEvents,
+    pub(super) firewall: RawFirewall,
 }
 
 /// `[admin]`.

@@ -30,6 +30,7 @@ use crate::{
     model::{Rejection, ServiceAddress},
 };
 use ids::{BackendIds, Rows, ServiceIds};
+use ipnet::IpNet;
 use network::SnatRanges;
 
 /// What the configuration says about programming.
@@ -49,6 +50,10 @@ pub struct Policy {
     pub hz: u32,
     /// Drain time of backends of which nothing else is known (found after a restart, wished by nobody).
     pub default_drain: Duration,
+    /// How long services from labels outlive their last container.
+    pub retention: Retention,
+    /// Clients that no service admits.
+    pub firewall: BTreeSet<IpNet>,
 }
 
 /// Live flows by backend id, counted by one sweep of the flow tables.
@@ -107,6 +112,8 @@ pub struct Step {
 pub enum Group {
     /// All services need it: when it fails nothing after it is done.
     Shared,
+    /// The deny list for all services: when it fails, the services go on without the rest of it.
+    Firewall,
     /// One service: when it fails, the service's later writes are left out.
     Service(ServiceAddress),
     /// A backend whose service is not known any more.
@@ -250,13 +257,13 @@ impl Planner<'_> {
         }
         shared.extend(network::device_ops(self.programmed, self.inputs));
         shared.extend(snat_ops);
-        let shared = shared.into_iter().map(|op| Step {
-            group: Group::Shared,
-            op,
-        });
-        self.plan.steps.splice(0..0, shared);
+        let (firewall_puts, firewall_deletions) = network::firewall_ops(self.programmed, self.inputs);
+        let shared = shared.into_iter().map(|op| (Group::Shared, op));
+        let firewall = firewall_puts.into_iter().map(|op| (Group::Firewall, op));
+        let first = shared.chain(firewall).map(|(group, op)| Step { group, op });
+        self.plan.steps.splice(0..0, first);
 
-        let mut last: Vec<MapOp> = Vec::new();
+        let mut last: Vec<MapOp> = firewall_deletions;
         if self.inputs.may_remove {
             let stray = self.programmed.stray_acl.keys();
             last.extend(stray.map(|(service, prefix)| MapOp::DelAcl {

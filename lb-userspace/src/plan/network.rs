@@ -2,10 +2,11 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
+use ipnet::IpNet;
 use lb_common::{
     addr::Hop,
     limits::MAX_SNAT_ADDRESSES,
-    maps::{self, backend_flags, device_flags, vip_flags},
+    maps::{self, ACL_DENY, EVERY_SERVICE, backend_flags, device_flags, vip_flags},
 };
 
 use super::{Inputs, Policy};
@@ -60,6 +61,25 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         ops.push(MapOp::PutSettings { settings });
     }
     ops
+}
+
+/// Writes that bring the deny list for all services up to date: additions, and removals for after the services, which
+/// may still ask the list until then.
+pub(super) fn firewall_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> (Vec<MapOp>, Vec<MapOp>) {
+    let (wanted, present) = (&inputs.policy.firewall, &programmed.firewall);
+    let put = |prefix: &IpNet| MapOp::PutAcl {
+        service: EVERY_SERVICE,
+        prefix: *prefix,
+        action: ACL_DENY,
+    };
+    let delete = |prefix: &IpNet| MapOp::DelAcl {
+        service: EVERY_SERVICE,
+        prefix: *prefix,
+    };
+    (
+        wanted.difference(present).map(put).collect(),
+        present.difference(wanted).map(delete).collect(),
+    )
 }
 
 /// Clears the slots of devices that have gone; nothing before the topology has been read.

@@ -133,6 +133,8 @@ impl<'c> Dry<'c> {
                 capacities: self.capacities,
                 policy: &policy,
                 sweep: &Sweep::default(),
+            retention: Retention::default(),
+            firewall: BTreeSet::new(),
                 asked: &BTreeMap::new(),
                 may_remove: true,
                 unclaimed: &BTreeSet::new(),

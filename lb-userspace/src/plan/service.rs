@@ -164,7 +164,7 @@ impl Planner<'_> {
                 },
             );
         }
-        let flags = flags(&service.settings) | acl_flags;
+        let flags = flags(&service.settings, self.inputs.policy) | acl_flags;
         let value = service_value(entry, flags, &ring);
         if let RingChange::Put { row, ring } = ring {
             self.push(group, MapOp::PutRing { row, ring });

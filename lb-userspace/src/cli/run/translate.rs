@@ -43,6 +43,11 @@ pub(super) fn policy(config: &Config, hz: u32) -> Policy {
         hz,
         default_drain: config.policy.drain,
     }
+        retention: Retention {
+            term: config.policy.remember,
+            vips: vips(config).collect(),
+        },
+        firewall: config.firewall.clone(),
 }
 
 /// What the follower of the network needs to know.

@@ -1,13 +1,14 @@
 //! Every section but the services.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use ipnet::IpNet;
 use lb_common::limits as common;
 use toml::Spanned;
 
@@ -15,7 +16,10 @@ use super::{
     super::{
         Admin, Announce, Bpf, CheckPolicy, DEFAULT_ADMIN_SOCKET, DEFAULT_METRICS, DEFAULT_PIN_PATH,
         Interface, Limits, Policy, Snat, Vip, XdpMode, health as value_health,
-        raw::{Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawLimits, RawSnat, RawTimeouts, Strings},
+        raw::{
+            Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawFirewall, RawLimits, RawSnat, RawTimeouts,
+            Strings,
+        },
         value,
     },
     Check, health,
@@ -273,6 +277,29 @@ pub(super) fn snat(check: &mut Check<'_>, raw: &RawSnat) -> Snat {
 }
 
 fn port_range(text: &str) -> Option<RangeInclusive<u16>> {
+/// The deny list for all services.
+pub(super) fn firewall(check: &mut Check<'_>, raw: &RawFirewall) -> BTreeSet<IpNet> {
+    // An empty list is the same as none: it is what remains when the last prefix is deleted.
+    let given = raw.deny.as_ref().filter(|list| !list.get_ref().0.is_empty());
+    let mut deny = BTreeSet::new();
+    for (text, list) in given
+        .iter()
+        .flat_map(|list| list.get_ref().0.iter().map(move |text| (text, list)))
+    {
+        let prefix = value::prefix(text).and_then(|prefix| match deny.contains(&prefix) {
+            false => Ok(prefix),
+            true => Err(value::ValueError::Twice(text.clone())),
+        });
+        deny.extend(check.keep("firewall.deny", list.span(), prefix));
+    }
+    if deny.len() > common::MAX_FIREWALL_PREFIXES as usize {
+        let fault = format!("{} prefixes are too many", deny.len());
+        let remedy = format!("name at most {}: join neighbours", common::MAX_FIREWALL_PREFIXES);
+        check.fault("firewall.deny", given.map(Spanned::span), fault, remedy);
+    }
+    deny
+}
+
     let (first, last) = text.split_once('-')?;
     let (first, last) = (value::port(first).ok()?, value::port(last).ok()?);
     (1024 <= first && first <= last).then_some(first..=last)

@@ -59,6 +59,8 @@ fn policy() -> Policy {
         hz: 250,
         default_drain: Duration::ZERO,
     }
+        retention: Retention::default(),
+        firewall: BTreeSet::new(),
 }
 
 fn start(options: Options) -> Agent {
