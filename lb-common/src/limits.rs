@@ -85,6 +85,8 @@ pub const DEFAULT_TCP_CLOSING_S: u32 = 60;
 pub const DEFAULT_UDP_S: u32 = 300;
 /// Longest configurable timeout, seconds: the flow clock is 32 bits of jiffies and compares by wrapping.
 pub const MAX_TIMEOUT_S: u32 = 7 * 86_400;
+/// Default time for which a service from labels is kept after its last container, seconds.
+pub const DEFAULT_REMEMBER_S: u32 = 600;
 /// Default drain deadline of a removed backend, seconds.
 pub const DEFAULT_DRAIN_S: u32 = 30;
 

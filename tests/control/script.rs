@@ -31,6 +31,7 @@ use weir::{
         Capacities, DeviceInfo, Dump, Place, Topology,
         fake::{FakeMaps, Fault},
     },
+    desired::Retention,
     health::{By, Key, Report, Targets, Verdict, WHOLE},
     model::{
         Backend, BackendState, Check, CheckKind, EmptyPolicy, Protocol, ServiceAddress, ServiceSettings,

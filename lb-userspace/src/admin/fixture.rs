@@ -98,6 +98,7 @@ pub fn status() -> Status {
         },
         generation: 4,
         backends: vec![
+        kept_until: None,
             BackendStatus {
                 ring_share: 6_667,
                 weight: 2,
@@ -135,6 +136,7 @@ pub fn status() -> Status {
         },
         generation: 1,
         backends: vec![
+        kept_until: None,
             BackendStatus {
                 reason: "health: starting".into(),
                 place: "remote eth1 (neighbour unknown)".into(),

@@ -106,6 +106,8 @@ pub struct Policy {
     pub defaults: ServiceSettings,
     /// Drain deadline of a backend that says nothing.
     pub drain: Duration,
+    /// How long a service from labels outlives its last container.
+    pub remember: Duration,
     /// Checks of a service that says nothing about them, and what it may name.
     pub checks: CheckPolicy,
 }
@@ -335,6 +337,7 @@ impl Policy {
             vips: Vec::new(),
             defaults: built_in_settings(),
             drain: Duration::from_secs(limits::DEFAULT_DRAIN_S.into()),
+            remember: Duration::from_secs(limits::DEFAULT_REMEMBER_S.into()),
             checks: CheckPolicy::default(),
         }
     }

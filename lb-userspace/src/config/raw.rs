@@ -63,6 +63,7 @@ pub(super) struct RawDefaults {
     pub(super) when_empty: Given<String>,
     pub(super) reset_unknown: Given<bool>,
     pub(super) when_unhealthy: Given<String>,
+    pub(super) remember: Given<String>,
     pub(super) timeouts: RawTimeouts,
     pub(super) check: RawCheck,
     pub(super) passive: RawPassive,

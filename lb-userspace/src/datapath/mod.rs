@@ -143,7 +143,12 @@ pub enum Place {
     /// Directly on a bridge of this node (a local container).
     Bridge { slot: u16 },
     /// Elsewhere, by this device; `mac` of the next hop once its neighbour entry is known.
-    Remote { slot: u16, mac: Option<[u8; 6]> },
+    /// `uplink`: it is beyond a device of `interfaces`, where no container of this node can be.
+    Remote {
+        slot: u16,
+        mac: Option<[u8; 6]>,
+        uplink: bool,
+    },
     /// There is no route.
     Unroutable,
 }

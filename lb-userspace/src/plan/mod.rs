@@ -26,7 +26,7 @@ pub use programmed::{About, Entry, Note, Programmed, ROW_QUARANTINE, Ring, Slot,
 
 use crate::{
     datapath::{Capacities, Filter, MapOp, Topology},
-    desired::Desired,
+    desired::{Desired, Retention},
     model::{Rejection, ServiceAddress},
 };
 use ids::{BackendIds, Rows, ServiceIds};
@@ -151,6 +151,7 @@ pub fn plan(programmed: &Programmed, inputs: &Inputs<'_>, scope: Scope<'_>) -> P
         need: Filter::default(),
         unneeded: BTreeMap::new(),
         freed: BTreeSet::new(),
+        evicted: BTreeSet::new(),
         acl_puts: 0,
         plan: Plan::default(),
     };
@@ -175,6 +176,8 @@ struct Planner<'a> {
     unneeded: BTreeMap<IpAddr, usize>,
     /// Ids that this plan frees.
     freed: BTreeSet<u32>,
+    /// Remembered services that give way to others.
+    evicted: BTreeSet<ServiceAddress>,
     acl_puts: usize,
     plan: Plan,
 }
@@ -183,7 +186,7 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     /// Services in the order of planning: those in the maps first, so that they never lose a place to a new one; then
-    /// the new ones by age, so that it is the newest that meets a limit.
+    /// the new ones by age, so that it is the newest that meets a limit. Those that are only remembered come last.
     fn order(&self, scope: Scope<'_>) -> Vec<ServiceAddress> {
         let mut all: BTreeSet<ServiceAddress> = match scope {
             Scope::All => self
@@ -204,13 +207,10 @@ impl Planner<'_> {
         let mut all: Vec<ServiceAddress> = all.into_iter().collect();
         all.sort_by_key(|address| {
             let new = !self.programmed.services.contains_key(address);
-            let created = self
-                .inputs
-                .desired
-                .services
-                .get(address)
-                .map(|wanted| wanted.created);
-            (new, created.filter(|_| new), *address)
+            let wanted = self.inputs.desired.services.get(address);
+            let remembered = wanted.is_some_and(|wanted| wanted.kept_until.is_some());
+            let created = wanted.map(|wanted| wanted.created);
+            (remembered, new, created.filter(|_| new), *address)
         });
         all
     }

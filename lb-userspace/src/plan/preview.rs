@@ -10,7 +10,7 @@ use std::{
 use super::{Inputs, Plan, Policy, Programmed, ROW_QUARANTINE, Scope, Sweep, address_of, plan};
 use crate::{
     datapath::{Capacities, MapOp, Place, Topology},
-    desired::Desired,
+    desired::{Desired, Retention},
     model::{Backend, BackendState, Rejection, Service, ServiceAddress},
 };
 
@@ -339,6 +339,7 @@ mod tests {
 
     #[test]
     fn a_leaving_backend_moves_what_the_rings_say_that_it_moves() {
+            kept_until: None,
         let all: Vec<(u8, u32)> = (1..=5).map(|octet| (octet, 1)).collect();
         let (before, after) = (desired(&all), desired(&all[1..]));
         let preview = preview(&before, &after, &CAPACITIES, Instant::now());

@@ -69,6 +69,7 @@ fn wanted(address: ServiceAddress, backends: impl Iterator<Item = u32>) -> Wante
         source: "file".into(),
         created: SystemTime::UNIX_EPOCH,
     }
+        kept_until: None,
 }
 
 fn topology(desired: &Desired) -> Topology {

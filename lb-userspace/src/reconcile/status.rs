@@ -65,6 +65,7 @@ impl Reconciler {
                 address: *address,
                 generation: entry.generation,
                 backends,
+                kept_until: wanted.and_then(|w| w.kept_until),
             }
         });
         let routes = self.heard.routes();

@@ -198,6 +198,7 @@ pub(super) fn policy(
         vips,
         defaults,
         drain: check.text_or("defaults.drain", &raw.drain, base.drain, value::duration),
+        remember: check.text_or("defaults.remember", &raw.remember, base.remember, value::duration),
         checks,
     }
 }

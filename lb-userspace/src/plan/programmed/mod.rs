@@ -384,6 +384,11 @@ impl Programmed {
 // === impl Entry ===
 
 impl Entry {
+    /// Whether rows of `RINGS` are its own.
+    pub(super) fn has_ring(&self) -> bool {
+        self.value.is_some_and(|value| value.ring_row != NO_RING)
+    }
+
     pub(super) fn new(id: u32) -> Self {
         Self {
             id,

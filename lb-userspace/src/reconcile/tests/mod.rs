@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     datapath::{Capacities, MapOp, Place, fake::FakeMaps},
+    desired::Retention,
     health::{Before, By, Verdict},
     model::{Backend, BackendState, Check, CheckKind, Protocol, ServiceSettings, ServiceWish},
     route::{RouteAddress, RouteSettings, RouteWish, WHOLE_HOST},

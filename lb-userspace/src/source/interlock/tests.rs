@@ -55,6 +55,7 @@ fn policy() -> Policy {
         },
         drain: Duration::from_secs(30),
         checks: CheckPolicy::default(),
+        remember: Duration::from_secs(600),
     }
 }
 

@@ -23,6 +23,7 @@ pub(crate) fn policy() -> Policy {
         ],
         defaults: ServiceSettings::default(),
         drain: Duration::from_secs(30),
+        remember: Duration::from_secs(600),
         checks: crate::config::CheckPolicy::default(),
     }
 }
