@@ -72,7 +72,16 @@ pub async fn detach(pin: &Path, state: &Path, vips: &BTreeSet<IpAddr>) -> io::Re
         }
     }
     let _others_may_use_it = fs::remove_dir(pin);
+    // Announced ones go with their addresses.
+    let announced = state.get().addresses;
     undo(&handle, &state, &mut report).await;
+    match netlink::addresses(&handle).await {
+        Ok(own) => report.routed.retain(|vip| {
+            !own.iter().any(|own| own.address == *vip)
+                && !announced.iter().any(|(_, announced)| announced == vip)
+        }),
+        Err(e) => report.faults.push(e.to_string()),
+    }
     if report.faults.is_empty() {
         state.remove()?;
     }

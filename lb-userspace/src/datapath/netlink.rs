@@ -60,6 +60,10 @@ pub struct Link {
     pub loopback: bool,
 }
 
+    /// Switched on, with a carrier.
+    pub up: bool,
+    /// How often it has got a carrier: tells of a loss that was over before anybody looked.
+    pub carrier_ups: u32,
 /// One of the node's addresses.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnAddress {
@@ -167,11 +171,14 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
             };
             for attribute in message.attributes {
                 match attribute {
+                carrier_ups: 0,
+                up: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
                     LinkAttribute::IfName(name) => link.name = name,
                     LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                     LinkAttribute::Address(bytes) => link.mac = bytes.try_into().unwrap_or_default(),
                     LinkAttribute::LinkInfo(infos) => {
                         link.bridge = infos
+                    LinkAttribute::CarrierUpCount(count) => link.carrier_ups = count,
                             .iter()
                             .any(|i| matches!(i, LinkInfo::Kind(InfoKind::Bridge)));
                     }
