@@ -168,7 +168,6 @@ pub(super) struct RawSnat {
     pub(super) ports: Given<String>,
 }
 
-/// A section once, or once for each: `[docker]`, or `[[docker]]` for each engine.
 /// `[firewall]`.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
@@ -176,6 +175,7 @@ pub(super) struct RawFirewall {
     pub(super) deny: Given<Strings>,
 }
 
+/// A section once, or once for each: `[docker]`, or `[[docker]]` for each engine.
 #[derive(Debug)]
 pub(super) enum OneOrMany<T> {
     /// The only one.
@@ -276,8 +276,8 @@ pub(super) struct RawEtcd {
 pub(super) struct RawShared {
     pub(super) vips: BTreeMap<String, Spanned<RawVip>>,
     pub(super) defaults: RawDefaults,
-    pub(super) events: RawEvents,
     pub(super) firewall: RawFirewall,
+    pub(super) events: RawEvents,
 }
 
 /// `[admin]`.

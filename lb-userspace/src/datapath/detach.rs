@@ -88,6 +88,13 @@ pub async fn detach(pin: &Path, state: &Path, vips: &BTreeSet<IpAddr>) -> io::Re
     Ok(report)
 }
 
+/// VIPs in the maps; none where they cannot be read, another version's perhaps.
+fn served(maps: &Path) -> Vec<IpAddr> {
+    let table = Table::<Addr16, maps::Vip>::open(maps, "VIPS").and_then(|table| table.all());
+    let entries = table.unwrap_or_default().into_iter();
+    entries.map(|(vip, _)| vip.into()).collect()
+}
+
 /// Removes the files of a directory and the directory; how many there were.
 fn remove_directory(directory: &Path) -> Result<usize, LoadError> {
     let failed = |source| LoadError::Pin {
@@ -97,13 +104,6 @@ fn remove_directory(directory: &Path) -> Result<usize, LoadError> {
     let files = entries(directory)?;
     for file in &files {
         fs::remove_file(file).map_err(failed)?;
-/// VIPs in the maps; none where they cannot be read, another version's perhaps.
-fn served(maps: &Path) -> Vec<IpAddr> {
-    let table = Table::<Addr16, maps::Vip>::open(maps, "VIPS").and_then(|table| table.all());
-    let entries = table.unwrap_or_default().into_iter();
-    entries.map(|(vip, _)| vip.into()).collect()
-}
-
     }
     match fs::remove_dir(directory) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed(e)),

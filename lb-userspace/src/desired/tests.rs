@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::model::{Protocol, ServiceSettings};
+use crate::model::{Attachment, Protocol, ServiceSettings};
 
 fn object(id: &str, age: u64, affinity: bool) -> Object {
     let wish = ServiceWish {
@@ -25,6 +25,7 @@ fn object(id: &str, age: u64, affinity: bool) -> Object {
             drain: Duration::ZERO,
             name: id.into(),
             check: None,
+            attachment: Attachment::Address,
         }],
     };
     Object {

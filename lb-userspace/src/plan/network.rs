@@ -12,7 +12,7 @@ use lb_common::{
 use super::{Inputs, Policy};
 use crate::{
     datapath::{DeviceInfo, MapOp, Place, Topology},
-    model::SnatMode,
+    model::{Attachment, SnatMode},
     plan::programmed::Programmed,
 };
 
@@ -155,13 +155,26 @@ pub(super) fn snat_ranges(programmed: &Programmed, inputs: &Inputs<'_>) -> (Snat
 }
 
 /// The map fields for a backend in this place; `Err` names why it cannot serve.
-pub(super) fn reach(place: &Place, v6: bool, mode: SnatMode, ranges: &SnatRanges) -> Result<Reach, NoSnat> {
+pub(super) fn reach(
+    place: &Place,
+    v6: bool,
+    mode: SnatMode,
+    attachment: Attachment,
+    ranges: &SnatRanges,
+) -> Result<Reach, NoSnat> {
+    let translated = attachment == Attachment::IsolatedContainer && mode != SnatMode::Never;
     let range = |slot: Option<u16>| ranges.get(&(slot, v6)).copied();
     let reach = match place {
         Place::Node => Reach {
             hop: Hop::UNKNOWN,
             flags: backend_flags::NODE,
             snat: range(None).unwrap_or_default(),
+        },
+        // Its replies reach its own network alone: like a remote one it gets a source there, and the replies pass here.
+        Place::Bridge { slot } if translated => Reach {
+            hop: Hop::new([0; 6], *slot),
+            flags: 0,
+            snat: range(Some(*slot)).ok_or(NoSnat)?,
         },
         // On a bridge only its own address will do: containers answer others by their default route.
         Place::Bridge { slot } => Reach {
@@ -173,7 +186,7 @@ pub(super) fn reach(place: &Place, v6: bool, mode: SnatMode, ranges: &SnatRanges
                 None => (0, 0),
             },
         },
-        Place::Remote { slot, mac } => Reach {
+        Place::Remote { slot, mac, .. } => Reach {
             hop: Hop::new(mac.unwrap_or_default(), *slot),
             flags: 0,
             snat: match range(None).or_else(|| range(Some(*slot))) {

@@ -110,7 +110,16 @@ impl<'c> Dry<'c> {
             .services
             .values()
             .flat_map(|wanted| &wanted.service.backends);
-        let place = |backend: &Backend| (backend.address.ip(), Place::Remote { slot: 1, mac: None });
+        let place = |backend: &Backend| {
+            (
+                backend.address.ip(),
+                Place::Remote {
+                    slot: 1,
+                    mac: None,
+                    uplink: false,
+                },
+            )
+        };
         let topology = Topology {
             places: backends.map(place).collect(),
             loopback_ifindex: 1,
@@ -124,6 +133,8 @@ impl<'c> Dry<'c> {
             event_sample: 0,
             hz: 1,
             default_drain: Duration::ZERO,
+            retention: Retention::default(),
+            firewall: BTreeSet::new(),
         };
         // A second pass takes the rows that the first one had to leave in quarantine.
         for _ in 0..2 {
@@ -133,8 +144,6 @@ impl<'c> Dry<'c> {
                 capacities: self.capacities,
                 policy: &policy,
                 sweep: &Sweep::default(),
-            retention: Retention::default(),
-            firewall: BTreeSet::new(),
                 asked: &BTreeMap::new(),
                 may_remove: true,
                 unclaimed: &BTreeSet::new(),
@@ -330,6 +339,7 @@ mod tests {
             service: Arc::new(service),
             source: "etcd".into(),
             created: SystemTime::UNIX_EPOCH,
+            kept_until: None,
         };
         Desired {
             services: [(wish.address, wanted)].into(),
@@ -339,7 +349,6 @@ mod tests {
 
     #[test]
     fn a_leaving_backend_moves_what_the_rings_say_that_it_moves() {
-            kept_until: None,
         let all: Vec<(u8, u32)> = (1..=5).map(|octet| (octet, 1)).collect();
         let (before, after) = (desired(&all), desired(&all[1..]));
         let preview = preview(&before, &after, &CAPACITIES, Instant::now());

@@ -13,7 +13,7 @@ use super::*;
 use crate::{
     datapath::{Maps, Place, fake::FakeMaps},
     desired::Wanted,
-    model::{Backend, BackendState, Protocol, Service, ServiceSettings},
+    model::{Attachment, Backend, BackendState, Protocol, Service, ServiceSettings},
 };
 
 const CAPACITIES: Capacities = Capacities {
@@ -56,6 +56,7 @@ fn wanted(address: ServiceAddress, backends: impl Iterator<Item = u32>) -> Wante
         drain: Duration::from_secs(2),
         name: i.to_string(),
         check: None,
+        attachment: Attachment::Address,
     };
     let service = Service {
         name: "s".into(),
@@ -68,14 +69,23 @@ fn wanted(address: ServiceAddress, backends: impl Iterator<Item = u32>) -> Wante
         service: Arc::new(service),
         source: "file".into(),
         created: SystemTime::UNIX_EPOCH,
-    }
         kept_until: None,
+    }
 }
 
 fn topology(desired: &Desired) -> Topology {
     let backends = desired.services.values().flat_map(|w| &w.service.backends);
     let places = backends
-        .map(|b| (b.address.ip(), Place::Remote { slot: 1, mac: None }))
+        .map(|b| {
+            (
+                b.address.ip(),
+                Place::Remote {
+                    slot: 1,
+                    mac: None,
+                    uplink: true,
+                },
+            )
+        })
         .collect();
     Topology {
         places,

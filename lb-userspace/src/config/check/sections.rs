@@ -277,7 +277,6 @@ pub(super) fn snat(check: &mut Check<'_>, raw: &RawSnat) -> Snat {
     Snat { addresses, ports }
 }
 
-fn port_range(text: &str) -> Option<RangeInclusive<u16>> {
 /// The deny list for all services.
 pub(super) fn firewall(check: &mut Check<'_>, raw: &RawFirewall) -> BTreeSet<IpNet> {
     // An empty list is the same as none: it is what remains when the last prefix is deleted.
@@ -301,6 +300,7 @@ pub(super) fn firewall(check: &mut Check<'_>, raw: &RawFirewall) -> BTreeSet<IpN
     deny
 }
 
+fn port_range(text: &str) -> Option<RangeInclusive<u16>> {
     let (first, last) = text.split_once('-')?;
     let (first, last) = (value::port(first).ok()?, value::port(last).ok()?);
     (1024 <= first && first <= last).then_some(first..=last)

@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     config::{Policy, value::DEFAULT_WEIGHT, value::Listen},
-    model::{Backend, Check, Protocol},
+    model::{Attachment, Backend, Check, Protocol},
     route::{RouteAddress, RouteSettings, RouteWish},
 };
 
@@ -148,6 +148,7 @@ fn upstream(
         drain: policy.drain,
         name: container.name.clone(),
         check: Some(check),
+        attachment: Attachment::Address,
     })
 }
 

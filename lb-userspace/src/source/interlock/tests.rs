@@ -9,7 +9,7 @@ use crate::{
     route::{ANY_HOST, Balance, UpstreamTls},
     source::{
         Object,
-        docker::container::{Health, NetworkMode, RunState},
+        docker::container::{Health, NetworkMode, Routing, RunState},
     },
 };
 
@@ -35,6 +35,7 @@ fn container(labels: Given<'_>) -> Container {
         stop_signal: 15,
         stopping: false,
         network_mode: NetworkMode::Network("voting_voteapp".into()),
+        routing: Routing::default(),
         networks: [("voting_voteapp".into(), vec!["172.18.0.2".parse().unwrap()])].into(),
         exposed: [(80, Protocol::Tcp)].into(),
         published: [((80, Protocol::Tcp), vec!["0.0.0.0:32768".parse().unwrap()])].into(),
@@ -54,8 +55,8 @@ fn policy() -> Policy {
             ..ServiceSettings::default()
         },
         drain: Duration::from_secs(30),
-        checks: CheckPolicy::default(),
         remember: Duration::from_secs(600),
+        checks: CheckPolicy::default(),
     }
 }
 

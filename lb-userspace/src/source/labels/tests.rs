@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     config::{Announce, Vip},
     model::{EmptyPolicy, SnatMode},
-    source::docker::signal,
+    source::docker::{container::Routing, signal},
 };
 
 pub(crate) fn policy() -> Policy {
@@ -43,6 +43,7 @@ pub(crate) fn container(labels: &[(&str, &str)]) -> Container {
         stop_signal: signal::TERM,
         stopping: false,
         network_mode: NetworkMode::Network("bridge".into()),
+        routing: Routing::default(),
         networks: BTreeMap::from([("bridge".into(), vec!["172.17.0.2".parse().unwrap()])]),
         exposed: BTreeSet::from([(8080, Protocol::Tcp)]),
         published: BTreeMap::new(),
