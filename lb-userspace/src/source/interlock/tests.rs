@@ -9,7 +9,7 @@ use crate::{
     route::{ANY_HOST, Balance, UpstreamTls},
     source::{
         Object,
-        docker::container::{Health, NetworkMode, Routing, RunState},
+        docker::container::{Health, NetworkAttachment, NetworkMode, Routing, RunState},
     },
 };
 
@@ -553,4 +553,21 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn an_upstream_on_an_overlay_network_is_refused() {
+    let mut container = container(&[HOST, DOMAIN]);
+    let overlay = NetworkAttachment {
+        driver: Some("overlay".into()),
+        ..NetworkAttachment::default()
+    };
+    container.routing.networks = [("voting_voteapp".into(), overlay)].into();
+    let object = object(&container, &Site::default()).unwrap();
+    assert_eq!(object.routes, []);
+    let text = object.rejections[0].to_string();
+    assert!(
+        text.contains("overlay network") && text.contains("bridge network as well"),
+        "{text}"
+    );
 }

@@ -15,7 +15,7 @@ use std::{
     sync::Arc,
 };
 
-pub(super) use reach::places;
+pub(super) use reach::{attachment, places};
 pub use refusal::Refusal;
 
 use super::{
@@ -261,7 +261,7 @@ fn service(
             let Some(address) = places.iter().find(|place| place.is_ipv4() == vip.is_ipv4()) else {
                 continue;
             };
-            let attachment = reach::attachment(address.ip(), settings.snat, container, site)
+            let attachment = attachment(address.ip(), settings.snat, container, site)
                 .map_err(|refusal| (refusal.setting(), refusal))?;
             wishes.push(ServiceWish {
                 name: name.into(),
