@@ -5,15 +5,19 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     ops::RangeInclusive,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use lb_common::maps::Device;
 use rtnetlink::Handle;
-use tokio::{sync::watch, time};
+use tokio::{
+    sync::{mpsc, watch},
+    time,
+};
 
 use super::{
     DeviceInfo, Place, Topology, announce,
+    announcements::{AnnounceRequest, Announcements, Presence},
     attach::{Attacher, DeviceWish, XdpChoice},
     netlink::{self, Change, Link, Neighbour, NetlinkError, OwnAddress, Route},
     slots::Slots,
@@ -71,6 +75,8 @@ pub struct NetTask {
     pub config: watch::Receiver<NetConfig>,
     /// Addresses of backends.
     pub wanted: watch::Receiver<BTreeSet<IpAddr>>,
+    /// What the operator wants to be announced again.
+    pub requests: mpsc::Receiver<AnnounceRequest>,
     /// Where the network goes.
     pub topology: watch::Sender<Topology>,
     /// Where the report goes.
@@ -96,6 +102,7 @@ struct Follower {
     attach_warnings: BTreeMap<u32, Vec<String>>,
     routes: HashMap<IpAddr, Option<Route>>,
     managed: BTreeSet<(u32, IpAddr)>,
+    announcements: Announcements,
 }
 
 /// Runs until the channels close. The first [`Topology`] is published after the first look. Works in the network
@@ -112,10 +119,13 @@ pub async fn run(task: NetTask) -> std::io::Result<()> {
         attach_warnings: BTreeMap::new(),
         routes: HashMap::new(),
         managed: BTreeSet::new(),
+        announcements: Announcements::default(),
     };
     let mut resync = time::interval(RESYNC);
     resync.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
+        let mut request = None;
+        let due = follower.announcements.next_due();
         tokio::select! {
             _ = resync.tick() => follower.forget_failures(),
             changed = config.changed() => match changed {
@@ -123,6 +133,8 @@ pub async fn run(task: NetTask) -> std::io::Result<()> {
                 Err(_) => return Ok(()),
             },
             changed = wanted.changed() => if changed.is_err() { return Ok(()) },
+            Some(asked) = follower.task.requests.recv() => request = Some(asked),
+            () = time::sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
             change = changes.recv() => {
                 let Some(mut change) = change else {
                     return Err(std::io::Error::other("the kernel closed the netlink socket"));
@@ -148,6 +160,9 @@ pub async fn run(task: NetTask) -> std::io::Result<()> {
                 .task
                 .report
                 .send_modify(|report| report.faults = vec![e.to_string()]);
+        }
+        if let Some(request) = request {
+            follower.announce_again(request);
         }
     }
 }
@@ -204,6 +219,9 @@ impl Follower {
             )
             .await,
         );
+        let present = announce::present(&view.links, &view.addresses, &config.announce);
+        self.announcements.observe(present, Instant::now());
+        faults.extend(self.announce_due());
         self.attach(&view, config.xdp);
         for (wish, fault) in self.carried.values() {
             faults.extend(fault.clone());
@@ -244,6 +262,29 @@ impl Follower {
             replace(current, report)
         });
         Ok(())
+    }
+
+    /// Tells the neighbours what they are due to be told.
+    fn announce_due(&mut self) -> Vec<String> {
+        let due = self.announcements.take_due(Instant::now());
+        let tell = |presence: &Presence| {
+            let fault = announce::tell_neighbours(presence).err()?;
+            Some(format!(
+                "VIP {}: its neighbours could not be told: {fault}",
+                presence.address
+            ))
+        };
+        due.iter().filter_map(tell).collect()
+    }
+
+    /// Tells the neighbours again what the operator asks for.
+    fn announce_again(&mut self, request: AnnounceRequest) {
+        let announce = &self.task.config.borrow().announce;
+        let again = self.announcements.repeat(request.vip, Instant::now());
+        let told = |(_, vip): &&(String, IpAddr)| again.iter().any(|presence| presence.address == *vip);
+        let told = announce.iter().filter(told).cloned().collect();
+        // A caller that has gone away needs no answer.
+        let _ = request.reply.send(told);
     }
 
     /// Brings the programs to where they are wanted and takes them away from where they are not.
@@ -346,7 +387,10 @@ impl Follower {
         // backend is treated as remote, so that source translation brings its replies here.
         let hop = (route.ifindex, route.gateway.unwrap_or(address));
         let mac = view.neighbours.get(&hop).and_then(|neighbour| neighbour.mac);
-        Ok((Place::Remote { slot, mac }, Some(hop)))
+        // On its own device of such a kind the node reaches its macvlan and ipvlan containers; on the parent it never does.
+        let own_link = device.bridge || device.vlan_port;
+        let uplink = view.uplinks.contains(&route.ifindex) && (route.gateway.is_some() || !own_link);
+        Ok((Place::Remote { slot, mac, uplink }, Some(hop)))
     }
 
     /// Has the kernel keep the entries of `hops` fresh, and no others of ours. Packets that XDP sends do not

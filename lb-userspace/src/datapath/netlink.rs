@@ -56,8 +56,14 @@ pub struct Link {
     pub mtu: u32,
     /// A bridge.
     pub bridge: bool,
+    /// A macvlan or ipvlan device.
+    pub vlan_port: bool,
     /// The loopback device.
     pub loopback: bool,
+    /// Switched on, with a carrier.
+    pub up: bool,
+    /// How often it has got a carrier: tells of a loss that was over before anybody looked.
+    pub carrier_ups: u32,
 }
 
 /// One of the node's addresses.
@@ -163,17 +169,25 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
                 mac: [0; 6],
                 mtu: 0,
                 bridge: false,
+                vlan_port: false,
                 loopback: message.header.flags.contains(LinkFlags::Loopback),
+                carrier_ups: 0,
+                up: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
             };
             for attribute in message.attributes {
                 match attribute {
                     LinkAttribute::IfName(name) => link.name = name,
                     LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                    LinkAttribute::CarrierUpCount(count) => link.carrier_ups = count,
                     LinkAttribute::Address(bytes) => link.mac = bytes.try_into().unwrap_or_default(),
                     LinkAttribute::LinkInfo(infos) => {
-                        link.bridge = infos
-                            .iter()
-                            .any(|i| matches!(i, LinkInfo::Kind(InfoKind::Bridge)));
+                        let is = |kinds: &[InfoKind]| {
+                            infos
+                                .iter()
+                                .any(|i| matches!(i, LinkInfo::Kind(kind) if kinds.contains(kind)))
+                        };
+                        link.bridge = is(&[InfoKind::Bridge]);
+                        link.vlan_port = is(&[InfoKind::MacVlan, InfoKind::MacVtap, InfoKind::IpVlan]);
                     }
                     _ => {}
                 }

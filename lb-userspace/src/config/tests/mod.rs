@@ -140,6 +140,7 @@ fn the_example_shows_the_defaults_and_every_key_is_documented() {
         "[tls.t]",
         "[limits]",
         "[snat]",
+        "[firewall]",
         "[docker]",
         "[swarm]",
         "[etcd]",
