@@ -83,12 +83,9 @@ fn wake<T: Tables, A: Ip>(tables: T, flow: &Flow<A>, now: u32) -> bool {
         tables.count(Counter::FlowsExpired);
         return false;
     }
-    // Another packet may have woken it meanwhile, or somebody else ended it.
-    if !table::wake(memory, forward, generation) {
-        return false;
-    }
+    // The stamp first: who reads the head after it was raised reads a new stamp too. Somebody else may have ended the flow.
     stamp(tables, flow, now);
-    true
+    table::wake(memory, forward, generation)
 }
 
 /// Changes the state of a flow, and of the copy in its reverse slot. The state before, or `None` if it has ended.

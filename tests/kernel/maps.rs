@@ -348,7 +348,9 @@ fn half_a_million_flows_are_swept() {
         began.elapsed(),
         report.expired
     );
-    assert_eq!(report.expired, u64::from(FLOWS / 10));
+    // Some had to give way to others before.
+    assert_eq!(report.expired + flows.evicted(), u64::from(FLOWS / 10));
+    assert!(flows.evicted() < u64::from(FLOWS / 1000), "{}", flows.evicted());
     assert_eq!(report.flows_by_backend, expected);
     assert_eq!(report.flows_by_service, [(1, report.total)].into());
     assert_eq!(

@@ -162,6 +162,11 @@ impl FlowMaps {
         Ok(())
     }
 
+    /// How many flows were evicted through this mapping.
+    pub fn evicted(&self) -> u64 {
+        self.evicted.load(Ordering::Relaxed)
+    }
+
     /// Buckets of a family.
     pub fn buckets<A: Address>(&self) -> u32 {
         self.context.settings.buckets::<A>()
