@@ -66,8 +66,8 @@ pub const DEFAULT_SNAT_PORT_MAX: u16 = 32_767;
 pub const SNAT_PROBES: u32 = 8;
 /// Other backends tried when a SYN goes unanswered or is refused.
 pub const MAX_RESTEERS: u32 = 3;
-/// VLAN tags looked through.
-pub const MAX_VLAN_TAGS: usize = 2;
+/// Further MACs of one device: its master's, and unicast addresses that somebody has added to it.
+pub const DEVICE_MACS: usize = 6;
 /// IPv6 extension headers looked through.
 pub const MAX_IPV6_EXTENSIONS: usize = 6;
 

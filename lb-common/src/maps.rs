@@ -8,7 +8,7 @@ use crate::{
     addr::{Addr4, Addr16, Be16, Hop},
     counter::{COUNTER_SLOTS, DROP_SLOTS},
     flow::Address,
-    limits::{OURS_WORDS, PORT_WORDS, RING_ROW},
+    limits::{DEVICE_MACS, OURS_WORDS, PORT_WORDS, RING_ROW},
 };
 
 /// Version of the set of maps; part of the pin path. Raised when maps cannot be adopted any more.
@@ -182,6 +182,21 @@ pub struct Device {
     pub mac_low: u16,
     /// [`device_flags`].
     pub flags: u16,
+    /// Further MACs whose frames are for this node: those of its master (bridge, bond) and its further unicast addresses.
+    /// Zero: unused.
+    pub macs: [DeviceMac; DEVICE_MACS],
+}
+
+/// A MAC in [`Device::macs`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceMac {
+    /// Bytes 0–3 as a raw word.
+    pub high: u32,
+    /// Bytes 4–5 as a raw word.
+    pub low: u16,
+    /// Explicit padding.
+    pub _pad: u16,
 }
 
 /// Bits of [`Device::flags`].
@@ -190,6 +205,10 @@ pub mod device_flags {
     pub const XDP: u16 = 1 << 0;
     /// A bridge: containers on it reach each other without passing our programs.
     pub const BRIDGE: u16 = 1 << 1;
+    /// Named in `interfaces`: clients and remote backends are behind it.
+    pub const UPLINK: u16 = 1 << 2;
+    /// It carries VLANs and takes their tags off before XDP sees a frame: XDP leaves all frames to TC, which is told.
+    pub const VLAN_OFFLOAD: u16 = 1 << 3;
 }
 
 /// Value of `VIPS`: an address that belongs to services.
@@ -466,7 +485,7 @@ const _: () = {
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<Service>() == 36);
     assert!(size_of::<Backend>() == 48);
-    assert!(size_of::<Device>() == 16);
+    assert!(size_of::<Device>() == 64);
     assert!(size_of::<Flow4>() == 64);
     assert!(size_of::<Flow6>() == 72);
     assert!(size_of::<AffinityKey>() == 20);
@@ -495,6 +514,7 @@ mod pod {
         RingRow,
         Backend,
         Device,
+        DeviceMac,
         Vip,
         Flow4,
         Flow6,

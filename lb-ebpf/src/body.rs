@@ -3,7 +3,7 @@
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_md},
     helpers::{
-        bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
+        bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data, bpf_skb_vlan_pop,
         bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
     },
 };
@@ -16,6 +16,11 @@ use lb_ebpf::{
 const HEADERS: u32 = 256;
 /// The mark of packets that a program of ours has sent on, so that the next one on their way leaves them alone.
 const DONE: u32 = 0x0800_0000;
+
+/// `pkt_type` of a frame that is addressed to the device it came by.
+const PACKET_HOST: u32 = 0;
+/// The VLAN's id in a tag.
+const VLAN_ID: u32 = 0xfff;
 
 /// A frame at XDP.
 pub struct Xdp {
@@ -93,6 +98,11 @@ impl Packet for Xdp {
     }
 
     #[inline(always)]
+    fn is_for_device(&self) -> bool {
+        true
+    }
+
+    #[inline(always)]
     fn device(&self) -> u32 {
         // SAFETY: the kernel's context of this program run.
         unsafe { (*self.ctx).ingress_ifindex }
@@ -153,6 +163,22 @@ impl<const EGRESS: bool> Skb<EGRESS> {
         unsafe { (*self.skb).mark |= DONE }
     }
 
+    /// Id of the VLAN tag that the kernel keeps beside the frame. 0 tells a priority alone: the frame is the device's own.
+    #[inline(always)]
+    fn vlan(&self) -> Option<u32> {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { ((*self.skb).vlan_present != 0).then(|| (*self.skb).vlan_tci & VLAN_ID) }
+    }
+
+    /// Takes off the tag that tells a priority alone, which another link's devices would not expect.
+    #[inline(always)]
+    pub fn drop_priority_tag(&mut self) {
+        if self.vlan().is_some() {
+            // SAFETY: the kernel's context of this program run. Nothing of the frame is referred to afterwards.
+            let _ = unsafe { bpf_skb_vlan_pop(self.skb) };
+        }
+    }
+
     /// Makes the headers readable: a frame's bytes may lie in pages that programs cannot see.
     #[inline(always)]
     pub fn pull_headers(&mut self) -> bool {
@@ -189,6 +215,13 @@ impl<const EGRESS: bool> Packet for Skb<EGRESS> {
     fn segment_size(&self) -> usize {
         // SAFETY: the kernel's context of this program run.
         unsafe { (*self.skb).gso_size as usize }
+    }
+
+    #[inline(always)]
+    fn is_for_device(&self) -> bool {
+        // SAFETY: the kernel's context of this program run.
+        let (kind, vlan) = unsafe { ((*self.skb).pkt_type, self.vlan()) };
+        (EGRESS || kind == PACKET_HOST) && vlan.is_none_or(|id| id == 0)
     }
 
     #[inline(always)]

@@ -14,6 +14,7 @@ use lb_common::{
 use crate::{
     csum,
     headers::{Ethernet, TCP},
+    ingress,
     packet::{Hook, Packet},
     parse::Datagram,
     reply,
@@ -56,6 +57,12 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     let Some(service) = find_service(tables, key) else {
         return Verdict::PASS;
     };
+    // The tuple's old flow has been judged already.
+    if !wish.replaces()
+        && let Some(verdict) = ingress::refuse_foreign(packet, tables)
+    {
+        return verdict;
+    }
     if datagram.header == 0 {
         // A later fragment of a datagram whose flow is not known any more.
         return Verdict::drop(DropReason::NoFlow, service.id);

@@ -9,6 +9,7 @@ use lb_common::{
 use crate::{
     create,
     headers::{Ethernet, TCP, TCP_RST},
+    ingress,
     packet::{Hook, Packet},
     parse::Datagram,
     reply,
@@ -29,6 +30,9 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
 ) -> Verdict {
     let flow = entry.flow();
     let service = flow.service;
+    if let Some(verdict) = ingress::refuse_request(packet, tables, flow.hop.slot()) {
+        return verdict;
+    }
     let Some(backend) = tables.backend(flow.backend) else {
         return orphan(packet, tables, datagram, entry);
     };

@@ -11,10 +11,6 @@ use crate::packet::Header;
 pub const ETH_IPV4: Be16 = Be16::new(0x0800);
 /// EtherType IPv6.
 pub const ETH_IPV6: Be16 = Be16::new(0x86dd);
-/// EtherType of an 802.1Q tag.
-pub const ETH_VLAN: Be16 = Be16::new(0x8100);
-/// EtherType of an 802.1ad (outer) tag.
-pub const ETH_QINQ: Be16 = Be16::new(0x88a8);
 
 /// IP protocol ICMP.
 pub const ICMP: u8 = 1;
@@ -46,16 +42,6 @@ pub struct Ethernet {
     /// Source MAC, bytes 4–5.
     pub src_low: u16,
     /// EtherType.
-    pub kind: Be16,
-}
-
-/// One VLAN tag after its EtherType: TCI, then the next EtherType.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct VlanTag {
-    /// Priority and VLAN id.
-    pub tci: Be16,
-    /// Next EtherType.
     pub kind: Be16,
 }
 
@@ -234,7 +220,6 @@ macro_rules! headers {
 }
 headers!(
     Ethernet,
-    VlanTag,
     Ipv4,
     Ipv6,
     Ipv6Fragment,

@@ -12,6 +12,7 @@ use crate::{
         ICMP_CODE_TOO_BIG, ICMP_ECHO, ICMP_PARAMETER, ICMP_QUENCH, ICMP_TIME_EXCEEDED, ICMP_UNREACHABLE,
         ICMPV6_ECHO, ICMPV6_PARAMETER, ICMPV6_UNREACHABLE, Icmp, Ports, TCP, UDP,
     },
+    ingress,
     packet::Packet,
     parse::{self, Datagram, Part},
     reply, reverse,
@@ -29,6 +30,9 @@ pub fn process<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram:
     let (kind, code) = (icmp.kind, icmp.code);
     if datagram.part != Part::Whole {
         return Verdict::PASS;
+    }
+    if let Some(verdict) = ingress::refuse_foreign(packet, tables) {
+        return verdict;
     }
     if kind == if A::V6 { ICMPV6_ECHO } else { ICMP_ECHO } {
         return match tables.vip(&datagram.key.dst.wide()) {

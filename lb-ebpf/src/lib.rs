@@ -13,6 +13,7 @@ pub mod csum;
 pub mod forward;
 pub mod headers;
 pub mod icmp;
+pub mod ingress;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;

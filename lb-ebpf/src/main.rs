@@ -74,7 +74,10 @@ fn tc<const EGRESS: bool>(skb: *mut __sk_buff) -> i32 {
         Action::Pass | Action::ToTc => return TC_NEXT,
         Action::Drop(..) => return TC_DROP,
         Action::ToNode => return TC_OK,
-        _ => packet.set_done(),
+        _ => {
+            packet.set_done();
+            packet.drop_priority_tag();
+        }
     }
     // SAFETY: helpers without memory arguments (a null parameter block of length 0).
     unsafe {

@@ -34,6 +34,10 @@ pub trait Packet {
     /// Payload of one segment if the frame is several in one (GSO), else 0.
     fn segment_size(&self) -> usize;
 
+    /// TC: whether the kernel takes the frame for one of this device: its MAC (ingress), and no VLAN tag, which it keeps
+    /// beside the frame. XDP has to look by itself ([`crate::ingress`]).
+    fn is_for_device(&self) -> bool;
+
     /// Interface index of the device the frame is met at.
     fn device(&self) -> u32;
 

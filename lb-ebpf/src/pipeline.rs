@@ -23,12 +23,9 @@ use crate::{
 #[inline(always)]
 pub fn process<P: Packet, T: Tables>(packet: &mut P, tables: T) -> Verdict {
     let verdict = match parse::link(packet) {
-        Some(link) if link.kind == ETH_IPV4 && ipv4(packet, tables, link.l3) => {
-            parsed::<P, T, Addr4>(packet, tables)
-        }
-        Some(link) if link.kind == ETH_IPV6 && ipv6(packet, tables, link.l3) => {
-            parsed::<P, T, Addr16>(packet, tables)
-        }
+        _ if !packet.is_for_device() => Verdict::PASS,
+        Some(ETH_IPV4) if ipv4(packet, tables) => parsed::<P, T, Addr4>(packet, tables),
+        Some(ETH_IPV6) if ipv6(packet, tables) => parsed::<P, T, Addr16>(packet, tables),
         _ => Verdict::PASS,
     };
     stats::finish(tables, verdict)
@@ -37,11 +34,11 @@ pub fn process<P: Packet, T: Tables>(packet: &mut P, tables: T) -> Verdict {
 /// Puts what is parsed into map memory; false for what is none of our business.
 ///
 /// There the verifier forgets which of the many ways of parsing led to it and walks the rest of the program once, not
-/// once per number of VLAN tags and extension headers. And the function ends before the rest begins: its room on the
+/// once per number of extension headers. And the function ends before the rest begins: its room on the
 /// stack, which all nested calls share, is free again.
 #[inline(never)]
-fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> bool {
-    match parse::ipv4(packet, l3) {
+fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: T) -> bool {
+    match parse::ipv4(packet, parse::L3) {
         Some(datagram) if maybe_ours(tables, &datagram) => match tables.frame::<Addr4>() {
             Some(frame) => {
                 *frame = datagram;
@@ -55,8 +52,8 @@ fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> bool {
 
 /// See [`ipv4`].
 #[inline(never)]
-fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> bool {
-    let (Some(frame), Some(datagram)) = (tables.frame(), parse::ipv6(packet, l3)) else {
+fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T) -> bool {
+    let (Some(frame), Some(datagram)) = (tables.frame(), parse::ipv6(packet, parse::L3)) else {
         return false;
     };
     // Stored before it is looked at: it is too large for registers and the stack is short.

@@ -10,6 +10,7 @@ use crate::{
     create, csum,
     forward::apply,
     headers::{TCP, TCP_ACK, TCP_RST, Tcp},
+    ingress,
     packet::Packet,
     parse::Datagram,
     send::{self, Ip, Kind},
@@ -28,6 +29,9 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
     entry: &Entry<A>,
 ) -> Verdict {
     let flow = entry.flow();
+    if let Some(verdict) = ingress::refuse_reply(packet, tables, flow) {
+        return verdict;
+    }
     let way = send::to_client(packet, tables, flow.hop, flow.state & flow_state::SNAT != 0);
     if let Some(verdict) = send::refuse(packet, tables, datagram, way, flow.service) {
         return verdict;

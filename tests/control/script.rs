@@ -173,6 +173,9 @@ impl World {
                     mtu: 1500,
                     xdp: true,
                     bridge: addresses.contains(&"bridge"),
+                    uplink: !addresses.contains(&"bridge"),
+                    vlan_offload: false,
+                    further_macs: Vec::new(),
                     addresses: addresses.iter().filter_map(|a| a.parse().ok()).collect(),
                 };
                 self.topology.devices.insert(slot, info);

@@ -4,6 +4,7 @@
 
 mod changes;
 mod events;
+mod frames;
 mod health;
 mod lab;
 mod load;

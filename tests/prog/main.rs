@@ -4,6 +4,7 @@
 mod flows;
 mod foreign;
 mod fragments;
+mod frames;
 mod icmp;
 mod net;
 mod policy;
@@ -18,7 +19,7 @@ macro_rules! groups {
     };
 }
 
-groups!(flows, foreign, fragments, icmp, policy, rewrite, tcp);
+groups!(flows, foreign, fragments, frames, icmp, policy, rewrite, tcp);
 
 #[test]
 fn rows_are_many_and_of_different_names() {
@@ -26,6 +27,7 @@ fn rows_are_many_and_of_different_names() {
         flows::rows(),
         foreign::rows(),
         fragments::rows(),
+        frames::rows(),
         icmp::rows(),
         policy::rows(),
         rewrite::rows(),

@@ -39,8 +39,6 @@ fn headers(n: Net) -> Vec<Row> {
             Expect::send(NIC, &n.to_client(&reply)).to_client(1, &reply),
         ));
     };
-    both("one VLAN tag", &|p| p.vlan(100));
-    both("two VLAN tags", &|p| p.qinq(7).vlan(100));
     both("payload of odd length", &|p| p.payload(b"seven b"));
     both("the largest packet", &|p| {
         let room = MTU as usize - p.clone().payload(b"").ip_len() as usize;

@@ -29,7 +29,7 @@ use lb_ebpf::{
 use crate::{
     kernel::{Counters, FLOW_ENTRIES, Program, Ran, SMALL, backend_fields, entry_of, flow_of, strangers},
     row::Datapath,
-    world::{FlowEntry, World, ifindex_of},
+    world::{FlowEntry, World, ifindex_of, mac_by_ifindex},
 };
 
 /// Ticks per second of the model's clock.
@@ -553,6 +553,9 @@ impl<const HOOK: u8> Packet for Frame<HOOK> {
     }
     fn segment_size(&self) -> usize {
         0
+    }
+    fn is_for_device(&self) -> bool {
+        HOOK != INGRESS || self.bytes().starts_with(&mac_by_ifindex(self.device))
     }
     fn device(&self) -> u32 {
         self.device

@@ -81,6 +81,8 @@ pub struct Row {
     pub given: World,
     /// The packets, one after the other.
     pub steps: Vec<Step>,
+    /// The only way that the row is about; `None`: both.
+    pub only: Option<Body>,
 }
 
 /// The ways a packet may go through the datapath.
@@ -98,6 +100,7 @@ pub fn row(name: impl Into<String>, given: World) -> Row {
         name: name.into(),
         given,
         steps: Vec::new(),
+        only: None,
     }
 }
 
@@ -139,6 +142,12 @@ impl Row {
             packet: packet.clone(),
             expect,
         });
+        self
+    }
+
+    /// The row is about one way alone.
+    pub fn only(mut self, body: Body) -> Self {
+        self.only = Some(body);
         self
     }
 
@@ -467,7 +476,7 @@ pub fn run_in_model(rows: &[Row]) {
 fn run_rows(rows: &[Row], datapath: &mut dyn Datapath) {
     let mut faults = Vec::new();
     for body in [Body::XdpThenTc, Body::Tc] {
-        for row in rows {
+        for row in rows.iter().filter(|row| row.only.is_none_or(|only| only == body)) {
             if let Err(fault) = row.run(datapath, body) {
                 faults.push(format!("{body:?}: {}\n{fault}", row.name));
             }

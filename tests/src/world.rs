@@ -45,9 +45,12 @@ pub const CLOSING_S: u32 = 30;
 /// UDP.
 pub const UDP_S: u32 = 90;
 
+/// Flags of a NIC.
+const XDP_UPLINK: u16 = device_flags::XDP | device_flags::UPLINK;
+
 /// Name, interface index, MAC, flags and MTU of every device but the node.
 pub const DEVICES: [(u16, &str, u32, Mac, u16, u32); 4] = [
-    (NIC, "nic", 11, [0x02, 0, 0, 0, 0, 0x11], device_flags::XDP, MTU),
+    (NIC, "nic", 11, [0x02, 0, 0, 0, 0, 0x11], XDP_UPLINK, MTU),
     (
         BRIDGE,
         "bridge",
@@ -56,13 +59,13 @@ pub const DEVICES: [(u16, &str, u32, Mac, u16, u32); 4] = [
         device_flags::BRIDGE,
         MTU,
     ),
-    (NIC2, "nic2", 31, [0x02, 0, 0, 0, 0, 0x31], device_flags::XDP, MTU),
+    (NIC2, "nic2", 31, [0x02, 0, 0, 0, 0, 0x31], XDP_UPLINK, MTU),
     (
         NARROW,
         "narrow",
         41,
         [0x02, 0, 0, 0, 0, 0x41],
-        device_flags::XDP,
+        XDP_UPLINK,
         NARROW_MTU,
     ),
 ];
@@ -70,6 +73,11 @@ pub const DEVICES: [(u16, &str, u32, Mac, u16, u32); 4] = [
 /// The MAC of a device.
 pub fn mac_of(slot: u16) -> Mac {
     DEVICES.iter().find(|d| d.0 == slot).expect("a slot in use").3
+}
+
+/// The MAC of a device by interface index; that of `lo` is zero.
+pub fn mac_by_ifindex(ifindex: u32) -> Mac {
+    DEVICES.iter().find(|d| d.2 == ifindex).map_or([0; 6], |d| d.3)
 }
 
 /// The interface index of a device; `lo` for the node.
@@ -245,6 +253,10 @@ pub struct World {
     pub settings: Settings,
     /// More addresses in `OURS`.
     pub ours: Vec<IpAddr>,
+    /// Further MACs of devices.
+    pub macs: Vec<(u16, Mac)>,
+    /// Further flags of devices.
+    pub device_flags: Vec<(u16, u16)>,
     /// Fill the flow table of IPv4 or IPv6 up with live flows of somebody else.
     pub flow_table_full: bool,
 }
@@ -274,6 +286,8 @@ impl World {
                 _pad: 0,
             },
             ours: Vec::new(),
+            macs: Vec::new(),
+            device_flags: Vec::new(),
             flow_table_full: false,
         }
     }
@@ -426,6 +440,18 @@ impl World {
         self
     }
 
+    /// A further MAC whose frames are for a device.
+    pub fn mac(mut self, slot: u16, mac: Mac) -> Self {
+        self.macs.push((slot, mac));
+        self
+    }
+
+    /// [`device_flags`] besides the device's own.
+    pub fn device_flags(mut self, slot: u16, flags: u16) -> Self {
+        self.device_flags.push((slot, flags));
+        self
+    }
+
     /// Both flow tables are full of live flows.
     pub fn full(mut self) -> Self {
         self.flow_table_full = true;
@@ -485,16 +511,23 @@ impl World {
             .iter()
             .map(|(slot, _, ifindex, mac, flags, mtu)| {
                 let hop = Hop::new(*mac, *slot);
-                (
-                    *slot,
-                    Device {
-                        ifindex: *ifindex,
-                        mtu: *mtu,
-                        mac_high: hop.mac_high(),
-                        mac_low: hop.mac_low(),
-                        flags: *flags,
-                    },
-                )
+                let mut device = Device {
+                    ifindex: *ifindex,
+                    mtu: *mtu,
+                    mac_high: hop.mac_high(),
+                    mac_low: hop.mac_low(),
+                    flags: *flags,
+                    ..Device::default()
+                };
+                let of_slot = |(of, _): &&(u16, _)| of == slot;
+                for (room, (_, mac)) in device.macs.iter_mut().zip(self.macs.iter().filter(of_slot)) {
+                    let hop = Hop::new(*mac, 0);
+                    (room.high, room.low) = (hop.mac_high(), hop.mac_low());
+                }
+                for (_, more) in self.device_flags.iter().filter(|(of, _)| of == slot) {
+                    device.flags |= more;
+                }
+                (*slot, device)
             })
             .collect()
     }

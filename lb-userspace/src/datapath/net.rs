@@ -15,6 +15,7 @@ use tokio::{sync::watch, time};
 use super::{
     DeviceInfo, Place, Topology, announce,
     attach::{Attacher, DeviceWish, XdpChoice},
+    frames,
     netlink::{self, Change, Link, Neighbour, NetlinkError, OwnAddress, Route},
     slots::Slots,
     state::StateFile,
@@ -82,6 +83,8 @@ struct View {
     links: Vec<Link>,
     addresses: Vec<OwnAddress>,
     neighbours: HashMap<(u32, IpAddr), Neighbour>,
+    /// Unicast MACs that devices take besides their own.
+    further_macs: BTreeSet<(u32, [u8; 6])>,
     /// Configured interfaces that exist.
     uplinks: BTreeSet<u32>,
 }
@@ -185,6 +188,7 @@ impl Follower {
         Ok(View {
             addresses: netlink::addresses(&self.handle).await?,
             neighbours: netlink::neighbours(&self.handle).await?,
+            further_macs: netlink::further_macs(&self.handle).await?,
             links,
             uplinks,
         })
@@ -227,6 +231,13 @@ impl Follower {
             hops.extend(hop);
         }
         faults.extend(self.manage(hops, &view).await);
+        for link in view
+            .links
+            .iter()
+            .filter(|link| self.slots.get(link.ifindex).is_some())
+        {
+            faults.extend(frames::too_many_macs(link, &view.links, &view.further_macs));
+        }
         let topology = self.topology(&view, places);
         self.task
             .topology
@@ -428,6 +439,9 @@ impl Follower {
                     mtu: link.mtu,
                     xdp,
                     bridge: link.bridge,
+                    uplink: view.uplinks.contains(&link.ifindex),
+                    vlan_offload: frames::hides_tags(link, &view.links),
+                    further_macs: frames::further_macs(link, &view.links, &view.further_macs),
                     addresses: own
                         .iter()
                         .filter(|own| {

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
     addr::Hop,
-    limits::MAX_SNAT_ADDRESSES,
+    limits::{DEVICE_MACS, MAX_SNAT_ADDRESSES},
     maps::{self, backend_flags, device_flags, vip_flags},
 };
 
@@ -185,12 +185,20 @@ pub(super) fn vip_value(vip: IpAddr, inputs: &Inputs<'_>) -> maps::Vip {
 
 fn record(info: &DeviceInfo) -> maps::Device {
     let [a, b, c, d, e, f] = info.mac;
-    let mut flags = 0;
-    if info.xdp {
-        flags |= device_flags::XDP;
-    }
-    if info.bridge {
-        flags |= device_flags::BRIDGE;
+    let on = [
+        (info.xdp, device_flags::XDP),
+        (info.bridge, device_flags::BRIDGE),
+        (info.uplink, device_flags::UPLINK),
+        (info.vlan_offload, device_flags::VLAN_OFFLOAD),
+    ];
+    let flags = on
+        .into_iter()
+        .filter(|(on, _)| *on)
+        .fold(0, |all, (_, flag)| all | flag);
+    let mut macs = [maps::DeviceMac::default(); DEVICE_MACS];
+    for (room, [a, b, c, d, e, f]) in macs.iter_mut().zip(&info.further_macs) {
+        room.high = u32::from_ne_bytes([*a, *b, *c, *d]);
+        room.low = u16::from_ne_bytes([*e, *f]);
     }
     maps::Device {
         ifindex: info.ifindex,
@@ -198,5 +206,6 @@ fn record(info: &DeviceInfo) -> maps::Device {
         mac_high: u32::from_ne_bytes([a, b, c, d]),
         mac_low: u16::from_ne_bytes([e, f]),
         flags,
+        macs,
     }
 }
