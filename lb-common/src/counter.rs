@@ -77,6 +77,10 @@ indexed! {
         HopsRelearned = "hops_relearned",
         /// UDP flows moved away from a dead backend.
         FlowsMoved = "flows_moved",
+        /// "Time exceeded" sent.
+        TimeExceededSent = "time_exceeded_sent",
+        /// Packets for a port of a routed VIP that no service has, refused: RST or "port unreachable" sent.
+        UnusedPortsRefused = "unused_ports_refused",
     }
 }
 
@@ -107,5 +111,7 @@ indexed! {
         Raced = "raced",
         /// Hidden from the client because another backend is tried.
         RefusalHidden = "refusal_hidden",
+        /// For a port or protocol of a routed VIP that no service has, and not answered.
+        UnusedPort = "unused_port",
     }
 }

@@ -58,6 +58,19 @@ pub const OURS_WORDS: usize = 1 << (OURS_BITS - 6);
 /// 64-bit words of the port filter in `OURS`: a bit for each port of TCP, then of UDP.
 pub const PORT_WORDS: usize = 2 << (16 - 6);
 
+/// log2 of the bits in the filter of routed VIPs in `OURS`.
+pub const ROUTED_BITS: u32 = 10;
+/// 64-bit words of the filter of routed VIPs in `OURS`.
+pub const ROUTED_WORDS: usize = 1 << (ROUTED_BITS - 6);
+
+/// Mark of packets that a TC program has sent on, unless configured.
+pub const DEFAULT_MARK: u32 = 0x0800_0000;
+/// Windows of `RATES` in a second.
+pub const RATE_WINDOWS: u32 = 10;
+/// What `RATES` allows one CPU in one window, by `maps::limited`: a thousand errors and RSTs a second, which is Linux' own
+/// limit, and ten thousand turns of fragments.
+pub const RATE_LIMITS: [u32; 3] = [100, 100, 1000];
+
 /// First SNAT port unless configured: below the default `net.ipv4.ip_local_port_range` (32768–60999).
 pub const DEFAULT_SNAT_PORT_MIN: u16 = 1_024;
 /// Last SNAT port unless configured.

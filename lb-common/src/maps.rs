@@ -8,7 +8,7 @@ use crate::{
     addr::{Addr4, Addr16, Be16, Hop},
     counter::{COUNTER_SLOTS, DROP_SLOTS},
     flow::Address,
-    limits::{DEVICE_MACS, OURS_WORDS, PORT_WORDS, RING_ROW},
+    limits::{DEVICE_MACS, OURS_WORDS, PORT_WORDS, RING_ROW, ROUTED_WORDS},
 };
 
 /// Version of the set of maps; part of the pin path. Raised when maps cannot be adopted any more.
@@ -44,6 +44,10 @@ pub struct Settings {
     pub loopback_ifindex: u32,
     /// Explicit padding.
     pub _pad: u32,
+    /// Bits of the mark of packets that a TC program has sent on; 0: [`DEFAULT_MARK`](crate::limits::DEFAULT_MARK).
+    pub mark: u32,
+    /// Flow clock when the agent last gave a sign of life; 0: never.
+    pub heartbeat: u32,
 }
 
 /// Key of `SERVICES`: what a packet must match to be balanced.
@@ -166,6 +170,8 @@ pub mod backend_flags {
     pub const LOCAL: u16 = 1 << 0;
     /// An address of this node: delivered up the stack, the reply is caught on its way out.
     pub const NODE: u16 = 1 << 1;
+    /// Elsewhere, and it sees the client's own address: its replies name no address of ours, so `OURS` has its own.
+    pub const DIRECT: u16 = 1 << 2;
 }
 
 /// Value of `DEVICES`, by slot. Slot 0 stands for the node's own processes.
@@ -223,6 +229,10 @@ pub struct Vip {
 pub mod vip_flags {
     /// Answer ICMP echo. Not set for the node's own address, whose stack answers.
     pub const ECHO: u32 = 1 << 0;
+    /// Routed to this node and no address of it: nobody but the datapath can answer for a port that no service has.
+    pub const ROUTED: u32 = 1 << 1;
+    /// Such a port is met with silence instead of a refusal.
+    pub const UNUSED_DROP: u32 = 1 << 2;
 }
 
 /// Value of `FLOWS4` and `FLOWS6`: what to do with a packet of this direction.
@@ -443,6 +453,30 @@ pub struct Ours {
     pub words: [u64; OURS_WORDS],
     /// Bits of ports by `flow::port_bit`; all of them while a service has every port.
     pub ports: [u64; PORT_WORDS],
+    /// Bits of routed VIPs by `flow::routed_bit`.
+    pub routed: [u64; ROUTED_WORDS],
+}
+
+/// Values of `RATES` (per CPU), by [`limited`]: how often something was done in the current window.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rate {
+    /// Flow clock when the window began.
+    pub since: u32,
+    /// How often since then.
+    pub count: u32,
+}
+
+/// Indexes of `RATES`: what strangers can make the datapath do, and therefore is done only so often.
+pub mod limited {
+    /// ICMP errors, but for "too big".
+    pub const ERRORS: u32 = 0;
+    /// RSTs for ports that no service has.
+    pub const RESETS: u32 = 1;
+    /// Later fragments sent round once more.
+    pub const FRAGMENTS: u32 = 2;
+    /// How many there are.
+    pub const COUNT: u32 = 3;
 }
 
 /// One record of `EVENTS`.
@@ -481,7 +515,7 @@ pub mod event_kind {
 
 const _: () = {
     assert!(size_of::<Meta>() == 16);
-    assert!(size_of::<Settings>() == 16);
+    assert!(size_of::<Settings>() == 24);
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<Service>() == 36);
     assert!(size_of::<Backend>() == 48);
@@ -530,6 +564,7 @@ mod pod {
         Stats,
         Drops,
         Ours,
+        Rate,
         Event,
         Addr16,
         Addr4,

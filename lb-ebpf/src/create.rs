@@ -12,7 +12,7 @@ use lb_common::{
 };
 
 use crate::{
-    csum,
+    csum, error,
     headers::{Ethernet, TCP},
     ingress,
     packet::{Hook, Packet},
@@ -97,7 +97,11 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
         return Verdict::TO_TC;
     }
     if way.is_hop() && datagram.ttl <= 1 {
-        return Verdict::drop(DropReason::TtlExpired, service.id);
+        return if P::HOOK == Hook::Xdp {
+            Verdict::TO_TC
+        } else {
+            error::time_exceeded(packet, tables, datagram, service.id)
+        };
     }
     work.forward.backend = id;
     work.forward.hop = hop;

@@ -201,6 +201,16 @@ pub const ICMP_TIME_EXCEEDED: u8 = 11;
 pub const ICMP_PARAMETER: u8 = 12;
 /// ICMP code of `ICMP_UNREACHABLE`: fragmentation needed and DF set.
 pub const ICMP_CODE_TOO_BIG: u8 = 4;
+/// ICMP code of `ICMP_UNREACHABLE`: port.
+pub const ICMP_CODE_PORT: u8 = 3;
+/// ICMPv6 time exceeded.
+pub const ICMPV6_TIME_EXCEEDED: u8 = 3;
+/// ICMPv6 code of `ICMPV6_UNREACHABLE`: port.
+pub const ICMPV6_CODE_PORT: u8 = 4;
+/// First of the messages of neighbour discovery.
+pub const ICMPV6_DISCOVERY_FIRST: u8 = 133;
+/// Last of the messages of neighbour discovery.
+pub const ICMPV6_DISCOVERY_LAST: u8 = 137;
 /// ICMPv6 destination unreachable.
 pub const ICMPV6_UNREACHABLE: u8 = 1;
 /// ICMPv6 packet too big.
@@ -231,9 +241,7 @@ headers!(
     FlowKey4,
     FlowKey6,
     u16,
-    u32,
-    [u16; 10],
-    [u16; 20]
+    u32
 );
 
 const _: () = {

@@ -14,7 +14,7 @@ use lb_common::{
     addr::Addr16,
     counter::Counter,
     flow::{Address, FlowKey, FlowKey4, FlowKey6},
-    limits::RING_ROW,
+    limits::{RATE_LIMITS, RING_ROW},
     maps::{
         AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6,
         FragmentKey, FragmentPorts, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
@@ -22,13 +22,14 @@ use lb_common::{
 };
 use lb_ebpf::{
     parse::Datagram,
+    rate,
     tables::{Entry, InsertError, Scratch, Tables, Work},
 };
 
 use crate::maps::{
     ACL, AFFINITY, BACKEND_STATS, BACKENDS, CURSORS, DEVICE_SLOTS, DEVICES, DROPS, EVENTS, FLOWS4, FLOWS6,
-    FRAGMENTS, META, OURS, RINGS, SCRATCH4, SCRATCH6, SERVICE_STATS, SERVICES, SETTINGS, SNAT_ADDRESSES,
-    STATS, TIMEOUTS, VIPS,
+    FRAGMENTS, META, OURS, RATES, RINGS, SCRATCH4, SCRATCH6, SERVICE_STATS, SERVICES, SETTINGS,
+    SNAT_ADDRESSES, STATS, TIMEOUTS, VIPS,
 };
 
 /// `errno` of an insert whose key is there.
@@ -82,6 +83,29 @@ impl Tables for Kernel {
                 .unwrap_or(0),
             None => 0,
         }
+    }
+
+    #[inline(always)]
+    fn routed_word(self, word: u32) -> u64 {
+        match OURS.get(0) {
+            // Hidden from the compiler as in `count`.
+            Some(ours) => ours
+                .routed
+                .get(core::hint::black_box(word as usize))
+                .copied()
+                .unwrap_or(0),
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn allows(self, what: u32) -> bool {
+        let (Some(rate), Some(limit)) = (RATES.get_ptr_mut(what), RATE_LIMITS.get(what as usize)) else {
+            return false;
+        };
+        // SAFETY: this CPU's own value.
+        let rate = unsafe { &mut *rate };
+        rate::allows(rate, *limit, self.now(), self.ticks_per_second())
     }
 
     #[inline(always)]

@@ -10,6 +10,7 @@
 
 pub mod create;
 pub mod csum;
+pub mod error;
 pub mod forward;
 pub mod headers;
 pub mod icmp;
@@ -17,6 +18,7 @@ pub mod ingress;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
+pub mod rate;
 pub mod reply;
 pub mod reverse;
 pub mod send;
@@ -25,4 +27,5 @@ pub mod sweep;
 pub mod tables;
 pub mod tcp;
 pub mod template;
+pub mod unused;
 pub mod verdict;

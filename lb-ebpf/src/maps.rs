@@ -12,8 +12,8 @@ use lb_common::{
     limits,
     maps::{
         AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Event, Flow4, Flow6,
-        FragmentKey, FragmentPorts, Meta, Ours, RingRow, Service, ServiceKey, ServiceStats, Settings, Stats,
-        Timeouts, Vip,
+        FragmentKey, FragmentPorts, Meta, Ours, Rate, RingRow, Service, ServiceKey, ServiceStats, Settings,
+        Stats, Timeouts, Vip, limited,
     },
 };
 use lb_ebpf::tables::Scratch;
@@ -89,6 +89,10 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::MAX_FRAGM
 /// Programs write: the next SNAT port to try, by backend.
 #[btf_map]
 pub static CURSORS: PerCpuArray<u32, { limits::DEFAULT_BACKENDS as usize }> = PerCpuArray::new();
+
+/// Programs' own: how often they answered strangers of late.
+#[btf_map]
+pub static RATES: PerCpuArray<Rate, { limited::COUNT as usize }> = PerCpuArray::new();
 
 /// Programs write, agent reads.
 #[btf_map]

@@ -16,6 +16,7 @@ use crate::{
     send::Ip,
     stats,
     tables::Tables,
+    unused,
     verdict::Verdict,
 };
 
@@ -64,7 +65,14 @@ fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T) -> bool {
 #[inline(always)]
 fn parsed<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T) -> Verdict {
     match tables.frame::<A>() {
-        Some(frame) => transport(packet, tables, frame),
+        Some(frame) => {
+            let verdict = transport(packet, tables, frame);
+            if verdict == Verdict::PASS && unused::may_be_routed(tables, frame.key.dst) {
+                unused::refuse(packet, tables, frame)
+            } else {
+                verdict
+            }
+        }
         None => Verdict::PASS,
     }
 }

@@ -8,7 +8,7 @@ use lb_common::{
 };
 
 use crate::{
-    csum,
+    csum, error,
     headers::{Ethernet, IPV4_DF, Ipv4, Ipv6, Ports, TCP, UDP},
     packet::{Hook, Packet},
     parse::{self, Datagram},
@@ -154,7 +154,11 @@ pub fn refuse<P: Packet, T: Tables, A: Ip>(
         Kind::Device | Kind::Neighbour => {}
     }
     if datagram.ttl <= 1 {
-        return Some(Verdict::drop(DropReason::TtlExpired, service));
+        return Some(if P::HOOK == Hook::Xdp {
+            Verdict::TO_TC
+        } else {
+            error::time_exceeded(packet, tables, datagram, service)
+        });
     }
     if datagram.length > way.mtu {
         if P::HOOK == Hook::Xdp {
@@ -163,7 +167,7 @@ pub fn refuse<P: Packet, T: Tables, A: Ip>(
         let segment = packet.segment_size();
         let headers = datagram.l4 - datagram.l3 + datagram.header as usize;
         if segment == 0 || headers + segment > way.mtu as usize {
-            return Some(reply::too_big(packet, tables, datagram, way.mtu, service));
+            return Some(error::too_big(packet, tables, datagram, way.mtu, service));
         }
     }
     None
@@ -256,14 +260,8 @@ pub trait Ip: Address {
         length: u16,
     ) -> bool;
 
-    /// Unfolded sum of the words of a header without options.
-    fn sum_header<P: Packet>(packet: &P, l3: usize) -> Option<u32>;
-
     /// Swaps source and destination and sets the time to live.
     fn turn<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> bool;
-
-    /// Whether routers must not fragment the packet: always so in IPv6.
-    fn may_not_fragment<P: Packet>(packet: &P, l3: usize) -> bool;
 
     /// Writes the addresses; `hops` takes one from the time to live.
     fn rewrite<P: Packet>(
@@ -341,11 +339,6 @@ impl Ip for Addr4 {
     }
 
     #[inline(always)]
-    fn sum_header<P: Packet>(packet: &P, l3: usize) -> Option<u32> {
-        packet.get::<[u16; 10]>(l3).map(|words| csum::sum(words))
-    }
-
-    #[inline(always)]
     fn turn<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> bool {
         let Some(ip) = packet.get_mut::<Ipv4>(l3) else {
             return false;
@@ -355,13 +348,6 @@ impl Ip for Addr4 {
         ip.check = csum::apply(ip.check, csum::word_delta(old, Be16::new((ttl as u16) << 8).0));
         (ip.src, ip.dst) = (ip.dst, ip.src);
         true
-    }
-
-    #[inline(always)]
-    fn may_not_fragment<P: Packet>(packet: &P, l3: usize) -> bool {
-        packet
-            .get::<Ipv4>(l3)
-            .is_some_and(|ip| ip.fragment.0 & IPV4_DF.0 != 0)
     }
 }
 
@@ -410,22 +396,12 @@ impl Ip for Addr16 {
     }
 
     #[inline(always)]
-    fn sum_header<P: Packet>(packet: &P, l3: usize) -> Option<u32> {
-        packet.get::<[u16; 20]>(l3).map(|words| csum::sum(words))
-    }
-
-    #[inline(always)]
     fn turn<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> bool {
         let Some(ip) = packet.get_mut::<Ipv6>(l3) else {
             return false;
         };
         ip.hop_limit = ttl;
         (ip.src, ip.dst) = (ip.dst, ip.src);
-        true
-    }
-
-    #[inline(always)]
-    fn may_not_fragment<P: Packet>(_packet: &P, _l3: usize) -> bool {
         true
     }
 }

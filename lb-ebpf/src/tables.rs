@@ -76,6 +76,10 @@ pub trait Tables: Copy {
     fn ours_word(self, word: u32) -> u64;
     /// Word of the port filter in `OURS`.
     fn port_word(self, word: u32) -> u64;
+    /// Word of the filter of routed VIPs in `OURS`.
+    fn routed_word(self, word: u32) -> u64;
+    /// Counts one of what `RATES` limits (`maps::limited`); false if there were enough of it.
+    fn allows(self, what: u32) -> bool;
     /// `SETTINGS`.
     fn settings<'a>(self) -> Option<&'a Settings>
     where

@@ -126,6 +126,8 @@ fn policy() -> Policy {
     Policy {
         snat_addresses: Vec::new(),
         own_vips: Default::default(),
+        routed_vips: Default::default(),
+        mark: 1,
         snat_port_min: 16384,
         snat_port_max: 32767,
         event_sample: 0,

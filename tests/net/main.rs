@@ -3,6 +3,7 @@
 #![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
 mod changes;
+mod errors;
 mod events;
 mod frames;
 mod health;

@@ -381,6 +381,9 @@ fn snat(n: Net) -> Vec<Row> {
         .remote(n.b1(), BPORT, NIC, B1_MAC)
         .snat_ports(30_000, 30_000);
     let by_second = n.conn().client_port(50_000).source(n.source2(), 30_000);
+    let direct_reply = n
+        .packet((n.b1(), BPORT), (n.client(), CPORT), flag::ACK)
+        .eth(B1_MAC, mac_of(NIC));
     let never = n
         .service()
         .flags(service_flags::SNAT_NEVER)
@@ -452,6 +455,17 @@ fn snat(n: Net) -> Vec<Row> {
                 &translated,
             )
             .count(Counter::FlowsReclaimed),
+        ),
+        row(
+            format!("{n}: snat = never, the reply of a remote backend is routed through the node"),
+            n.service()
+                .direct(n.b1(), BPORT, NIC, B1_MAC)
+                .conn(n.direct(n.b1()).established(), 1),
+        )
+        .comes(
+            NIC,
+            &direct_reply,
+            Expect::send(NIC, &n.to_client(&direct_reply)).to_client(1, &direct_reply),
         ),
         row(format!("{n}: snat = never leaves the client's address"), never).comes(
             NIC,

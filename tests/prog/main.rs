@@ -1,6 +1,7 @@
 //! Packet rows: each runs one or more frames through the real programs by `BPF_PROG_TEST_RUN`, as XDP with TC behind
 //! it and as TC alone, and leaves nothing unchecked: verdict, bytes, all counters, all flows.
 
+mod errors;
 mod flows;
 mod foreign;
 mod fragments;
@@ -10,6 +11,7 @@ mod net;
 mod policy;
 mod rewrite;
 mod tcp;
+mod unused;
 
 /// Each group of rows in the kernel and in the model.
 macro_rules! groups {
@@ -19,11 +21,14 @@ macro_rules! groups {
     };
 }
 
-groups!(flows, foreign, fragments, frames, icmp, policy, rewrite, tcp);
+groups!(
+    errors, flows, foreign, fragments, frames, icmp, policy, rewrite, tcp, unused
+);
 
 #[test]
 fn rows_are_many_and_of_different_names() {
     let groups = [
+        errors::rows(),
         flows::rows(),
         foreign::rows(),
         fragments::rows(),
@@ -32,6 +37,7 @@ fn rows_are_many_and_of_different_names() {
         policy::rows(),
         rewrite::rows(),
         tcp::rows(),
+        unused::rows(),
     ];
     let mut names: Vec<_> = groups.into_iter().flatten().map(|row| row.name).collect();
     let all = names.len();

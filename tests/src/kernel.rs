@@ -12,8 +12,9 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun as _, TestRunOptions, VerifierLogLevel,
-    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie},
+    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues, lpm_trie},
     programs::{SchedClassifier, Xdp},
+    util::nr_cpus,
 };
 use lb_common::{
     addr::{Addr4, Addr16, Be16},
@@ -21,8 +22,8 @@ use lb_common::{
     flow::{Address, FlowKey},
     maps::{
         ABI_VERSION, AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Flow, FragmentKey,
-        FragmentPorts, Meta, RingRow, SCHEMA, Service, ServiceKey, ServiceStats, Settings, Stats, Timeouts,
-        Vip,
+        FragmentPorts, Meta, Rate, RingRow, SCHEMA, Service, ServiceKey, ServiceStats, Settings, Stats,
+        Timeouts, Vip, limited,
     },
 };
 
@@ -319,6 +320,19 @@ impl Datapath for Kernel {
                 .insert(service.key, world.value_of(service), 0)?;
         }
         let now = jiffies()?;
+        for what in 0..limited::COUNT {
+            // A window that began an hour from now does not end before.
+            let rate = Rate {
+                since: now.wrapping_add(if world.answers_exhausted {
+                    3600 * self.hz
+                } else {
+                    0
+                }),
+                count: if world.answers_exhausted { u32::MAX } else { 0 },
+            };
+            let all = PerCpuValues::try_from(vec![rate; nr_cpus().map_err(|(_, e)| e)?])?;
+            self.per_cpu::<Rate>("RATES")?.set(what, all, 0)?;
+        }
         for (conn, age) in &world.conns {
             self.insert(conn, now.wrapping_sub(age * self.hz))?;
         }

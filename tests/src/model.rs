@@ -47,6 +47,7 @@ pub struct Model(UnsafeCell<Maps>);
 struct Maps {
     ours: Box<Ours>,
     settings: Settings,
+    answers_exhausted: bool,
     vips: HashMap<Addr16, Vip>,
     services: HashMap<ServiceKey, Service>,
     timeouts: HashMap<u32, Timeouts>,
@@ -80,6 +81,7 @@ impl Default for Model {
         Self(UnsafeCell::new(Maps {
             ours: World::new().filter(),
             settings: Settings::default(),
+            answers_exhausted: false,
             vips: HashMap::new(),
             services: HashMap::new(),
             timeouts: HashMap::new(),
@@ -131,6 +133,7 @@ impl Datapath for Model {
 
         maps.ours = world.filter();
         maps.settings = world.settings;
+        maps.answers_exhausted = world.answers_exhausted;
         maps.vips = world
             .vips
             .iter()
@@ -299,6 +302,12 @@ impl Tables for View<'_> {
     }
     fn port_word(self, word: u32) -> u64 {
         self.0.maps().ours.ports[word as usize]
+    }
+    fn routed_word(self, word: u32) -> u64 {
+        self.0.maps().ours.routed[word as usize]
+    }
+    fn allows(self, _what: u32) -> bool {
+        !self.0.maps().answers_exhausted
     }
     fn settings<'a>(self) -> Option<&'a Settings>
     where

@@ -253,6 +253,8 @@ pub struct World {
     pub settings: Settings,
     /// More addresses in `OURS`.
     pub ours: Vec<IpAddr>,
+    /// `RATES` has no more to give.
+    pub answers_exhausted: bool,
     /// Further MACs of devices.
     pub macs: Vec<(u16, Mac)>,
     /// Further flags of devices.
@@ -284,8 +286,11 @@ impl World {
                 event_sample: 0,
                 loopback_ifindex: 1,
                 _pad: 0,
+                mark: 0,
+                heartbeat: 0,
             },
             ours: Vec::new(),
+            answers_exhausted: false,
             macs: Vec::new(),
             device_flags: Vec::new(),
             flow_table_full: false,
@@ -334,6 +339,26 @@ impl World {
     pub fn silent_vip(mut self) -> Self {
         self.vips.iter_mut().for_each(|(_, flags)| *flags = 0);
         self
+    }
+
+    /// The VIPs so far are routed here, with these [`maps::vip_flags`] besides.
+    pub fn routed(mut self, more: u32) -> Self {
+        for (_, flags) in &mut self.vips {
+            *flags |= maps::vip_flags::ROUTED | more;
+        }
+        self
+    }
+
+    /// Strangers have had all answers that they get for now.
+    pub fn answers_exhausted(mut self) -> Self {
+        self.answers_exhausted = true;
+        self
+    }
+
+    /// A remote backend that sees the client itself.
+    pub fn direct(mut self, addr: impl ToIp, port: u16, slot: u16, mac: Mac) -> Self {
+        self = self.backend(addr.ip(), port, Hop::new(mac, slot), backend_flags::DIRECT);
+        self.flags(maps::service_flags::SNAT_NEVER)
     }
 
     /// [`maps::service_flags`] for the last service.
@@ -476,6 +501,12 @@ impl World {
         let filter = Filter {
             addresses: vips.chain(&self.sources).chain(&self.ours).copied().collect(),
             ports: services.map(|address| (address.protocol, address.port)).collect(),
+            routed: self
+                .vips
+                .iter()
+                .filter(|(_, flags)| flags & maps::vip_flags::ROUTED != 0)
+                .map(|(vip, _)| *vip)
+                .collect(),
         };
         filter.value()
     }

@@ -42,6 +42,7 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         snat_port_min,
         snat_port_max,
         event_sample,
+        mark,
         ..
     } = *inputs.policy;
     let loopback_ifindex = match inputs.topology.loopback_ifindex {
@@ -55,6 +56,8 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         event_sample,
         loopback_ifindex,
         _pad: 0,
+        mark,
+        heartbeat: 0,
     };
     if settings != programmed.settings {
         ops.push(MapOp::PutSettings { settings });
@@ -155,7 +158,11 @@ pub(super) fn reach(place: &Place, v6: bool, mode: SnatMode, ranges: &SnatRanges
         },
         Place::Remote { slot, mac } => Reach {
             hop: Hop::new(mac.unwrap_or_default(), *slot),
-            flags: 0,
+            flags: if mode == SnatMode::Never {
+                backend_flags::DIRECT
+            } else {
+                0
+            },
             snat: match range(None).or_else(|| range(Some(*slot))) {
                 Some(range) => range,
                 None if mode == SnatMode::Never => (0, 0),
@@ -175,12 +182,33 @@ pub(super) fn reach(place: &Place, v6: bool, mode: SnatMode, ranges: &SnatRanges
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NoSnat;
 
-/// The value of a VIP: echo is answered unless the node's own stack does.
+/// The value of a VIP: echo is answered unless the node's own stack does, and so are unused ports.
 pub(super) fn vip_value(vip: IpAddr, inputs: &Inputs<'_>) -> maps::Vip {
-    let of_node = inputs.topology.node_addresses.contains(&vip) && !inputs.policy.own_vips.contains(&vip);
-    maps::Vip {
-        flags: if of_node { 0 } else { vip_flags::ECHO },
+    let own = inputs.policy.own_vips.contains(&vip);
+    if inputs.topology.node_addresses.contains(&vip) && !own {
+        return maps::Vip { flags: 0 };
     }
+    let mut flags = vip_flags::ECHO;
+    if let Some(silent) = inputs.policy.routed_vips.get(&vip) {
+        flags |= vip_flags::ROUTED;
+        if *silent {
+            flags |= vip_flags::UNUSED_DROP;
+        }
+    }
+    maps::Vip { flags }
+}
+
+/// Writes for VIPs that are routed here, whether they have a service or not: a router sends on what comes back to it.
+pub(super) fn routed_vip_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<MapOp> {
+    if inputs.topology.loopback_ifindex == 0 {
+        // The topology has not been read yet: which of them the node has is not known.
+        return Vec::new();
+    }
+    let vips = inputs.policy.routed_vips.keys();
+    vips.map(|vip| (*vip, vip_value(*vip, inputs)))
+        .filter(|(vip, value)| programmed.vips.get(vip) != Some(value))
+        .map(|(vip, value)| MapOp::PutVip { vip, value })
+        .collect()
 }
 
 fn record(info: &DeviceInfo) -> maps::Device {
