@@ -81,6 +81,8 @@ indexed! {
         TimeExceededSent = "time_exceeded_sent",
         /// Packets for a port of a routed VIP that no service has, refused: RST or "port unreachable" sent.
         UnusedPortsRefused = "unused_ports_refused",
+        /// Verdict of TC: a later fragment that came before its first, sent round once more to wait for it.
+        FragmentsAgain = "fragments_again",
     }
 }
 
@@ -113,5 +115,7 @@ indexed! {
         RefusalHidden = "refusal_hidden",
         /// For a port or protocol of a routed VIP that no service has, and not answered.
         UnusedPort = "unused_port",
+        /// A later fragment for a VIP whose first did not come in time.
+        FragmentEarly = "fragment_early",
     }
 }

@@ -65,6 +65,12 @@ pub const ROUTED_WORDS: usize = 1 << (ROUTED_BITS - 6);
 
 /// Mark of packets that a TC program has sent on, unless configured.
 pub const DEFAULT_MARK: u32 = 0x0800_0000;
+/// Seconds without a sign of life of the agent after which the kernel's own neighbour table is asked for next hops.
+pub const AGENT_SILENT_S: u32 = 10;
+/// Seconds for which the first fragment of a datagram is remembered.
+pub const FRAGMENT_AGE_S: u32 = 30;
+/// How often a later fragment is sent round to wait for the first one.
+pub const FRAGMENT_ROUNDS: u32 = 8;
 /// Windows of `RATES` in a second.
 pub const RATE_WINDOWS: u32 = 10;
 /// What `RATES` allows one CPU in one window, by `maps::limited`: a thousand errors and RSTs a second, which is Linux' own

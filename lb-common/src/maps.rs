@@ -344,7 +344,7 @@ pub struct FragmentKey {
     pub proto: u32,
 }
 
-/// Value of `FRAGMENTS`: the ports of the first fragment.
+/// Value of `FRAGMENTS`: the ports of the first fragment; both 0 if it was none of ours.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FragmentPorts {
@@ -352,6 +352,8 @@ pub struct FragmentPorts {
     pub sport: Be16,
     /// Destination port.
     pub dport: Be16,
+    /// Flow clock when it was met.
+    pub seen: u32,
 }
 
 /// Data of an `ACL` key, after the prefix length (bits, the 32 of `service` included).
@@ -524,6 +526,7 @@ const _: () = {
     assert!(size_of::<Flow6>() == 72);
     assert!(size_of::<AffinityKey>() == 20);
     assert!(size_of::<FragmentKey>() == 40);
+    assert!(size_of::<FragmentPorts>() == 8);
     assert!(size_of::<AclData>() == 20);
     assert!(size_of::<Event>() == 56);
 };

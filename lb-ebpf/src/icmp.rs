@@ -150,7 +150,7 @@ fn way<P: Packet, T: Tables, A: Ip>(packet: &P, tables: T, entry: &Entry<A>) -> 
     if backend.epoch != flow.epoch || backend.state == backend_state::DEAD {
         return None;
     }
-    Some(send::to_backend::<P, T>(tables, backend))
+    Some(send::to_backend::<P, T, A>(packet, tables, backend))
 }
 
 /// Gives the error the addresses of its direction. `quoted` is the checksum delta of the quote.
@@ -170,9 +170,13 @@ fn rewrite<P: Packet, A: Ip>(
     new.dst = flow.dst;
     let delta = addr_delta(&outer.key, new) as u16;
     let pseudo = if A::V6 { delta } else { 0 };
-    send::set_macs(packet, way)
+    let rewritten = send::set_macs(packet, way)
         && A::rewrite(packet, outer.l3, new.src, new.dst, delta, way.is_hop())
-        && packet.fix_checksum(outer.l4 + 2, pseudo, quoted, false)
+        && packet.fix_checksum(outer.l4 + 2, pseudo, quoted, false);
+    if rewritten {
+        send::adjust_sum::<P, A>(packet, delta, way);
+    }
+    rewritten
 }
 
 /// Checksum delta of two pairs of addresses; out of line for its many registers.

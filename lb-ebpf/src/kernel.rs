@@ -14,7 +14,7 @@ use lb_common::{
     addr::Addr16,
     counter::Counter,
     flow::{Address, FlowKey, FlowKey4, FlowKey6},
-    limits::{RATE_LIMITS, RING_ROW},
+    limits::{DEFAULT_MARK, RATE_LIMITS, RING_ROW},
     maps::{
         AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6,
         FragmentKey, FragmentPorts, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
@@ -44,6 +44,26 @@ pub struct Kernel;
 #[inline(always)]
 pub fn loopback() -> u32 {
     SETTINGS.get(0).map_or(1, |s| s.loopback_ifindex)
+}
+
+/// Bits of the mark of packets that a TC program has sent on, so that the next one on their way leaves them alone.
+#[inline(always)]
+pub fn mark() -> u32 {
+    match SETTINGS.get(0) {
+        Some(settings) if settings.mark != 0 => settings.mark,
+        _ => DEFAULT_MARK,
+    }
+}
+
+/// Notes that the agent is alive. The time; 0 stands for never and is not told.
+#[inline(always)]
+pub fn heartbeat() -> u32 {
+    let now = Kernel.now().max(1);
+    if let Some(settings) = SETTINGS.get_ptr_mut(0) {
+        // SAFETY: one aligned word of a map value.
+        unsafe { (&raw mut (*settings).heartbeat).write_volatile(now) }
+    }
+    now
 }
 
 /// Sees a flow table of one family as that of another: the family is known at compile time and is the same one.

@@ -12,6 +12,7 @@ pub mod create;
 pub mod csum;
 pub mod error;
 pub mod forward;
+pub mod fragment;
 pub mod headers;
 pub mod icmp;
 pub mod ingress;

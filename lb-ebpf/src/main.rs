@@ -51,6 +51,12 @@ pub fn weir_sweep(ctx: XdpContext) -> u32 {
     sweep::run(&Xdp::new(ctx.ctx), Kernel)
 }
 
+/// Never attached: the agent runs it every few seconds, and the programs know that next hops are kept up to date.
+#[xdp]
+pub fn weir_heartbeat(_ctx: XdpContext) -> u32 {
+    kernel::heartbeat()
+}
+
 #[inline(always)]
 fn xdp(ctx: *mut xdp_md) -> u32 {
     let mut packet = Xdp::new(ctx);
@@ -74,6 +80,11 @@ fn tc<const EGRESS: bool>(skb: *mut __sk_buff) -> i32 {
         Action::Pass | Action::ToTc => return TC_NEXT,
         Action::Drop(..) => return TC_DROP,
         Action::ToNode => return TC_OK,
+        Action::Again => {
+            packet.count_round();
+            // SAFETY: a helper without memory arguments.
+            return unsafe { bpf_redirect(packet.device(), INGRESS) as i32 };
+        }
         _ => {
             packet.set_done();
             packet.drop_priority_tag();

@@ -90,6 +90,10 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::MAX_FRAGM
 #[btf_map]
 pub static CURSORS: PerCpuArray<u32, { limits::DEFAULT_BACKENDS as usize }> = PerCpuArray::new();
 
+/// Programs' own: the kernel's answer about a next hop, off the stack.
+#[btf_map]
+pub static FIB: PerCpuArray<[u32; 16], 1> = PerCpuArray::new();
+
 /// Programs' own: how often they answered strangers of late.
 #[btf_map]
 pub static RATES: PerCpuArray<Rate, { limited::COUNT as usize }> = PerCpuArray::new();

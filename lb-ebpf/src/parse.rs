@@ -86,7 +86,11 @@ pub fn link<P: Packet>(packet: &P) -> Option<Be16> {
 pub fn ipv4<P: Packet>(packet: &P, l3: usize) -> Option<Datagram<lb_common::addr::Addr4>> {
     let ip = packet.get::<Ipv4>(l3)?;
     let header = (ip.version_ihl & 0xf) as usize * 4;
-    let length = ip.total_length.get() as u32;
+    let mut length = ip.total_length.get() as u32;
+    if length == 0 && packet.segment_size() != 0 {
+        // BIG TCP: longer than the field can tell.
+        length = packet.length().wrapping_sub(l3) as u32;
+    }
     if ip.version_ihl >> 4 != 4 || header < size_of::<Ipv4>() || length < header as u32 {
         return None;
     }
@@ -123,6 +127,10 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize) -> Option<Datagram<lb_common::addr
     if ip.version_flow[0] >> 4 != 6 {
         return None;
     }
+    let mut length = ip.payload_length.get() as u32 + size_of::<Ipv6>() as u32;
+    if ip.payload_length.0 == 0 && packet.segment_size() != 0 {
+        length = packet.length().wrapping_sub(l3) as u32;
+    }
     Some(Datagram {
         key: FlowKey {
             src: ip.src,
@@ -133,7 +141,7 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize) -> Option<Datagram<lb_common::addr
         },
         l3,
         l4: l3 + size_of::<Ipv6>(),
-        length: ip.payload_length.get() as u32 + size_of::<Ipv6>() as u32,
+        length,
         id: 0,
         ttl: ip.hop_limit,
         part: Part::Whole,

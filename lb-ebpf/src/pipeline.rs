@@ -3,11 +3,11 @@
 use lb_common::{
     addr::{Addr4, Addr16},
     flow::{Address, FlowKey, ours_bit, port_bit},
-    maps::{FragmentPorts, flow_state},
+    maps::flow_state,
 };
 
 use crate::{
-    create, forward,
+    create, forward, fragment,
     headers::{ETH_IPV4, ETH_IPV6, ICMP, ICMPV6, TCP, Tcp, UDP, Udp},
     icmp,
     packet::Packet,
@@ -95,8 +95,13 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
         return Verdict::PASS;
     }
     if datagram.part == Part::Later {
-        if !recall_fragment(tables, datagram) {
+        if datagram.proto() != TCP && datagram.proto() != UDP {
             return Verdict::PASS;
+        }
+        match fragment::recall(tables, datagram) {
+            fragment::OURS => {}
+            fragment::FOREIGN => return Verdict::PASS,
+            _ => return fragment::wait(packet, tables, datagram),
         }
     } else if datagram.proto() == TCP {
         let Some(tcp) = packet.get::<Tcp>(datagram.l4) else {
@@ -126,7 +131,7 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
         }
     }
     if datagram.part == Part::First {
-        remember_fragment(tables, datagram, verdict);
+        fragment::remember::<P, T, A>(tables, datagram, verdict);
     }
     verdict
 }
@@ -149,31 +154,4 @@ fn known<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Data
 fn serves<T: Tables, A: Address>(tables: T, key: &FlowKey<A>) -> bool {
     let (word, mask) = port_bit(key.proto, key.dport);
     tables.port_word(word) & mask != 0
-}
-
-/// Gives a later fragment the ports of the first one. Without them it cannot be told whose it is.
-#[inline(never)]
-fn recall_fragment<T: Tables, A: Address>(tables: T, datagram: &mut Datagram<A>) -> bool {
-    match tables.fragment(&datagram.fragment_key()) {
-        Some(ports) => {
-            datagram.key.sport = ports.sport;
-            datagram.key.dport = ports.dport;
-            true
-        }
-        None => false,
-    }
-}
-
-/// Remembers the ports for the fragments to come, if the first one was ours.
-#[inline(never)]
-fn remember_fragment<T: Tables, A: Address>(tables: T, datagram: &Datagram<A>, verdict: Verdict) -> u32 {
-    if verdict != Verdict::PASS && verdict != Verdict::TO_TC {
-        let ports = FragmentPorts {
-            sport: datagram.key.sport,
-            dport: datagram.key.dport,
-        };
-        tables.set_fragment(&datagram.fragment_key(), &ports);
-        tables.count(lb_common::counter::Counter::FragmentsTracked);
-    }
-    0
 }

@@ -4,6 +4,7 @@ use lb_common::{
     addr::{Addr4, Addr16, Be16, Hop},
     counter::DropReason,
     flow::Address,
+    limits::AGENT_SILENT_S,
     maps::{Backend, Device, Flow, backend_flags, device_flags},
 };
 
@@ -77,7 +78,7 @@ impl Way {
 
 /// The way to a backend.
 #[inline(always)]
-pub fn to_backend<P: Packet, T: Tables>(tables: T, backend: &Backend) -> Way {
+pub fn to_backend<P: Packet, T: Tables, A: Ip>(packet: &P, tables: T, backend: &Backend) -> Way {
     if backend.flags & backend_flags::NODE != 0 {
         return match P::HOOK {
             Hook::Xdp => Way::plain(Kind::NeedTc),
@@ -86,8 +87,42 @@ pub fn to_backend<P: Packet, T: Tables>(tables: T, backend: &Backend) -> Way {
         };
     }
     match tables.device(backend.hop.slot() as u32) {
-        Some(device) => by_device::<P>(device, backend.hop),
+        Some(device) => {
+            let way = by_device::<P>(device, backend.hop);
+            if way.kind == Kind::Device && is_agent_silent(tables) {
+                ask_kernel::<P, A>(packet, way, backend)
+            } else {
+                way
+            }
+        }
         None => Way::plain(Kind::Nowhere),
+    }
+}
+
+/// Whether the agent has given no sign of life for so long that next hops in the maps may be old.
+#[inline(always)]
+fn is_agent_silent<T: Tables>(tables: T) -> bool {
+    match tables.settings() {
+        Some(settings) if settings.heartbeat != 0 => {
+            let age = tables.now().wrapping_sub(settings.heartbeat);
+            age > AGENT_SILENT_S * tables.ticks_per_second() && age < 1 << 31
+        }
+        _ => false,
+    }
+}
+
+/// The same way, with the next hop that the kernel knows.
+#[inline(always)]
+fn ask_kernel<P: Packet, A: Ip>(packet: &P, way: Way, backend: &Backend) -> Way {
+    if P::HOOK != Hook::Xdp {
+        return Way {
+            kind: Kind::Neighbour,
+            ..way
+        };
+    }
+    match packet.next_hop(&backend.addr, A::V6, way.ifindex) {
+        Some((hop, from)) => Way { hop, from, ..way },
+        None => Way::plain(Kind::NeedTc),
     }
 }
 
@@ -190,7 +225,18 @@ pub fn send<P: Packet, A: Ip>(packet: &mut P, datagram: &Datagram<A>, flow: &Flo
     {
         return failed;
     }
+    adjust_sum::<P, A>(packet, flow.addr_delta, way);
     leave(packet, way)
+}
+
+/// Tells the kernel what a translation has changed of the sum of the whole packet: in IPv6 no checksum makes up for the
+/// hop limit, and helpers that know only of IPv4 take the addresses for made up for by the header's.
+#[inline(always)]
+pub fn adjust_sum<P: Packet, A: Ip>(packet: &mut P, addr_delta: u16, way: Way) {
+    if A::V6 && P::HOOK != Hook::Xdp {
+        let hop = if way.is_hop() { csum::HOP_DELTA } else { 0 };
+        packet.adjust_sum(addr_delta as u32 + hop);
+    }
 }
 
 /// The verdict of a way.
@@ -400,8 +446,10 @@ impl Ip for Addr16 {
         let Some(ip) = packet.get_mut::<Ipv6>(l3) else {
             return false;
         };
+        let old = u16::from_ne_bytes([0, ip.hop_limit]);
         ip.hop_limit = ttl;
         (ip.src, ip.dst) = (ip.dst, ip.src);
+        packet.adjust_sum(csum::word_delta(old, u16::from_ne_bytes([0, ttl])));
         true
     }
 }

@@ -3,6 +3,7 @@
 use std::{
     fs::File,
     net::IpAddr,
+    os::fd::AsFd as _,
     path::PathBuf,
     process::Command,
     sync::{Mutex, PoisonError},
@@ -29,6 +30,7 @@ use lb_common::{
 
 use crate::{
     row::Datapath,
+    test_run::test_run,
     world::{Conn, DEVICES, FlowEntry, World, ifindex_of},
 };
 
@@ -82,6 +84,7 @@ pub struct Kernel {
     bpf: Ebpf,
     hz: u32,
     sizes: Sizes,
+    check_sums: bool,
 }
 
 /// The object to test: `WEIR_BPF_OBJECT`, or where `cargo xtask build-ebpf` puts it.
@@ -181,6 +184,7 @@ impl Kernel {
             bpf,
             hz: ticks_per_second(),
             sizes,
+            check_sums: false,
         };
         let meta = Meta {
             schema: SCHEMA,
@@ -278,7 +282,11 @@ impl Datapath for Kernel {
         self.clear_acl()?;
 
         self.array("OURS")?.set(0, *world.filter(), 0)?;
-        self.array::<Settings>("SETTINGS")?.set(0, world.settings, 0)?;
+        let mut settings = world.settings;
+        if let Some(age) = world.agent_silent_for {
+            settings.heartbeat = jiffies()?.wrapping_sub(age * self.hz);
+        }
+        self.array::<Settings>("SETTINGS")?.set(0, settings, 0)?;
         for (slot, device) in world.devices() {
             self.array::<Device>("DEVICES")?.set(slot.into(), device, 0)?;
             self.hash::<u32, u32>("DEVICE_SLOTS")?
@@ -332,6 +340,14 @@ impl Datapath for Kernel {
             };
             let all = PerCpuValues::try_from(vec![rate; nr_cpus().map_err(|(_, e)| e)?])?;
             self.per_cpu::<Rate>("RATES")?.set(what, all, 0)?;
+        }
+        for (key, ports, age) in &world.fragments {
+            let seen = now.wrapping_sub(age * self.hz);
+            self.hash::<FragmentKey, FragmentPorts>("FRAGMENTS")?.insert(
+                key,
+                FragmentPorts { seen, ..*ports },
+                0,
+            )?;
         }
         for (conn, age) in &world.conns {
             self.insert(conn, now.wrapping_sub(age * self.hz))?;
@@ -394,6 +410,10 @@ impl Datapath for Kernel {
         Ok(all)
     }
 
+    fn check_sums(&mut self, on: bool) {
+        self.check_sums = on;
+    }
+
     fn run(&mut self, program: Program, slot: u16, frame: &[u8]) -> Result<Ran> {
         let mut out = vec![0; frame.len() + 2048];
         let ifindex = ifindex_of(slot);
@@ -419,12 +439,19 @@ impl Datapath for Kernel {
                 context[9] = ifindex;
                 context[10] = ifindex;
                 let context = words(&context);
+                let sums = self.check_sums;
                 let tc: &SchedClassifier = self
                     .bpf
                     .program(name)
                     .with_context(|| format!("no program {name}"))?
                     .try_into()?;
-                tc.test_run(options(frame, &mut out, &context))?
+                let (action, length) = test_run(tc.fd()?.as_fd(), frame, &mut out, &context, sums)?;
+                out.truncate(length);
+                return Ok(Ran {
+                    action,
+                    frame: out,
+                    to: None,
+                });
             }
         };
         out.truncate(result.data_size_out as usize);

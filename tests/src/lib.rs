@@ -26,5 +26,6 @@ pub mod pebble;
 pub mod pki;
 pub mod row;
 pub mod site;
+pub mod test_run;
 pub mod weir;
 pub mod world;

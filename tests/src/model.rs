@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Result, ensure};
 use lb_common::{
-    addr::{Addr4, Addr16},
+    addr::{Addr4, Addr16, Hop},
     counter::{Counter, DropReason},
     flow::{Address, FlowKey, FlowKey6},
     limits::RING_ROW,
@@ -133,6 +133,9 @@ impl Datapath for Model {
 
         maps.ours = world.filter();
         maps.settings = world.settings;
+        if let Some(age) = world.agent_silent_for {
+            maps.settings.heartbeat = NOW.wrapping_sub(age * HZ);
+        }
         maps.answers_exhausted = world.answers_exhausted;
         maps.vips = world
             .vips
@@ -149,6 +152,10 @@ impl Datapath for Model {
         }
         maps.acl.clone_from(&world.acl);
         maps.affinity = world.affinity.iter().copied().collect();
+        for (key, ports, age) in &world.fragments {
+            let seen = NOW.wrapping_sub(age * HZ);
+            maps.fragments.insert(*key, FragmentPorts { seen, ..*ports });
+        }
         for service in &world.services {
             maps.services.insert(service.key, world.value_of(service));
             maps.rings.insert(service.value.id, world.ring_of(service));
@@ -236,6 +243,7 @@ impl Datapath for Model {
             Action::Transmit => (if xdp { 3 } else { 7 }, Some(ifindex)),
             Action::Redirect(to) => (if xdp { 4 } else { 7 }, Some(to)),
             Action::Neighbour(to) => (7, Some(to)),
+            Action::Again => (7, Some(ifindex)),
             Action::ToNode => (0, None),
             Action::ToNodeByLoopback => (7, Some(maps.settings.loopback_ifindex)),
             Action::Drop(..) => (if xdp { 1 } else { 2 }, None),
@@ -569,6 +577,17 @@ impl<const HOOK: u8> Packet for Frame<HOOK> {
     fn device(&self) -> u32 {
         self.device
     }
+    fn next_hop(&self, _to: &Addr16, _v6: bool, _ifindex: u32) -> Option<(Hop, Hop)> {
+        // The rows' network has no routes.
+        None
+    }
+    fn length(&self) -> usize {
+        self.bytes().len()
+    }
+    fn rounds(&self) -> u32 {
+        0
+    }
+    fn adjust_sum(&mut self, _delta: u32) {}
     fn pull(&mut self, length: usize) -> bool {
         length <= self.bytes().len()
     }

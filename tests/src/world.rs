@@ -6,8 +6,8 @@ use lb_common::{
     addr::{Addr16, Be16, Hop},
     limits::RING_ROW,
     maps::{
-        self, Affinity, AffinityKey, Backend, Device, Ours, Service, ServiceKey, Settings, Timeouts,
-        backend_flags, backend_state, device_flags, flow_state,
+        self, Affinity, AffinityKey, Backend, Device, FragmentKey, FragmentPorts, Ours, Service, ServiceKey,
+        Settings, Timeouts, backend_flags, backend_state, device_flags, flow_state,
     },
 };
 
@@ -253,6 +253,10 @@ pub struct World {
     pub settings: Settings,
     /// More addresses in `OURS`.
     pub ours: Vec<IpAddr>,
+    /// First fragments that were met so many seconds ago.
+    pub fragments: Vec<(FragmentKey, FragmentPorts, u32)>,
+    /// Seconds since the agent gave a sign of life; `None`: it never did, and next hops are right.
+    pub agent_silent_for: Option<u32>,
     /// `RATES` has no more to give.
     pub answers_exhausted: bool,
     /// Further MACs of devices.
@@ -290,6 +294,8 @@ impl World {
                 heartbeat: 0,
             },
             ours: Vec::new(),
+            fragments: Vec::new(),
+            agent_silent_for: None,
             answers_exhausted: false,
             macs: Vec::new(),
             device_flags: Vec::new(),
@@ -346,6 +352,23 @@ impl World {
         for (_, flags) in &mut self.vips {
             *flags |= maps::vip_flags::ROUTED | more;
         }
+        self
+    }
+
+    /// The first fragment of a datagram was met so many seconds ago.
+    pub fn fragment(mut self, key: FragmentKey, ports: (u16, u16), age: u32) -> Self {
+        let ports = FragmentPorts {
+            sport: Be16::new(ports.0),
+            dport: Be16::new(ports.1),
+            seen: 0,
+        };
+        self.fragments.push((key, ports, age));
+        self
+    }
+
+    /// The agent gave its last sign of life so many seconds ago.
+    pub fn agent_silent_for(mut self, seconds: u32) -> Self {
+        self.agent_silent_for = Some(seconds);
         self
     }
 

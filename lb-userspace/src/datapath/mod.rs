@@ -11,6 +11,7 @@ pub mod fake;
 pub mod filter;
 pub mod flows;
 pub mod frames;
+pub mod heartbeat;
 pub mod load;
 pub mod net;
 pub mod netlink;

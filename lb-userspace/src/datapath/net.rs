@@ -16,6 +16,7 @@ use super::{
     DeviceInfo, Place, Topology, announce,
     attach::{Attacher, DeviceWish, XdpChoice},
     frames,
+    heartbeat::{self, Heartbeat},
     netlink::{self, Change, Link, Neighbour, NetlinkError, OwnAddress, Route},
     slots::Slots,
     state::StateFile,
@@ -64,6 +65,8 @@ pub struct NetReport {
 pub struct NetTask {
     /// The loaded programs.
     pub attacher: Attacher,
+    /// Says that next hops are kept up to date.
+    pub heartbeat: Heartbeat,
     /// What to undo on detach.
     pub state: StateFile,
     /// Slots of an earlier agent (`KernelMaps::devices`).
@@ -118,8 +121,14 @@ pub async fn run(task: NetTask) -> std::io::Result<()> {
     };
     let mut resync = time::interval(RESYNC);
     resync.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+    let mut beat = time::interval(heartbeat::INTERVAL);
+    beat.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
         tokio::select! {
+            _ = beat.tick() => {
+                follower.task.heartbeat.beat();
+                continue;
+            }
             _ = resync.tick() => follower.forget_failures(),
             changed = config.changed() => match changed {
                 Ok(()) => follower.forget_failures(),
