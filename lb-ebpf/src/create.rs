@@ -111,6 +111,9 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
         forget(tables, key);
     }
     let verdict = install(tables, work, service, backend);
+    if verdict == RACED {
+        return Verdict::CREATED;
+    }
     if verdict == Verdict::CREATED {
         record(tables, datagram, service, id, wish.avoid());
     }
@@ -234,11 +237,14 @@ fn stray<P: Packet, T: Tables, A: Ip>(
     service: &Service,
 ) -> Verdict {
     // On the node's own address it may be a connection that is older than the service.
+    // A RST may end one of its own processes' on any address that it has.
+    let reset = datagram.flags & crate::headers::TCP_RST != 0;
     match tables.vip(&datagram.key.dst.wide()) {
-        Some(vip) if vip.flags & vip_flags::ECHO != 0 => {}
+        Some(vip) if vip.flags & vip_flags::ROUTED != 0 => {}
+        Some(vip) if vip.flags & vip_flags::ECHO != 0 && !reset => {}
         _ => return Verdict::PASS,
     }
-    if service.flags & service_flags::RESET_UNKNOWN != 0 && datagram.flags & crate::headers::TCP_RST == 0 {
+    if service.flags & service_flags::RESET_UNKNOWN != 0 && !reset {
         return reply::reset(packet, tables, datagram, service.id);
     }
     Verdict::drop(DropReason::NoFlow, service.id)
@@ -411,6 +417,9 @@ fn reclaim<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> u32 {
     }
 }
 
+/// Answer of [`commit`]: another CPU has made the flow at the same moment. The packet goes by that one's entry.
+const RACED: Verdict = Verdict::OPEN;
+
 /// Inserts the forward entry; without it the reverse one must not stay.
 #[inline(never)]
 fn commit<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> Verdict {
@@ -418,11 +427,10 @@ fn commit<T: Tables, A: Ip>(tables: T, work: &Work<A>) -> Verdict {
         Ok(()) => Verdict::CREATED,
         Err(error) => {
             tables.remove_flow(&work.reverse_key);
-            let reason = match error {
-                InsertError::Exists => DropReason::Raced,
-                InsertError::Full => DropReason::FlowTableFull,
-            };
-            Verdict::drop(reason, work.forward.service)
+            match error {
+                InsertError::Exists => RACED,
+                InsertError::Full => Verdict::drop(DropReason::FlowTableFull, work.forward.service),
+            }
         }
     }
 }

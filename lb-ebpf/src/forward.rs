@@ -75,7 +75,10 @@ fn transition<T: Tables, A: Ip>(
         // A copy made by the network is no retransmission: those come after 200 ms at the earliest (RFC 6298).
         let waited = tables.now().wrapping_sub(flow.created) >= tables.ticks_per_second() / 5;
         // The client begins anew on an old tuple, or its backend is on its way out.
-        if is_closed(state) || (backend.state != backend_state::ACTIVE && (answered || waited)) {
+        // But for one that repeats its SYN with data, since the answer may have acknowledged them (RFC 7413).
+        let headers = (datagram.l4 - datagram.l3) as u32 + datagram.header as u32;
+        let leaves = (answered && datagram.length <= headers) || (!answered && waited);
+        if is_closed(state) || (backend.state != backend_state::ACTIVE && leaves) {
             return Verdict::replace(0, 0);
         }
         if !answered {

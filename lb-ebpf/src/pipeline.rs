@@ -2,6 +2,7 @@
 
 use lb_common::{
     addr::{Addr4, Addr16},
+    counter::DropReason,
     flow::{Address, FlowKey, ours_bit, port_bit},
     maps::flow_state,
 };
@@ -17,7 +18,7 @@ use crate::{
     stats,
     tables::Tables,
     unused,
-    verdict::Verdict,
+    verdict::{NO_SERVICE, Verdict},
 };
 
 /// What becomes of a frame. The one entry, the one exit.
@@ -128,6 +129,10 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
         verdict = create::open(packet, tables, datagram, verdict);
         if verdict == Verdict::CREATED {
             verdict = known(packet, tables, datagram);
+            if verdict.opens() {
+                // Made and gone again: the sender will send again.
+                verdict = Verdict::drop(DropReason::Raced, NO_SERVICE);
+            }
         }
     }
     if datagram.part == Part::First {

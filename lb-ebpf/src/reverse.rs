@@ -128,7 +128,8 @@ fn nudge<P: Packet, T: Tables, A: Ip>(
         return hidden;
     };
     let (old_ack, old_flags) = (tcp.ack, word(tcp));
-    tcp.ack = u32::from_be(old_ack).wrapping_sub(1).to_be();
+    // The RST acknowledges the SYN and data that may have come with it: so far back is before both.
+    tcp.ack = u32::from_be(old_ack).wrapping_sub(1 << 16).to_be();
     tcp.flags = TCP_ACK;
     let delta = csum::dword_delta(old_ack, tcp.ack) + csum::word_delta(old_flags, word(tcp));
     if !packet.fix_checksum(datagram.l4 + 16, 0, csum::fold(delta), false) {

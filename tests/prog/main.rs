@@ -46,3 +46,27 @@ fn rows_are_many_and_of_different_names() {
     names.dedup();
     assert_eq!(names.len(), all, "two rows have the same name");
 }
+
+/// Two CPUs make the same flow at once: no test run can, so the model plays the other.
+#[test]
+fn the_loser_of_a_race_goes_by_the_winners_entry() {
+    use lb_tests::row::{Expect, row};
+    let rows: Vec<_> = net::ALL
+        .iter()
+        .map(|n| {
+            let winner = n.conn2();
+            row(
+                format!("{n}: another CPU makes the flow first"),
+                n.two().ring(&[1]).winner(winner.clone()),
+            )
+            .comes(
+                lb_tests::world::NIC,
+                &n.open(),
+                Expect::send(lb_tests::world::NIC, &n.to_b2(&n.open()))
+                    .to_backend(2, &n.open())
+                    .flows(&[&winner]),
+            )
+        })
+        .collect();
+    lb_tests::row::run_in_model(&rows);
+}

@@ -200,6 +200,7 @@ fn reuse(n: Net) -> Vec<Row> {
     let open = n.open();
     let fresh = || created(Expect::send(NIC, &n.to_b2(&open)), &open, &n.conn2());
     let given = || n.two().ring(&[2]);
+    let early = n.open().payload(b"early data");
     let drains = {
         let mut world = given();
         world.backends[0].state = backend_state::DRAINING;
@@ -237,6 +238,15 @@ fn reuse(n: Net) -> Vec<Row> {
             NIC,
             &open,
             Expect::send(NIC, &n.to_b1(&open)).to_backend(1, &open),
+        ),
+        row(
+            format!("{n}: a SYN with data that were acknowledged stays with its draining backend"),
+            drains.clone().conn(n.conn().established(), 5),
+        )
+        .comes(
+            NIC,
+            &early,
+            Expect::send(NIC, &n.to_b1(&early)).to_backend(1, &early),
         ),
         row(
             format!("{n}: a SYN to a draining backend's flow goes to another"),
@@ -279,7 +289,7 @@ fn resteer(n: Net) -> Vec<Row> {
             .and("backend 1 resteered", 1)
     };
     let refusal = n.reply(flag::RST_ACK).seq(0, 1001);
-    let nudge = n.to_client(&n.reply(flag::ACK).seq(0, 1000));
+    let nudge = n.to_client(&n.reply(flag::ACK).seq(0, 1001_u32.wrapping_sub(1 << 16)));
     let refused = n.conn().state(state::REFUSED);
     let hidden = || {
         Expect::send(NIC, &nudge)
@@ -414,11 +424,16 @@ fn unknown(n: Net) -> Vec<Row> {
             asks(),
         )
         .comes(NIC, &fin, answered(&reset(n, 0, Some(1006)))),
-        row(format!("{n}: a reset of no flow is never answered"), asks()).comes(
-            NIC,
-            &n.request(flag::RST_ACK),
-            no_flow(),
-        ),
+        row(
+            format!("{n}: a reset of no flow for an address of the node is the stack's"),
+            asks(),
+        )
+        .comes(NIC, &n.request(flag::RST_ACK), Expect::pass()),
+        row(
+            format!("{n}: a reset of no flow for a routed VIP is never answered"),
+            asks().routed(0),
+        )
+        .comes(NIC, &n.request(flag::RST_ACK), no_flow()),
         row(
             format!("{n}: on the node's own address a segment of no flow passes"),
             n.one().silent_vip(),

@@ -14,7 +14,7 @@ use lb_common::{
     limits::RING_ROW,
     maps::{
         Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6, FragmentKey,
-        FragmentPorts, Ours, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
+        FragmentPorts, Ours, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip, flow_state,
     },
 };
 use lb_ebpf::{
@@ -29,7 +29,7 @@ use lb_ebpf::{
 use crate::{
     kernel::{Counters, FLOW_ENTRIES, Program, Ran, SMALL, backend_fields, entry_of, flow_of, strangers},
     row::Datapath,
-    world::{FlowEntry, World, ifindex_of, mac_by_ifindex},
+    world::{Conn, FlowEntry, World, ifindex_of, mac_by_ifindex},
 };
 
 /// Ticks per second of the model's clock.
@@ -48,6 +48,7 @@ struct Maps {
     ours: Box<Ours>,
     settings: Settings,
     answers_exhausted: bool,
+    winner: Option<Conn>,
     vips: HashMap<Addr16, Vip>,
     services: HashMap<ServiceKey, Service>,
     timeouts: HashMap<u32, Timeouts>,
@@ -82,6 +83,7 @@ impl Default for Model {
             ours: World::new().filter(),
             settings: Settings::default(),
             answers_exhausted: false,
+            winner: None,
             vips: HashMap::new(),
             services: HashMap::new(),
             timeouts: HashMap::new(),
@@ -137,6 +139,7 @@ impl Datapath for Model {
             maps.settings.heartbeat = NOW.wrapping_sub(age * HZ);
         }
         maps.answers_exhausted = world.answers_exhausted;
+        maps.winner.clone_from(&world.winner);
         maps.vips = world
             .vips
             .iter()
@@ -427,6 +430,13 @@ impl Tables for View<'_> {
     }
     fn insert_flow<A: Address>(self, key: &FlowKey<A>, flow: &Flow<A>) -> Result<(), InsertError> {
         let (maps, key) = (self.0.maps(), wide(key));
+        if flow.state & flow_state::REVERSE == 0
+            && let Some(winner) = maps.winner.take()
+        {
+            for entry in winner.entries() {
+                insert(maps, &entry, NOW);
+            }
+        }
         let (exists, length) = if A::V6 {
             (maps.flows6.contains_key(&key), maps.flows6.len())
         } else {

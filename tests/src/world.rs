@@ -257,6 +257,8 @@ pub struct World {
     pub fragments: Vec<(FragmentKey, FragmentPorts, u32)>,
     /// Seconds since the agent gave a sign of life; `None`: it never did, and next hops are right.
     pub agent_silent_for: Option<u32>,
+    /// In the model: another CPU makes this connection just before a packet makes one.
+    pub winner: Option<Conn>,
     /// `RATES` has no more to give.
     pub answers_exhausted: bool,
     /// Further MACs of devices.
@@ -296,6 +298,7 @@ impl World {
             ours: Vec::new(),
             fragments: Vec::new(),
             agent_silent_for: None,
+            winner: None,
             answers_exhausted: false,
             macs: Vec::new(),
             device_flags: Vec::new(),
@@ -363,6 +366,12 @@ impl World {
             seen: 0,
         };
         self.fragments.push((key, ports, age));
+        self
+    }
+
+    /// Another CPU makes this connection just before a packet makes one. Model only.
+    pub fn winner(mut self, conn: Conn) -> Self {
+        self.winner = Some(conn);
         self
     }
 
