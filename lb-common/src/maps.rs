@@ -46,7 +46,7 @@ pub struct Settings {
     pub _pad: u32,
     /// Bits of the mark of packets that a TC program has sent on; 0: [`DEFAULT_MARK`](crate::limits::DEFAULT_MARK).
     pub mark: u32,
-    /// Flow clock when the agent last gave a sign of life; 0: never.
+    /// Heartbeat of the agent: flow clock until which next hops in the maps are taken for right; 0: for ever.
     pub heartbeat: u32,
 }
 

@@ -14,7 +14,7 @@ use lb_common::{
     addr::Addr16,
     counter::Counter,
     flow::{Address, FlowKey, FlowKey4, FlowKey6},
-    limits::{DEFAULT_MARK, RATE_LIMITS, RING_ROW},
+    limits::{AGENT_SILENT_S, DEFAULT_MARK, RATE_LIMITS, RING_ROW},
     maps::{
         AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6,
         FragmentKey, FragmentPorts, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
@@ -55,13 +55,16 @@ pub fn mark() -> u32 {
     }
 }
 
-/// Notes that the agent is alive. The time; 0 stands for never and is not told.
+/// Notes that the agent is alive. The time.
 #[inline(always)]
 pub fn heartbeat() -> u32 {
-    let now = Kernel.now().max(1);
+    let now = Kernel.now();
+    let until = now
+        .wrapping_add(AGENT_SILENT_S * Kernel.ticks_per_second())
+        .max(1);
     if let Some(settings) = SETTINGS.get_ptr_mut(0) {
         // SAFETY: one aligned word of a map value.
-        unsafe { (&raw mut (*settings).heartbeat).write_volatile(now) }
+        unsafe { (&raw mut (*settings).heartbeat).write_volatile(until) }
     }
     now
 }

@@ -21,6 +21,7 @@ use lb_common::{
     addr::{Addr4, Addr16, Be16},
     counter::{Counter, DropReason},
     flow::{Address, FlowKey},
+    limits::AGENT_SILENT_S,
     maps::{
         ABI_VERSION, AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Drops, Flow, FragmentKey,
         FragmentPorts, Meta, Rate, RingRow, SCHEMA, Service, ServiceKey, ServiceStats, Settings, Stats,
@@ -284,7 +285,8 @@ impl Datapath for Kernel {
         self.array("OURS")?.set(0, *world.filter(), 0)?;
         let mut settings = world.settings;
         if let Some(age) = world.agent_silent_for {
-            settings.heartbeat = jiffies()?.wrapping_sub(age * self.hz);
+            let last = jiffies()?.wrapping_sub(age * self.hz);
+            settings.heartbeat = last.wrapping_add(AGENT_SILENT_S * self.hz);
         }
         self.array::<Settings>("SETTINGS")?.set(0, settings, 0)?;
         for (slot, device) in world.devices() {

@@ -11,7 +11,7 @@ use lb_common::{
     addr::{Addr4, Addr16, Hop},
     counter::{Counter, DropReason},
     flow::{Address, FlowKey, FlowKey6},
-    limits::RING_ROW,
+    limits::{AGENT_SILENT_S, RING_ROW},
     maps::{
         Affinity, AffinityKey, Backend, BackendStats, Device, Event, Flow, Flow4, Flow6, FragmentKey,
         FragmentPorts, Ours, Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip, flow_state,
@@ -136,7 +136,7 @@ impl Datapath for Model {
         maps.ours = world.filter();
         maps.settings = world.settings;
         if let Some(age) = world.agent_silent_for {
-            maps.settings.heartbeat = NOW.wrapping_sub(age * HZ);
+            maps.settings.heartbeat = NOW.wrapping_sub(age * HZ).wrapping_add(AGENT_SILENT_S * HZ);
         }
         maps.answers_exhausted = world.answers_exhausted;
         maps.winner.clone_from(&world.winner);
