@@ -35,7 +35,7 @@ macro_rules! indexed {
 }
 
 indexed! {
-    /// What the datapath counts for the whole node. Every packet moves exactly one of the first group (its verdict).
+    /// What the datapath counts for the whole node. Every packet moves exactly one verdict: one of the first group, or `fragments_again`.
     Counter {
         /// Verdict: not ours, passed on untouched.
         Passed = "passed",

@@ -66,15 +66,21 @@ fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T) -> bool {
 #[inline(always)]
 fn parsed<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T) -> Verdict {
     match tables.frame::<A>() {
-        Some(frame) => {
-            let verdict = transport(packet, tables, frame);
-            if verdict == Verdict::PASS && unused::may_be_routed(tables, frame.key.dst) {
-                unused::refuse(packet, tables, frame)
-            } else {
-                verdict
-            }
-        }
+        Some(frame) => match transport(packet, tables, frame) {
+            Verdict::PASS => unserved::<P, T, A>(packet, tables),
+            verdict => verdict,
+        },
         None => Verdict::PASS,
+    }
+}
+
+/// The end of a packet that is none of a service's. Out of line, with the frame fetched anew, to keep the entry's part of
+/// the stack small.
+#[inline(never)]
+fn unserved<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T) -> Verdict {
+    match tables.frame::<A>() {
+        Some(frame) if unused::may_be_routed(tables, frame.key.dst) => unused::refuse(packet, tables, frame),
+        _ => Verdict::PASS,
     }
 }
 
