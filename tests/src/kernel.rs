@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun as _, TestRunOptions, VerifierLogLevel,
     maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues, lpm_trie},
@@ -29,6 +29,7 @@ use lb_common::{
     },
 };
 
+pub use crate::test_run::jiffies;
 use crate::{
     row::Datapath,
     test_run::test_run,
@@ -590,13 +591,4 @@ fn delta(old: &[IpAddr], new: &[IpAddr]) -> u16 {
 fn port_delta(old: [u16; 2], new: [u16; 2]) -> u16 {
     let bytes = |ports: [u16; 2]| ports.map(u16::to_be_bytes).concat();
     difference(&bytes(old), &bytes(new))
-}
-
-/// The flow clock now: the low 32 bits of the kernel's jiffies, which `/proc/timer_list` tells to root.
-pub fn jiffies() -> Result<u32> {
-    let text = std::fs::read_to_string("/proc/timer_list").context("/proc/timer_list")?;
-    let Some(line) = text.lines().find_map(|l| l.trim().strip_prefix("jiffies:")) else {
-        bail!("/proc/timer_list tells no jiffies");
-    };
-    Ok(line.trim().parse::<u64>()? as u32)
 }

@@ -88,3 +88,12 @@ pub fn test_run(
         _ => Err(error).context("BPF_PROG_TEST_RUN"),
     }
 }
+
+/// The flow clock now: the low 32 bits of the kernel's jiffies, which `/proc/timer_list` tells to root.
+pub fn jiffies() -> Result<u32> {
+    let text = std::fs::read_to_string("/proc/timer_list").context("/proc/timer_list")?;
+    let Some(line) = text.lines().find_map(|l| l.trim().strip_prefix("jiffies:")) else {
+        bail!("/proc/timer_list tells no jiffies");
+    };
+    Ok(line.trim().parse::<u64>()? as u32)
+}

@@ -7,34 +7,19 @@ use lb_common::{
     limits::RING_ROW,
     maps::{
         self, Affinity, AffinityKey, Backend, Device, FragmentKey, FragmentPorts, Ours, Service, ServiceKey,
-        Settings, Timeouts, backend_flags, backend_state, device_flags, flow_state,
+        Settings, Timeouts, backend_flags, backend_state, flow_state,
     },
 };
 
 use weir::{datapath::Filter, plan::address_of, ring::leaders};
 
+pub use crate::devices::*;
 use crate::packet::{Mac, ToIp};
 
 /// TCP's protocol number.
 pub const TCP: u8 = 6;
 /// UDP's protocol number.
 pub const UDP: u8 = 17;
-
-/// Slot of the NIC that clients come by; XDP and TC.
-pub const NIC: u16 = 1;
-/// Slot of the container bridge; TC only.
-pub const BRIDGE: u16 = 2;
-/// Slot of a second NIC; XDP and TC.
-pub const NIC2: u16 = 3;
-/// Slot of a NIC whose MTU is [`NARROW_MTU`]; XDP and TC.
-pub const NARROW: u16 = 4;
-/// Slot of the node itself.
-pub const NODE: u16 = 0;
-
-/// MTU of [`NARROW`], bytes.
-pub const NARROW_MTU: u32 = 600;
-/// MTU of the other devices, bytes.
-pub const MTU: u32 = 1500;
 
 /// Seconds for idle times in rows: established TCP.
 pub const ESTABLISHED_S: u32 = 3600;
@@ -44,46 +29,6 @@ pub const SYN_S: u32 = 60;
 pub const CLOSING_S: u32 = 30;
 /// UDP.
 pub const UDP_S: u32 = 90;
-
-/// Flags of a NIC.
-const XDP_UPLINK: u16 = device_flags::XDP | device_flags::UPLINK;
-
-/// Name, interface index, MAC, flags and MTU of every device but the node.
-pub const DEVICES: [(u16, &str, u32, Mac, u16, u32); 4] = [
-    (NIC, "nic", 11, [0x02, 0, 0, 0, 0, 0x11], XDP_UPLINK, MTU),
-    (
-        BRIDGE,
-        "bridge",
-        21,
-        [0x02, 0, 0, 0, 0, 0x21],
-        device_flags::BRIDGE,
-        MTU,
-    ),
-    (NIC2, "nic2", 31, [0x02, 0, 0, 0, 0, 0x31], XDP_UPLINK, MTU),
-    (
-        NARROW,
-        "narrow",
-        41,
-        [0x02, 0, 0, 0, 0, 0x41],
-        XDP_UPLINK,
-        NARROW_MTU,
-    ),
-];
-
-/// The MAC of a device.
-pub fn mac_of(slot: u16) -> Mac {
-    DEVICES.iter().find(|d| d.0 == slot).expect("a slot in use").3
-}
-
-/// The MAC of a device by interface index; that of `lo` is zero.
-pub fn mac_by_ifindex(ifindex: u32) -> Mac {
-    DEVICES.iter().find(|d| d.2 == ifindex).map_or([0; 6], |d| d.3)
-}
-
-/// The interface index of a device; `lo` for the node.
-pub fn ifindex_of(slot: u16) -> u32 {
-    DEVICES.iter().find(|d| d.0 == slot).map_or(1, |d| d.2)
-}
 
 /// One connection: what its two flow entries say.
 #[derive(Clone, Debug, PartialEq, Eq)]
