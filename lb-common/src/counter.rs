@@ -35,7 +35,7 @@ macro_rules! indexed {
 }
 
 indexed! {
-    /// What the datapath counts for the whole node. Every packet moves exactly one of the first group (its verdict).
+    /// What the datapath counts for the whole node. Every packet moves exactly one verdict: one of the first group, or `fragments_again`.
     Counter {
         /// Verdict: not ours, passed on untouched.
         Passed = "passed",
@@ -77,6 +77,12 @@ indexed! {
         HopsRelearned = "hops_relearned",
         /// UDP flows moved away from a dead backend.
         FlowsMoved = "flows_moved",
+        /// "Time exceeded" sent.
+        TimeExceededSent = "time_exceeded_sent",
+        /// Packets for a port of a routed VIP that no service has, refused: RST or "port unreachable" sent.
+        UnusedPortsRefused = "unused_ports_refused",
+        /// Verdict of TC: a later fragment that came before its first, sent round once more to wait for it.
+        FragmentsAgain = "fragments_again",
     }
 }
 
@@ -111,5 +117,9 @@ indexed! {
         FlowExpired = "flow_expired",
         /// The service holds its share of the flow table.
         ServiceShare = "service_share",
+        /// For a port or protocol of a routed VIP that no service has, and not answered.
+        UnusedPort = "unused_port",
+        /// A later fragment for a VIP whose first did not come in time.
+        FragmentEarly = "fragment_early",
     }
 }

@@ -134,6 +134,13 @@ pub fn ours_bit<A: Address>(addr: A) -> (u32, u64) {
     (h >> 6, 1 << (h & 63))
 }
 
+/// The bit of the filter of routed VIPs in `OURS` that stands for an address: word index and mask.
+#[inline(always)]
+pub fn routed_bit<A: Address>(addr: A) -> (u32, u64) {
+    let h = addr.fold().wrapping_mul(0x9e37_79b1) >> (32 - crate::limits::ROUTED_BITS);
+    (h >> 6, 1 << (h & 63))
+}
+
 /// Folding for [`ours_bit`], apart from [`Address`] so that only this module sees it.
 trait Fold {
     fn fold(self) -> u32;

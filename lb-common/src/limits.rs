@@ -59,6 +59,25 @@ pub const OURS_WORDS: usize = 1 << (OURS_BITS - 6);
 /// 64-bit words of the port filter in `OURS`: a bit for each port of TCP, then of UDP.
 pub const PORT_WORDS: usize = 2 << (16 - 6);
 
+/// log2 of the bits in the filter of routed VIPs in `OURS`.
+pub const ROUTED_BITS: u32 = 10;
+/// 64-bit words of the filter of routed VIPs in `OURS`.
+pub const ROUTED_WORDS: usize = 1 << (ROUTED_BITS - 6);
+
+/// Mark of packets that a TC program has sent on, unless configured.
+pub const DEFAULT_MARK: u32 = 0x0800_0000;
+/// Seconds without a sign of life of the agent after which the kernel's own neighbour table is asked for next hops.
+pub const AGENT_SILENT_S: u32 = 10;
+/// Seconds for which the first fragment of a datagram is remembered.
+pub const FRAGMENT_AGE_S: u32 = 30;
+/// How often a later fragment is sent round to wait for the first one.
+pub const FRAGMENT_ROUNDS: u32 = 8;
+/// Windows of `RATES` in a second.
+pub const RATE_WINDOWS: u32 = 10;
+/// What `RATES` allows one CPU in one window, by `maps::limited`: a thousand errors and RSTs a second, which is Linux' own
+/// limit, and ten thousand turns of fragments.
+pub const RATE_LIMITS: [u32; 3] = [100, 100, 1000];
+
 /// First SNAT port unless configured: below the default `net.ipv4.ip_local_port_range` (32768–60999).
 pub const DEFAULT_SNAT_PORT_MIN: u16 = 1_024;
 /// Last SNAT port unless configured.
@@ -67,8 +86,8 @@ pub const DEFAULT_SNAT_PORT_MAX: u16 = 32_767;
 pub const SNAT_PROBES: u32 = 8;
 /// Other backends tried when a SYN goes unanswered or is refused.
 pub const MAX_RESTEERS: u32 = 3;
-/// VLAN tags looked through.
-pub const MAX_VLAN_TAGS: usize = 2;
+/// Further MACs of one device: its master's, and unicast addresses that somebody has added to it.
+pub const DEVICE_MACS: usize = 6;
 /// IPv6 extension headers looked through.
 pub const MAX_IPV6_EXTENSIONS: usize = 6;
 

@@ -7,7 +7,7 @@
 use crate::{
     addr::{Addr16, Be16, Hop},
     counter::{COUNTER_SLOTS, DROP_SLOTS},
-    limits::{OURS_WORDS, PORT_WORDS, RING_ROW},
+    limits::{DEVICE_MACS, OURS_WORDS, PORT_WORDS, RING_ROW, ROUTED_WORDS},
 };
 
 /// Version of the set of maps; part of the pin path. Raised when maps cannot be adopted any more.
@@ -45,6 +45,10 @@ pub struct Settings {
     pub _pad: u32,
     /// Flows of IPv4 and of IPv6 that one service may hold if they cannot be evicted; 0: as many as there is room for.
     pub flow_share: [u32; 2],
+    /// Bits of the mark of packets that a TC program has sent on; 0: [`DEFAULT_MARK`](crate::limits::DEFAULT_MARK).
+    pub mark: u32,
+    /// Heartbeat of the agent: flow clock until which next hops in the maps are taken for right; 0: for ever.
+    pub heartbeat: u32,
 }
 
 /// Key of `SERVICES`: what a packet must match to be balanced.
@@ -169,6 +173,8 @@ pub mod backend_flags {
     pub const LOCAL: u16 = 1 << 0;
     /// An address of this node: delivered up the stack, the reply is caught on its way out.
     pub const NODE: u16 = 1 << 1;
+    /// Elsewhere, and it sees the client's own address: its replies name no address of ours, so `OURS` has its own.
+    pub const DIRECT: u16 = 1 << 2;
 }
 
 /// Value of `DEVICES`, by slot. Slot 0 stands for the node's own processes.
@@ -185,6 +191,21 @@ pub struct Device {
     pub mac_low: u16,
     /// [`device_flags`].
     pub flags: u16,
+    /// Further MACs whose frames are for this node: those of its master (bridge, bond) and its further unicast addresses.
+    /// Zero: unused.
+    pub macs: [DeviceMac; DEVICE_MACS],
+}
+
+/// A MAC in [`Device::macs`].
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DeviceMac {
+    /// Bytes 0–3 as a raw word.
+    pub high: u32,
+    /// Bytes 4–5 as a raw word.
+    pub low: u16,
+    /// Explicit padding.
+    pub _pad: u16,
 }
 
 /// Bits of [`Device::flags`].
@@ -193,6 +214,10 @@ pub mod device_flags {
     pub const XDP: u16 = 1 << 0;
     /// A bridge: containers on it reach each other without passing our programs.
     pub const BRIDGE: u16 = 1 << 1;
+    /// Named in `interfaces`: clients and remote backends are behind it.
+    pub const UPLINK: u16 = 1 << 2;
+    /// It carries VLANs and takes their tags off before XDP sees a frame: XDP leaves all frames to TC, which is told.
+    pub const VLAN_OFFLOAD: u16 = 1 << 3;
 }
 
 /// Value of `VIPS`: an address that belongs to services.
@@ -207,6 +232,10 @@ pub struct Vip {
 pub mod vip_flags {
     /// Answer ICMP echo. Not set for the node's own address, whose stack answers.
     pub const ECHO: u32 = 1 << 0;
+    /// Routed to this node and no address of it: nobody but the datapath can answer for a port that no service has.
+    pub const ROUTED: u32 = 1 << 1;
+    /// Such a port is met with silence instead of a refusal.
+    pub const UNUSED_DROP: u32 = 1 << 2;
 }
 
 /// Bits of a flow's state, which lie in the head of its slots. What a forward slot says is so; the reverse slot's bits
@@ -319,7 +348,7 @@ pub struct FragmentKey {
     pub proto: u32,
 }
 
-/// Value of `FRAGMENTS`: the ports of the first fragment.
+/// Value of `FRAGMENTS`: the ports of the first fragment; both 0 if it was none of ours.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FragmentPorts {
@@ -327,6 +356,8 @@ pub struct FragmentPorts {
     pub sport: Be16,
     /// Destination port.
     pub dport: Be16,
+    /// Flow clock when it was met.
+    pub seen: u32,
 }
 
 /// Data of an `ACL` key, after the prefix length (bits, the 32 of `service` included).
@@ -430,6 +461,30 @@ pub struct Ours {
     pub words: [u64; OURS_WORDS],
     /// Bits of ports by `flow::port_bit`; all of them while a service has every port.
     pub ports: [u64; PORT_WORDS],
+    /// Bits of routed VIPs by `flow::routed_bit`.
+    pub routed: [u64; ROUTED_WORDS],
+}
+
+/// Values of `RATES` (per CPU), by [`limited`]: how often something was done in the current window.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Rate {
+    /// Flow clock when the window began.
+    pub since: u32,
+    /// How often since then.
+    pub count: u32,
+}
+
+/// Indexes of `RATES`: what strangers can make the datapath do, and therefore is done only so often.
+pub mod limited {
+    /// ICMP errors, but for "too big".
+    pub const ERRORS: u32 = 0;
+    /// RSTs for ports that no service has.
+    pub const RESETS: u32 = 1;
+    /// Later fragments sent round once more.
+    pub const FRAGMENTS: u32 = 2;
+    /// How many there are.
+    pub const COUNT: u32 = 3;
 }
 
 /// One record of `EVENTS`.
@@ -468,14 +523,15 @@ pub mod event_kind {
 
 const _: () = {
     assert!(size_of::<Meta>() == 16);
-    assert!(size_of::<Settings>() == 24);
+    assert!(size_of::<Settings>() == 32);
     assert!(size_of::<Cursor>() == 16);
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<Service>() == 36);
     assert!(size_of::<Backend>() == 48);
-    assert!(size_of::<Device>() == 16);
+    assert!(size_of::<Device>() == 64);
     assert!(size_of::<AffinityKey>() == 20);
     assert!(size_of::<FragmentKey>() == 40);
+    assert!(size_of::<FragmentPorts>() == 8);
     assert!(size_of::<AclData>() == 20);
     assert!(size_of::<Event>() == 56);
 };
@@ -501,6 +557,7 @@ mod pod {
         RingRow,
         Backend,
         Device,
+        DeviceMac,
         Vip,
         Bucket4,
         Bucket6,
@@ -515,6 +572,7 @@ mod pod {
         Stats,
         Drops,
         Ours,
+        Rate,
         Event,
         Cursor,
         ServiceFlows,

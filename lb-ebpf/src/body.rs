@@ -1,21 +1,31 @@
 //! The packet's kernel bodies: the one module with raw packet pointers.
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, xdp_md},
+    bindings::{__sk_buff, BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR, BPF_FIB_LOOKUP_OUTPUT, xdp_md},
     helpers::{
-        bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail, bpf_skb_pull_data,
-        bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
+        bpf_csum_update, bpf_fib_lookup, bpf_l4_csum_replace, bpf_skb_change_head, bpf_skb_change_tail,
+        bpf_skb_pull_data, bpf_skb_vlan_pop, bpf_xdp_adjust_tail, bpf_xdp_get_buff_len,
     },
 };
+use lb_common::addr::{Addr16, Hop};
 use lb_ebpf::{
     csum,
     packet::{Header, Hook, MAX_OFFSET, Packet},
 };
 
+use crate::{kernel, maps::FIB};
+
 /// Bytes of a frame that hold all headers that are ever read.
 const HEADERS: u32 = 256;
-/// The mark of packets that a program of ours has sent on, so that the next one on their way leaves them alone.
-const DONE: u32 = 0x0800_0000;
+
+/// Address families as `bpf_fib_lookup` takes them: in the first byte.
+const AF_INET: u32 = u32::from_ne_bytes([2, 0, 0, 0]);
+/// See [`AF_INET`].
+const AF_INET6: u32 = u32::from_ne_bytes([10, 0, 0, 0]);
+/// `pkt_type` of a frame that is addressed to the device it came by.
+const PACKET_HOST: u32 = 0;
+/// The VLAN's id in a tag.
+const VLAN_ID: u32 = 0xfff;
 
 /// A frame at XDP.
 pub struct Xdp {
@@ -93,10 +103,55 @@ impl Packet for Xdp {
     }
 
     #[inline(always)]
+    fn is_for_device(&self) -> bool {
+        true
+    }
+
+    #[inline(always)]
     fn device(&self) -> u32 {
         // SAFETY: the kernel's context of this program run.
         unsafe { (*self.ctx).ingress_ifindex }
     }
+
+    #[inline(always)]
+    fn next_hop(&self, to: &Addr16, v6: bool, ifindex: u32) -> Option<(Hop, Hop)> {
+        let request = FIB.get_ptr_mut(0)?;
+        // SAFETY: this CPU's own value, and the kernel's context of this program run.
+        let words = unsafe {
+            let words = &mut *request;
+            *words = [0; 16];
+            words[0] = if v6 { AF_INET6 } else { AF_INET };
+            words[2] = ifindex;
+            if v6 {
+                (words[8], words[9], words[10], words[11]) = (to.0[0], to.0[1], to.0[2], to.0[3]);
+            } else {
+                words[8] = to.0[3];
+            }
+            if bpf_fib_lookup(self.ctx.cast(), request.cast(), 64, BPF_FIB_LOOKUP_OUTPUT) != 0 {
+                return None;
+            }
+            &*request
+        };
+        if words[2] != ifindex {
+            return None;
+        }
+        // struct bpf_fib_lookup: the source MAC is in bytes 52 to 57, the destination MAC in the last six.
+        let to = Hop::from_words(words[14] >> 16 | words[15] << 16, (words[15] >> 16) as u16, 0);
+        Some((to, Hop::from_words(words[13], words[14] as u16, 0)))
+    }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        0
+    }
+
+    #[inline(always)]
+    fn rounds(&self) -> u32 {
+        0
+    }
+
+    #[inline(always)]
+    fn adjust_sum(&mut self, _delta: u32) {}
 
     #[inline(always)]
     fn pull(&mut self, _length: usize) -> bool {
@@ -143,14 +198,37 @@ impl<const EGRESS: bool> Skb<EGRESS> {
     #[inline(always)]
     pub fn is_done(&self) -> bool {
         // SAFETY: the kernel's context of this program run.
-        unsafe { (*self.skb).mark & DONE != 0 }
+        unsafe { (*self.skb).mark & kernel::mark() == kernel::mark() }
     }
 
     /// See [`Skb::is_done`].
     #[inline(always)]
     pub fn set_done(&mut self) {
         // SAFETY: the kernel's context of this program run.
-        unsafe { (*self.skb).mark |= DONE }
+        unsafe { (*self.skb).mark |= kernel::mark() }
+    }
+
+    /// Id of the VLAN tag that the kernel keeps beside the frame. 0 tells a priority alone: the frame is the device's own.
+    #[inline(always)]
+    fn vlan(&self) -> Option<u32> {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { ((*self.skb).vlan_present != 0).then(|| (*self.skb).vlan_tci & VLAN_ID) }
+    }
+
+    /// Counts one more round, for the next program that meets the frame.
+    #[inline(always)]
+    pub fn count_round(&mut self) {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { (*self.skb).tc_index += 1 }
+    }
+
+    /// Takes off the tag that tells a priority alone, which another link's devices would not expect.
+    #[inline(always)]
+    pub fn drop_priority_tag(&mut self) {
+        if self.vlan().is_some() {
+            // SAFETY: the kernel's context of this program run. Nothing of the frame is referred to afterwards.
+            let _ = unsafe { bpf_skb_vlan_pop(self.skb) };
+        }
     }
 
     /// Makes the headers readable: a frame's bytes may lie in pages that programs cannot see.
@@ -192,6 +270,13 @@ impl<const EGRESS: bool> Packet for Skb<EGRESS> {
     }
 
     #[inline(always)]
+    fn is_for_device(&self) -> bool {
+        // SAFETY: the kernel's context of this program run.
+        let (kind, vlan) = unsafe { ((*self.skb).pkt_type, self.vlan()) };
+        (EGRESS || kind == PACKET_HOST) && vlan.is_none_or(|id| id == 0)
+    }
+
+    #[inline(always)]
     fn device(&self) -> u32 {
         // SAFETY: the kernel's context of this program run. At egress `ifindex` is the device the packet leaves by.
         unsafe {
@@ -204,6 +289,29 @@ impl<const EGRESS: bool> Packet for Skb<EGRESS> {
     }
 
     #[inline(always)]
+    fn next_hop(&self, _to: &Addr16, _v6: bool, _ifindex: u32) -> Option<(Hop, Hop)> {
+        None
+    }
+
+    #[inline(always)]
+    fn length(&self) -> usize {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { (*self.skb).len as usize }
+    }
+
+    #[inline(always)]
+    fn rounds(&self) -> u32 {
+        // SAFETY: the kernel's context of this program run.
+        unsafe { (*self.skb).tc_index }
+    }
+
+    #[inline(always)]
+    fn adjust_sum(&mut self, delta: u32) {
+        // SAFETY: the kernel's context of this program run. It refuses where no NIC has told a sum.
+        let _ = unsafe { bpf_csum_update(self.skb, csum::fold(delta) as u32) };
+    }
+
+    #[inline(always)]
     fn pull(&mut self, length: usize) -> bool {
         // SAFETY: the kernel's context of this program run.
         unsafe { bpf_skb_pull_data(self.skb, length as u32) == 0 }
@@ -211,6 +319,11 @@ impl<const EGRESS: bool> Packet for Skb<EGRESS> {
 
     #[inline(always)]
     fn fix_checksum(&mut self, offset: usize, pseudo: u16, other: u16, zero_is_none: bool) -> bool {
+        if zero_is_none && self.get::<u16>(offset).is_some_and(|check| *check == 0) {
+            // No checksum makes up for what has changed.
+            self.adjust_sum(other as u32);
+            return true;
+        }
         let mangled = if zero_is_none {
             BPF_F_MARK_MANGLED_0 as u64
         } else {

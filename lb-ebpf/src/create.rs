@@ -13,8 +13,9 @@ use lb_common::{
 };
 
 use crate::{
-    flows,
+    error, flows,
     headers::{Ethernet, TCP},
+    ingress,
     packet::{Hook, Packet},
     parse::Datagram,
     reply,
@@ -57,6 +58,12 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     let Some(service) = find_service(tables, key) else {
         return Verdict::PASS;
     };
+    // The tuple's old flow has been judged already.
+    if !wish.replaces()
+        && let Some(verdict) = ingress::refuse_foreign(packet, tables)
+    {
+        return verdict;
+    }
     if datagram.header == 0 {
         // A later fragment of a datagram whose flow is not known any more.
         return Verdict::drop(DropReason::NoFlow, service.id);
@@ -86,12 +93,16 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     let Some(backend) = tables.backend(id) else {
         return no_backend(packet, tables, datagram, service);
     };
-    let way = send::to_backend::<P, T>(tables, backend);
+    let way = send::to_backend::<P, T, A>(packet, tables, backend);
     if way.kind == Kind::NeedTc {
         return Verdict::TO_TC;
     }
     if way.is_hop() && datagram.ttl <= 1 {
-        return Verdict::drop(DropReason::TtlExpired, service.id);
+        return if P::HOOK == Hook::Xdp {
+            Verdict::TO_TC
+        } else {
+            error::time_exceeded(packet, tables, datagram, service.id)
+        };
     }
     let share = tables
         .settings()
@@ -238,11 +249,14 @@ fn stray<P: Packet, T: Tables, A: Ip>(
     service: &Service,
 ) -> Verdict {
     // On the node's own address it may be a connection that is older than the service.
+    // A RST may end one of its own processes' on any address that it has.
+    let reset = datagram.flags & crate::headers::TCP_RST != 0;
     match tables.vip(&datagram.key.dst.wide()) {
-        Some(vip) if vip.flags & vip_flags::ECHO != 0 => {}
+        Some(vip) if vip.flags & vip_flags::ROUTED != 0 => {}
+        Some(vip) if vip.flags & vip_flags::ECHO != 0 && !reset => {}
         _ => return Verdict::PASS,
     }
-    if service.flags & service_flags::RESET_UNKNOWN != 0 && datagram.flags & crate::headers::TCP_RST == 0 {
+    if service.flags & service_flags::RESET_UNKNOWN != 0 && !reset {
         return reply::reset(packet, tables, datagram, service.id);
     }
     Verdict::drop(DropReason::NoFlow, service.id)

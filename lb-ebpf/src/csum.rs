@@ -54,6 +54,9 @@ pub fn port_delta(old: (Be16, Be16), new: (Be16, Be16)) -> u16 {
 /// Delta of the word that holds TTL and protocol when the TTL falls by one.
 pub const TTL_DELTA: u32 = !u16::from_ne_bytes([1, 0]) as u32;
 
+/// Delta of the word that holds next header and hop limit when the latter falls by one.
+pub const HOP_DELTA: u32 = !u16::from_ne_bytes([0, 1]) as u32;
+
 /// Unfolded sum of the pseudo-header of TCP, UDP and ICMPv6 (RFC 9293 §3.1, RFC 8200 §8.1).
 #[inline(always)]
 pub fn pseudo_sum<A: Address>(src: A, dst: A, proto: u8, length: u16) -> u32 {

@@ -11,6 +11,7 @@ use crate::{
     create,
     flows::{self, Expected},
     headers::{Ethernet, TCP, TCP_ACK, TCP_FIN, TCP_RST, Tcp},
+    ingress,
     packet::{Hook, Packet},
     parse::Datagram,
     reply,
@@ -29,13 +30,16 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
     datagram: &Datagram<A>,
     flow: &mut Flow<A>,
 ) -> Verdict {
+    if let Some(verdict) = ingress::refuse_request(packet, tables, flow.body.hop.slot()) {
+        return verdict;
+    }
     let Some(backend) = tables.backend(flow.backend()) else {
         return no_backend(packet, tables, datagram, flow);
     };
     if !is_backend_of(backend, flow) {
         return no_backend(packet, tables, datagram, flow);
     }
-    let way = send::to_backend::<P, T>(tables, backend);
+    let way = send::to_backend::<P, T, A>(packet, tables, backend);
     if let Some(verdict) = send::refuse(packet, tables, datagram, way, flow.service()) {
         return verdict;
     }
@@ -139,7 +143,8 @@ fn begin_again<T: Tables, A: Ip>(tables: T, datagram: &Datagram<A>, flow: &Flow<
         .backend(flow.backend())
         .is_none_or(|backend| backend.state != backend_state::ACTIVE);
     if state & flow_state::ANSWERED != 0 {
-        return if draining && waited {
+        // The answer may have acknowledged data that came with the SYN (RFC 7413): these must go where they are known.
+        return if draining && waited && payload(datagram) == 0 {
             Verdict::replace(0, 0)
         } else {
             CONTINUE

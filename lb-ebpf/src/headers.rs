@@ -11,10 +11,6 @@ use crate::packet::Header;
 pub const ETH_IPV4: Be16 = Be16::new(0x0800);
 /// EtherType IPv6.
 pub const ETH_IPV6: Be16 = Be16::new(0x86dd);
-/// EtherType of an 802.1Q tag.
-pub const ETH_VLAN: Be16 = Be16::new(0x8100);
-/// EtherType of an 802.1ad (outer) tag.
-pub const ETH_QINQ: Be16 = Be16::new(0x88a8);
 
 /// IP protocol ICMP.
 pub const ICMP: u8 = 1;
@@ -46,16 +42,6 @@ pub struct Ethernet {
     /// Source MAC, bytes 4–5.
     pub src_low: u16,
     /// EtherType.
-    pub kind: Be16,
-}
-
-/// One VLAN tag after its EtherType: TCI, then the next EtherType.
-#[repr(C)]
-#[derive(Clone, Copy, Debug)]
-pub struct VlanTag {
-    /// Priority and VLAN id.
-    pub tci: Be16,
-    /// Next EtherType.
     pub kind: Be16,
 }
 
@@ -215,6 +201,16 @@ pub const ICMP_TIME_EXCEEDED: u8 = 11;
 pub const ICMP_PARAMETER: u8 = 12;
 /// ICMP code of `ICMP_UNREACHABLE`: fragmentation needed and DF set.
 pub const ICMP_CODE_TOO_BIG: u8 = 4;
+/// ICMP code of `ICMP_UNREACHABLE`: port.
+pub const ICMP_CODE_PORT: u8 = 3;
+/// ICMPv6 time exceeded.
+pub const ICMPV6_TIME_EXCEEDED: u8 = 3;
+/// ICMPv6 code of `ICMPV6_UNREACHABLE`: port.
+pub const ICMPV6_CODE_PORT: u8 = 4;
+/// First of the messages of neighbour discovery.
+pub const ICMPV6_DISCOVERY_FIRST: u8 = 133;
+/// Last of the messages of neighbour discovery.
+pub const ICMPV6_DISCOVERY_LAST: u8 = 137;
 /// ICMPv6 destination unreachable.
 pub const ICMPV6_UNREACHABLE: u8 = 1;
 /// ICMPv6 packet too big.
@@ -234,7 +230,6 @@ macro_rules! headers {
 }
 headers!(
     Ethernet,
-    VlanTag,
     Ipv4,
     Ipv6,
     Ipv6Fragment,
@@ -246,9 +241,7 @@ headers!(
     FlowKey4,
     FlowKey6,
     u16,
-    u32,
-    [u16; 10],
-    [u16; 20]
+    u32
 );
 
 const _: () = {

@@ -13,6 +13,7 @@ use crate::{
         ICMP_CODE_TOO_BIG, ICMP_ECHO, ICMP_PARAMETER, ICMP_QUENCH, ICMP_TIME_EXCEEDED, ICMP_UNREACHABLE,
         ICMPV6_ECHO, ICMPV6_PARAMETER, ICMPV6_UNREACHABLE, Icmp, Ports, TCP, UDP,
     },
+    ingress,
     packet::Packet,
     parse::{self, Datagram, Part},
     reply, reverse,
@@ -30,6 +31,9 @@ pub fn process<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram:
     let (kind, code) = (icmp.kind, icmp.code);
     if datagram.part != Part::Whole {
         return Verdict::PASS;
+    }
+    if let Some(verdict) = ingress::refuse_foreign(packet, tables) {
+        return verdict;
     }
     if kind == if A::V6 { ICMPV6_ECHO } else { ICMP_ECHO } {
         return match tables.vip(&datagram.key.dst.wide()) {
@@ -160,7 +164,7 @@ fn way<P: Packet, T: Tables, A: Ip>(
         return None;
     }
     flows::complete(flow, key, backend);
-    Some(send::to_backend::<P, T>(tables, backend))
+    Some(send::to_backend::<P, T, A>(packet, tables, backend))
 }
 
 /// Gives the error the addresses of its direction. `quoted` is the checksum delta of the quote.
@@ -184,9 +188,13 @@ fn rewrite<P: Packet, A: Ip>(
     new.dst = flow.body.to_dst;
     let delta = addr_delta(&outer.key, new) as u16;
     let pseudo = if A::V6 { delta } else { 0 };
-    send::set_macs(packet, way)
+    let rewritten = send::set_macs(packet, way)
         && A::rewrite(packet, outer.l3, new.src, new.dst, delta, way.is_hop())
-        && packet.fix_checksum(outer.l4 + 2, pseudo, quoted, false)
+        && packet.fix_checksum(outer.l4 + 2, pseudo, quoted, false);
+    if rewritten {
+        send::adjust_sum::<P, A>(packet, delta, way);
+    }
+    rewritten
 }
 
 /// Checksum delta of two pairs of addresses; out of line for its many registers.

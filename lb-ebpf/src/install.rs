@@ -127,7 +127,7 @@ pub fn claim<T: Tables, A: Address>(tables: T, slot: u32, state: u32, place: u64
 }
 
 /// Looks for a place for the reverse slot of the source that is in `work`.
-#[inline(never)]
+#[inline(always)]
 fn place_reverse<T: Tables, A: Address>(tables: T, work: &mut Work<A>, state: u32) -> u64 {
     work.reverse_key.dst = work.forward.to_src;
     work.reverse_key.dport = work.forward.to_sport;

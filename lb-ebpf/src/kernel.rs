@@ -15,7 +15,7 @@ use lb_common::{
     addr::{Addr4, Addr16},
     counter::Counter,
     flow::Address,
-    limits::RING_ROW,
+    limits::{AGENT_SILENT_S, DEFAULT_MARK, RATE_LIMITS, RING_ROW},
     maps::{
         AclData, Affinity, AffinityKey, Backend, BackendStats, Device, Event, FragmentKey, FragmentPorts,
         Service, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
@@ -25,13 +25,14 @@ use lb_common::{
 use lb_ebpf::{
     install,
     parse::Datagram,
+    rate,
     table::{self, mapped::Mapped},
     tables::{FlowTables, Scratch, Tables, Work},
 };
 
 use crate::maps::{
     ACL, AFFINITY, BACKEND_STATS, BACKENDS, CURSORS, DEVICE_SLOTS, DEVICES, DROPS, EVENTS, FLOWS4, FLOWS6,
-    FRAGMENTS, META, OPAQUE, OURS, RINGS, SCRATCH4, SCRATCH6, SERVICE_FLOWS, SERVICE_STATS, SERVICES,
+    FRAGMENTS, META, OURS, RATES, RINGS, SCRATCH4, SCRATCH6, SERVICE_FLOWS, SERVICE_STATS, SERVICES,
     SETTINGS, SNAT_ADDRESSES, STATS, TABLE, TIMEOUTS, VIPS,
 };
 
@@ -49,6 +50,29 @@ pub fn loopback() -> u32 {
     SETTINGS.get(0).map_or(1, |s| s.loopback_ifindex)
 }
 
+/// Bits of the mark of packets that a TC program has sent on, so that the next one on their way leaves them alone.
+#[inline(always)]
+pub fn mark() -> u32 {
+    match SETTINGS.get(0) {
+        Some(settings) if settings.mark != 0 => settings.mark,
+        _ => DEFAULT_MARK,
+    }
+}
+
+/// Notes that the agent is alive. The time.
+#[inline(always)]
+pub fn heartbeat() -> u32 {
+    let now = Kernel.now();
+    let until = now
+        .wrapping_add(AGENT_SILENT_S * Kernel.ticks_per_second())
+        .max(1);
+    if let Some(settings) = SETTINGS.get_ptr_mut(0) {
+        // SAFETY: one aligned word of a map value.
+        unsafe { (&raw mut (*settings).heartbeat).write_volatile(until) }
+    }
+    now
+}
+
 impl FlowTables for Kernel {
     #[inline(always)]
     fn table_settings<'a>(self) -> Option<&'a TableSettings> {
@@ -60,9 +84,9 @@ impl FlowTables for Kernel {
         // Hidden from the compiler, which would otherwise add offsets before it is known whether the bucket is there; the
         // verifier refuses that.
         if A::V6 {
-            Some(core::hint::black_box(FLOWS6.get_ptr_mut(index)?).cast())
+            Some(FLOWS6.get_ptr_mut(index)?.cast())
         } else {
-            Some(core::hint::black_box(FLOWS4.get_ptr_mut(index)?).cast())
+            Some(FLOWS4.get_ptr_mut(index)?.cast())
         }
     }
 
@@ -116,14 +140,17 @@ impl FlowTables for Kernel {
 
     #[inline(always)]
     fn opaque(self, word: u64) -> u64 {
-        match OPAQUE.get_ptr_mut(0) {
-            // SAFETY: this CPU's own word.
-            Some(place) => unsafe {
-                place.write_volatile(word);
-                place.read_volatile()
-            },
-            None => word,
+        weir_opaque(word)
+    }
+
+    #[inline(always)]
+    fn hide(word: u64) -> u64 {
+        let hidden;
+        // SAFETY: no instruction at all.
+        unsafe {
+            core::arch::asm!("", inlateout("r0") word => hidden, options(pure, nomem, nostack, preserves_flags));
         }
+        hidden
     }
 }
 
@@ -162,6 +189,29 @@ impl Tables for Kernel {
                 .unwrap_or(0),
             None => 0,
         }
+    }
+
+    #[inline(always)]
+    fn routed_word(self, word: u32) -> u64 {
+        match OURS.get(0) {
+            // Hidden from the compiler as in `count`.
+            Some(ours) => ours
+                .routed
+                .get(core::hint::black_box(word as usize))
+                .copied()
+                .unwrap_or(0),
+            None => 0,
+        }
+    }
+
+    #[inline(always)]
+    fn allows(self, what: u32) -> bool {
+        let (Some(rate), Some(limit)) = (RATES.get_ptr_mut(what), RATE_LIMITS.get(what as usize)) else {
+            return false;
+        };
+        // SAFETY: this CPU's own value.
+        let rate = unsafe { &mut *rate };
+        rate::allows(rate, *limit, self.now(), self.ticks_per_second())
     }
 
     #[inline(always)]
@@ -393,6 +443,13 @@ fn scratch<A: Address>() -> Option<*mut Scratch<A>> {
     } else {
         SCRATCH4.get_ptr_mut(0).map(|s| s.cast())
     }
+}
+
+/// Of what a global function returns the verifier knows nothing.
+#[unsafe(no_mangle)]
+#[inline(never)]
+extern "C" fn weir_opaque(word: u64) -> u64 {
+    Kernel::hide(word)
 }
 
 /// Functions that the verifier walks once each, on their own, because they are global: they take and return numbers, and

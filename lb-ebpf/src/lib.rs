@@ -10,14 +10,18 @@
 
 pub mod create;
 pub mod csum;
+pub mod error;
 pub mod flows;
 pub mod forward;
+pub mod fragment;
 pub mod headers;
 pub mod icmp;
+pub mod ingress;
 pub mod install;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
+pub mod rate;
 pub mod reply;
 pub mod reverse;
 pub mod send;
@@ -26,4 +30,5 @@ pub mod table;
 pub mod tables;
 pub mod tcp;
 pub mod template;
+pub mod unused;
 pub mod verdict;

@@ -2,7 +2,7 @@
 
 #![no_std]
 #![no_main]
-#![feature(core_intrinsics)]
+#![feature(core_intrinsics, asm_experimental_arch)]
 #![allow(
     internal_features,
     reason = "BPF has atomic operations, but the target's `AtomicU64` does not"
@@ -56,6 +56,12 @@ pub fn weir_sweep(_ctx: XdpContext) -> u32 {
     Kernel.now()
 }
 
+/// Never attached: the agent runs it every few seconds, and the programs know that next hops are kept up to date.
+#[xdp]
+pub fn weir_heartbeat(_ctx: XdpContext) -> u32 {
+    kernel::heartbeat()
+}
+
 #[inline(always)]
 fn xdp(ctx: *mut xdp_md) -> u32 {
     let mut packet = Xdp::new(ctx);
@@ -79,7 +85,15 @@ fn tc<const EGRESS: bool>(skb: *mut __sk_buff) -> i32 {
         Action::Pass | Action::ToTc => return TC_NEXT,
         Action::Drop(..) => return TC_DROP,
         Action::ToNode => return TC_OK,
-        _ => packet.set_done(),
+        Action::Again => {
+            packet.count_round();
+            // SAFETY: a helper without memory arguments.
+            return unsafe { bpf_redirect(packet.device(), INGRESS) as i32 };
+        }
+        _ => {
+            packet.set_done();
+            packet.drop_priority_tag();
+        }
     }
     // SAFETY: helpers without memory arguments (a null parameter block of length 0).
     unsafe {

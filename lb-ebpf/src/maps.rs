@@ -12,8 +12,8 @@ use lb_common::{
     limits,
     maps::{
         AclData, Affinity, AffinityKey, Backend, BackendStats, Cursor, Device, Drops, Event, FragmentKey,
-        FragmentPorts, Meta, Ours, RingRow, Service, ServiceFlows, ServiceKey, ServiceStats, Settings, Stats,
-        Timeouts, Vip,
+        FragmentPorts, Meta, Ours, Rate, RingRow, Service, ServiceFlows, ServiceKey, ServiceStats, Settings,
+        Stats, Timeouts, Vip, limited,
     },
     slot::{Bucket4, Bucket6, TableSettings},
 };
@@ -103,6 +103,14 @@ pub static FRAGMENTS: LruHashMap<FragmentKey, FragmentPorts, { limits::MAX_FRAGM
 #[btf_map]
 pub static CURSORS: Array<Cursor, { limits::DEFAULT_BACKENDS as usize }> = Array::new();
 
+/// Programs' own: the kernel's answer about a next hop, off the stack.
+#[btf_map]
+pub static FIB: PerCpuArray<[u32; 16], 1> = PerCpuArray::new();
+
+/// Programs' own: how often they answered strangers of late.
+#[btf_map]
+pub static RATES: PerCpuArray<Rate, { limited::COUNT as usize }> = PerCpuArray::new();
+
 /// Programs write, agent reads.
 #[btf_map]
 pub static STATS: PerCpuArray<Stats, 1> = PerCpuArray::new();
@@ -132,7 +140,3 @@ pub static SCRATCH4: PerCpuArray<Scratch<Addr4>, 1> = PerCpuArray::new();
 /// See [`SCRATCH4`].
 #[btf_map]
 pub static SCRATCH6: PerCpuArray<Scratch<Addr16>, 1> = PerCpuArray::new();
-
-/// Programs' own: what is written here and read back, the verifier takes for any word.
-#[btf_map]
-pub static OPAQUE: PerCpuArray<u64, 1> = PerCpuArray::new();

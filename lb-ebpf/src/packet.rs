@@ -1,5 +1,7 @@
 //! The packet as the core sees it. Its kernel bodies (the only raw packet pointers) are in the binary's `body`.
 
+use lb_common::addr::{Addr16, Hop};
+
 /// No piece of a frame that starts above this offset is ever read; tells the verifier that offsets are bounded.
 pub const MAX_OFFSET: usize = 1 << 11;
 
@@ -34,8 +36,25 @@ pub trait Packet {
     /// Payload of one segment if the frame is several in one (GSO), else 0.
     fn segment_size(&self) -> usize;
 
+    /// TC: whether the kernel takes the frame for one of this device: its MAC (ingress), and no VLAN tag, which it keeps
+    /// beside the frame. XDP has to look by itself ([`crate::ingress`]).
+    fn is_for_device(&self) -> bool;
+
     /// Interface index of the device the frame is met at.
     fn device(&self) -> u32;
+
+    /// XDP: asks the kernel for the next hop towards an address by a device: its MAC, and the MAC to send from. `None`: TC
+    /// has to ask.
+    fn next_hop(&self, to: &Addr16, v6: bool, ifindex: u32) -> Option<(Hop, Hop)>;
+
+    /// Bytes of the frame, of all segments together if it is several in one. XDP: 0.
+    fn length(&self) -> usize;
+
+    /// How often the frame was sent round to wait for another (TC ingress).
+    fn rounds(&self) -> u32;
+
+    /// Changes the sum of the whole packet, if the NIC has told it, by what was changed and is in no checksum.
+    fn adjust_sum(&mut self, delta: u32);
 
     /// Makes the first `length` bytes readable and writable. All headers must be fetched anew afterwards.
     fn pull(&mut self, length: usize) -> bool;

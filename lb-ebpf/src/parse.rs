@@ -3,26 +3,17 @@
 use lb_common::{
     addr::Be16,
     flow::{Address, FlowKey},
-    limits::{MAX_IPV6_EXTENSIONS, MAX_VLAN_TAGS},
+    limits::MAX_IPV6_EXTENSIONS,
     maps::FragmentKey,
 };
 
 use crate::{
     headers::{
-        ETH_QINQ, ETH_VLAN, EXT_DESTINATION, EXT_FRAGMENT, EXT_HOP, EXT_ROUTING, Ethernet, IPV4_FRAGMENT,
-        IPV4_OFFSET, Ipv4, Ipv6, Ipv6Extension, Ipv6Fragment, VlanTag,
+        EXT_DESTINATION, EXT_FRAGMENT, EXT_HOP, EXT_ROUTING, Ethernet, IPV4_FRAGMENT, IPV4_OFFSET, Ipv4,
+        Ipv6, Ipv6Extension, Ipv6Fragment,
     },
     packet::Packet,
 };
-
-/// Layer 2: what comes next and where.
-#[derive(Clone, Copy, Debug)]
-pub struct Link {
-    /// EtherType after the tags.
-    pub kind: Be16,
-    /// Offset of the IP header, bytes.
-    pub l3: usize,
-}
 
 /// Which part of a datagram a packet is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,19 +69,16 @@ impl<A: Address> Datagram<A> {
     }
 }
 
-/// Reads the Ethernet header and up to two VLAN tags.
+/// Offset of the IP header: a frame with a VLAN tag is none of ours.
+pub const L3: usize = size_of::<Ethernet>();
+
+/// Reads the Ethernet header: what comes next.
+///
+/// A VLAN's frames are taken by the VLAN's own device, where they have no tag. Met with one on a trunk (or tagged on a
+/// device without that VLAN) they are another network's, and pass.
 #[inline(always)]
-pub fn link<P: Packet>(packet: &P) -> Option<Link> {
-    let mut kind = packet.get::<Ethernet>(0)?.kind;
-    let mut l3 = size_of::<Ethernet>();
-    for _ in 0..MAX_VLAN_TAGS {
-        if kind != ETH_VLAN && kind != ETH_QINQ {
-            break;
-        }
-        kind = packet.get::<VlanTag>(l3)?.kind;
-        l3 += size_of::<VlanTag>();
-    }
-    Some(Link { kind, l3 })
+pub fn link<P: Packet>(packet: &P) -> Option<Be16> {
+    packet.get::<Ethernet>(0).map(|ethernet| ethernet.kind)
 }
 
 /// Reads an IPv4 header; `None` if it is not one.
@@ -98,7 +86,11 @@ pub fn link<P: Packet>(packet: &P) -> Option<Link> {
 pub fn ipv4<P: Packet>(packet: &P, l3: usize) -> Option<Datagram<lb_common::addr::Addr4>> {
     let ip = packet.get::<Ipv4>(l3)?;
     let header = (ip.version_ihl & 0xf) as usize * 4;
-    let length = ip.total_length.get() as u32;
+    let mut length = ip.total_length.get() as u32;
+    if length == 0 && packet.segment_size() != 0 {
+        // BIG TCP: longer than the field can tell.
+        length = packet.length().wrapping_sub(l3) as u32;
+    }
     if ip.version_ihl >> 4 != 4 || header < size_of::<Ipv4>() || length < header as u32 {
         return None;
     }
@@ -135,6 +127,10 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize) -> Option<Datagram<lb_common::addr
     if ip.version_flow[0] >> 4 != 6 {
         return None;
     }
+    let mut length = ip.payload_length.get() as u32 + size_of::<Ipv6>() as u32;
+    if ip.payload_length.0 == 0 && packet.segment_size() != 0 {
+        length = packet.length().wrapping_sub(l3) as u32;
+    }
     Some(Datagram {
         key: FlowKey {
             src: ip.src,
@@ -145,7 +141,7 @@ pub fn ipv6<P: Packet>(packet: &P, l3: usize) -> Option<Datagram<lb_common::addr
         },
         l3,
         l4: l3 + size_of::<Ipv6>(),
-        length: ip.payload_length.get() as u32 + size_of::<Ipv6>() as u32,
+        length,
         id: 0,
         ttl: ip.hop_limit,
         part: Part::Whole,

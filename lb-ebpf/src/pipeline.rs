@@ -4,11 +4,10 @@ use lb_common::{
     addr::{Addr4, Addr16},
     counter::DropReason,
     flow::{Address, FlowKey, ours_bit, port_bit},
-    maps::FragmentPorts,
 };
 
 use crate::{
-    create, flows, forward,
+    create, flows, forward, fragment,
     headers::{ETH_IPV4, ETH_IPV6, ICMP, ICMPV6, TCP, Tcp, UDP, Udp},
     icmp,
     packet::Packet,
@@ -17,6 +16,7 @@ use crate::{
     send::Ip,
     stats,
     tables::Tables,
+    unused,
     verdict::{NO_SERVICE, Verdict},
 };
 
@@ -24,12 +24,9 @@ use crate::{
 #[inline(always)]
 pub fn process<P: Packet, T: Tables>(packet: &mut P, tables: T) -> Verdict {
     let verdict = match parse::link(packet) {
-        Some(link) if link.kind == ETH_IPV4 && ipv4(packet, tables, link.l3) => {
-            parsed::<P, T, Addr4>(packet, tables)
-        }
-        Some(link) if link.kind == ETH_IPV6 && ipv6(packet, tables, link.l3) => {
-            parsed::<P, T, Addr16>(packet, tables)
-        }
+        _ if !packet.is_for_device() => Verdict::PASS,
+        Some(ETH_IPV4) if ipv4(packet, tables) => parsed::<P, T, Addr4>(packet, tables),
+        Some(ETH_IPV6) if ipv6(packet, tables) => parsed::<P, T, Addr16>(packet, tables),
         _ => Verdict::PASS,
     };
     stats::finish(tables, verdict)
@@ -38,11 +35,11 @@ pub fn process<P: Packet, T: Tables>(packet: &mut P, tables: T) -> Verdict {
 /// Puts what is parsed into map memory; false for what is none of our business.
 ///
 /// There the verifier forgets which of the many ways of parsing led to it and walks the rest of the program once, not
-/// once per number of VLAN tags and extension headers. And the function ends before the rest begins: its room on the
+/// once per number of extension headers. And the function ends before the rest begins: its room on the
 /// stack, which all nested calls share, is free again.
 #[inline(never)]
-fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> bool {
-    match parse::ipv4(packet, l3) {
+fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: T) -> bool {
+    match parse::ipv4(packet, parse::L3) {
         Some(datagram) if maybe_ours(tables, &datagram) => match tables.frame::<Addr4>() {
             Some(frame) => {
                 *frame = datagram;
@@ -56,8 +53,8 @@ fn ipv4<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> bool {
 
 /// See [`ipv4`].
 #[inline(never)]
-fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> bool {
-    let (Some(frame), Some(datagram)) = (tables.frame(), parse::ipv6(packet, l3)) else {
+fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T) -> bool {
+    let (Some(frame), Some(datagram)) = (tables.frame(), parse::ipv6(packet, parse::L3)) else {
         return false;
     };
     // Stored before it is looked at: it is too large for registers and the stack is short.
@@ -68,8 +65,21 @@ fn ipv6<P: Packet, T: Tables>(packet: &mut P, tables: T, l3: usize) -> bool {
 #[inline(always)]
 fn parsed<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T) -> Verdict {
     match tables.frame::<A>() {
-        Some(frame) => transport(packet, tables, frame),
+        Some(frame) => match transport(packet, tables, frame) {
+            Verdict::PASS => unserved::<P, T, A>(packet, tables),
+            verdict => verdict,
+        },
         None => Verdict::PASS,
+    }
+}
+
+/// The end of a packet that is none of a service's. Out of line, with the frame fetched anew, to keep the entry's part of
+/// the stack small.
+#[inline(never)]
+fn unserved<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T) -> Verdict {
+    match tables.frame::<A>() {
+        Some(frame) if unused::may_be_routed(tables, frame.key.dst) => unused::refuse(packet, tables, frame),
+        _ => Verdict::PASS,
     }
 }
 
@@ -91,8 +101,13 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
         return Verdict::PASS;
     }
     if datagram.part == Part::Later {
-        if !recall_fragment(tables, datagram) {
+        if datagram.proto() != TCP && datagram.proto() != UDP {
             return Verdict::PASS;
+        }
+        match fragment::recall(tables, datagram) {
+            fragment::OURS => {}
+            fragment::FOREIGN => return Verdict::PASS,
+            _ => return fragment::wait(packet, tables, datagram),
         }
     } else if datagram.proto() == TCP {
         let Some(tcp) = packet.get::<Tcp>(datagram.l4) else {
@@ -120,13 +135,13 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
         if verdict == Verdict::CREATED || verdict == Verdict::EXISTS {
             verdict = known(packet, tables, datagram);
             if verdict.opens() {
-                // It has ended again: the sender will send once more.
+                // Made and gone again: the sender will send again.
                 verdict = Verdict::drop(DropReason::Raced, NO_SERVICE);
             }
         }
     }
     if datagram.part == Part::First {
-        remember_fragment(tables, datagram, verdict);
+        fragment::remember::<P, T, A>(tables, datagram, verdict);
     }
     verdict
 }
@@ -164,31 +179,4 @@ fn known<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Data
 fn serves<T: Tables, A: Address>(tables: T, key: &FlowKey<A>) -> bool {
     let (word, mask) = port_bit(key.proto, key.dport);
     tables.port_word(word) & mask != 0
-}
-
-/// Gives a later fragment the ports of the first one. Without them it cannot be told whose it is.
-#[inline(never)]
-fn recall_fragment<T: Tables, A: Address>(tables: T, datagram: &mut Datagram<A>) -> bool {
-    match tables.fragment(&datagram.fragment_key()) {
-        Some(ports) => {
-            datagram.key.sport = ports.sport;
-            datagram.key.dport = ports.dport;
-            true
-        }
-        None => false,
-    }
-}
-
-/// Remembers the ports for the fragments to come, if the first one was ours.
-#[inline(never)]
-fn remember_fragment<T: Tables, A: Address>(tables: T, datagram: &Datagram<A>, verdict: Verdict) -> u32 {
-    if verdict != Verdict::PASS && verdict != Verdict::TO_TC {
-        let ports = FragmentPorts {
-            sport: datagram.key.sport,
-            dport: datagram.key.dport,
-        };
-        tables.set_fragment(&datagram.fragment_key(), &ports);
-        tables.count(lb_common::counter::Counter::FragmentsTracked);
-    }
-    0
 }

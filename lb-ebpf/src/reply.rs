@@ -1,4 +1,4 @@
-//! Packets that the balancer answers itself, made from the packet they answer: RST, echo reply, "too big".
+//! Packets that the balancer answers itself, made from the packet they answer: RST and echo reply. ICMP errors: [`crate::error`].
 
 use lb_common::{
     addr::Be16,
@@ -8,8 +8,8 @@ use lb_common::{
 use crate::{
     csum,
     headers::{
-        Ethernet, ICMP_CODE_TOO_BIG, ICMP_ECHO_REPLY, ICMP_UNREACHABLE, ICMPV6_ECHO_REPLY, ICMPV6_TOO_BIG,
-        Icmp, Ports, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Tcp,
+        Ethernet, ICMP_ECHO_REPLY, ICMPV6_ECHO_REPLY, Icmp, Ports, TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN,
+        Tcp,
     },
     packet::{Hook, Packet},
     parse::Datagram,
@@ -20,14 +20,18 @@ use crate::{
 
 /// TTL and hop limit of our own packets.
 pub const TTL: u8 = 64;
-/// Bytes of the transport header that "too big" quotes: up to the TCP checksum, which the kernel must still find.
-const QUOTED_TRANSPORT: usize = size_of::<Tcp>();
 
-/// Sends the packet back where it came from; the MACs are swapped.
+/// Sends the packet back where it came from; the MACs are swapped. `lo`, whose MAC is zero, takes only frames for itself.
 #[inline(always)]
-fn back<P: Packet, T: Tables>(packet: &mut P, tables: T) -> Verdict {
+pub fn back<P: Packet, T: Tables>(packet: &mut P, tables: T) -> Verdict {
     if P::HOOK == Hook::Egress {
-        return Verdict::TO_NODE_BY_LOOPBACK;
+        return match packet.get_mut::<Ethernet>(0) {
+            Some(eth) => {
+                (eth.dst_high, eth.dst_low, eth.src_high, eth.src_low) = (0, 0, 0, 0);
+                Verdict::TO_NODE_BY_LOOPBACK
+            }
+            None => Verdict::PASS,
+        };
     }
     if P::HOOK == Hook::Ingress
         && tables
@@ -144,77 +148,5 @@ pub fn echo<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &D
         return failed;
     }
     tables.count(Counter::EchoReplies);
-    back(packet, tables)
-}
-
-/// Unfolded sum of what [`too_big`] quotes.
-#[inline(never)]
-fn sum_quote<P: Packet, A: Ip>(packet: &P, offset: usize) -> u32 {
-    let header = A::sum_header(packet, offset).unwrap_or(0);
-    let transport = packet.get::<[u16; QUOTED_TRANSPORT / 2]>(offset + A::HEADER);
-    header + transport.map_or(0, |words| csum::sum(words))
-}
-
-/// Answers a packet that is longer than the device it must leave by (RFC 1191, RFC 8201). TC only.
-#[inline(never)]
-pub fn too_big<P: Packet, T: Tables, A: Ip>(
-    packet: &mut P,
-    tables: T,
-    datagram: &Datagram<A>,
-    mtu: u32,
-    service: u32,
-) -> Verdict {
-    let dropped = Verdict::drop(DropReason::MtuExceeded, service);
-    const L3: usize = size_of::<Ethernet>();
-    if datagram.l3 != L3 || datagram.l4 != L3 + A::HEADER || !A::may_not_fragment(packet, L3) {
-        return dropped;
-    }
-    let added = A::HEADER + size_of::<Icmp>();
-    let Some(eth) = packet.get::<Ethernet>(0) else {
-        return dropped;
-    };
-    let eth = *eth;
-    if !packet.truncate(L3 + A::HEADER + QUOTED_TRANSPORT) || !packet.grow_head(added) {
-        return dropped;
-    }
-    let Some(front) = packet.get_mut::<Ethernet>(0) else {
-        return dropped;
-    };
-    *front = eth;
-    let proto = if A::V6 {
-        crate::headers::ICMPV6
-    } else {
-        crate::headers::ICMP
-    };
-    let length = (size_of::<Icmp>() + A::HEADER + QUOTED_TRANSPORT) as u16;
-    if !A::write_header(packet, L3, datagram.key.dst, datagram.key.src, proto, length) {
-        return dropped;
-    }
-    let l4 = L3 + A::HEADER;
-    let Some(icmp) = packet.get_mut::<Icmp>(l4) else {
-        return dropped;
-    };
-    *icmp = Icmp {
-        kind: if A::V6 { ICMPV6_TOO_BIG } else { ICMP_UNREACHABLE },
-        code: if A::V6 { 0 } else { ICMP_CODE_TOO_BIG },
-        check: 0,
-        rest: mtu.to_be(),
-    };
-    let mut sum = if A::V6 {
-        csum::pseudo_sum(datagram.key.dst, datagram.key.src, proto, length)
-    } else {
-        0
-    };
-    sum += Be16::new((if A::V6 { ICMPV6_TOO_BIG } else { ICMP_UNREACHABLE } as u16) << 8).0 as u32;
-    if !A::V6 {
-        sum += Be16::new(ICMP_CODE_TOO_BIG as u16).0 as u32;
-    }
-    sum += (mtu.to_be() & 0xffff) + (mtu.to_be() >> 16);
-    sum += sum_quote::<P, A>(packet, l4 + size_of::<Icmp>());
-    let Some(icmp) = packet.get_mut::<Icmp>(l4) else {
-        return dropped;
-    };
-    icmp.check = !csum::fold(sum);
-    tables.count(Counter::TooBigSent);
     back(packet, tables)
 }

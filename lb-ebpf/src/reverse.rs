@@ -12,6 +12,7 @@ use crate::{
     flows::{self, Expected},
     forward::payload,
     headers::{TCP, TCP_ACK, TCP_FIN, TCP_RST, TCP_SYN, Tcp},
+    ingress,
     packet::Packet,
     parse::Datagram,
     reply,
@@ -30,6 +31,9 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
     datagram: &Datagram<A>,
     flow: &Flow<A>,
 ) -> Verdict {
+    if let Some(verdict) = ingress::refuse_reply(packet, tables, flow) {
+        return verdict;
+    }
     let way = send::to_client(
         packet,
         tables,
@@ -198,7 +202,8 @@ fn nudge<P: Packet, T: Tables, A: Ip>(
             return hidden;
         };
         let (old_ack, old_flags) = (tcp.ack, word(tcp));
-        tcp.ack = u32::from_be(old_ack).wrapping_sub(1).to_be();
+        // The RST acknowledges the SYN and data that may have come with it: so far back is before both.
+        tcp.ack = u32::from_be(old_ack).wrapping_sub(1 << 16).to_be();
         tcp.flags = TCP_ACK;
         let delta = csum::dword_delta(old_ack, tcp.ack) + csum::word_delta(old_flags, word(tcp));
         if !packet.fix_checksum(datagram.l4 + 16, 0, csum::fold(delta), false) {

@@ -9,7 +9,7 @@ use lb_common::{
 };
 
 use crate::{
-    csum,
+    csum, error,
     headers::{Ethernet, IPV4_DF, Ipv4, Ipv6, Ports, TCP, UDP},
     packet::{Hook, Packet},
     parse::{self, Datagram},
@@ -78,7 +78,7 @@ impl Way {
 
 /// The way to a backend.
 #[inline(always)]
-pub fn to_backend<P: Packet, T: Tables>(tables: T, backend: &Backend) -> Way {
+pub fn to_backend<P: Packet, T: Tables, A: Ip>(packet: &P, tables: T, backend: &Backend) -> Way {
     if backend.flags & backend_flags::NODE != 0 {
         return match P::HOOK {
             Hook::Xdp => Way::plain(Kind::NeedTc),
@@ -87,8 +87,39 @@ pub fn to_backend<P: Packet, T: Tables>(tables: T, backend: &Backend) -> Way {
         };
     }
     match tables.device(backend.hop.slot() as u32) {
-        Some(device) => by_device::<P>(device, backend.hop),
+        Some(device) => {
+            let way = by_device::<P>(device, backend.hop);
+            if way.kind == Kind::Device && is_agent_silent(tables) {
+                ask_kernel::<P, A>(packet, way, backend)
+            } else {
+                way
+            }
+        }
         None => Way::plain(Kind::Nowhere),
+    }
+}
+
+/// Whether the agent has given no sign of life for so long that next hops in the maps may be old.
+#[inline(always)]
+fn is_agent_silent<T: Tables>(tables: T) -> bool {
+    match tables.settings() {
+        Some(settings) => settings.heartbeat != 0 && tables.now().wrapping_sub(settings.heartbeat) < 1 << 31,
+        None => false,
+    }
+}
+
+/// The same way, with the next hop that the kernel knows.
+#[inline(always)]
+fn ask_kernel<P: Packet, A: Ip>(packet: &P, way: Way, backend: &Backend) -> Way {
+    if P::HOOK != Hook::Xdp {
+        return Way {
+            kind: Kind::Neighbour,
+            ..way
+        };
+    }
+    match packet.next_hop(&backend.addr, A::V6, way.ifindex) {
+        Some((hop, from)) => Way { hop, from, ..way },
+        None => Way::plain(Kind::NeedTc),
     }
 }
 
@@ -155,7 +186,11 @@ pub fn refuse<P: Packet, T: Tables, A: Ip>(
         Kind::Device | Kind::Neighbour => {}
     }
     if datagram.ttl <= 1 {
-        return Some(Verdict::drop(DropReason::TtlExpired, service));
+        return Some(if P::HOOK == Hook::Xdp {
+            Verdict::TO_TC
+        } else {
+            error::time_exceeded(packet, tables, datagram, service)
+        });
     }
     if datagram.length > way.mtu {
         if P::HOOK == Hook::Xdp {
@@ -164,7 +199,7 @@ pub fn refuse<P: Packet, T: Tables, A: Ip>(
         let segment = packet.segment_size();
         let headers = datagram.l4 - datagram.l3 + datagram.header as usize;
         if segment == 0 || headers + segment > way.mtu as usize {
-            return Some(reply::too_big(packet, tables, datagram, way.mtu, service));
+            return Some(error::too_big(packet, tables, datagram, way.mtu, service));
         }
     }
     None
@@ -187,7 +222,18 @@ pub fn send<P: Packet, A: Ip>(packet: &mut P, datagram: &Datagram<A>, flow: &Flo
     {
         return failed;
     }
+    adjust_sum::<P, A>(packet, flow.body.addr_delta, way);
     leave(packet, way)
+}
+
+/// Tells the kernel what a translation has changed of the sum of the whole packet: in IPv6 no checksum makes up for the
+/// hop limit, and helpers that know only of IPv4 take the addresses for made up for by the header's.
+#[inline(always)]
+pub fn adjust_sum<P: Packet, A: Ip>(packet: &mut P, addr_delta: u16, way: Way) {
+    if A::V6 && P::HOOK != Hook::Xdp {
+        let hop = if way.is_hop() { csum::HOP_DELTA } else { 0 };
+        packet.adjust_sum(addr_delta as u32 + hop);
+    }
 }
 
 /// The verdict of a way.
@@ -262,14 +308,8 @@ pub trait Ip: Address {
         length: u16,
     ) -> bool;
 
-    /// Unfolded sum of the words of a header without options.
-    fn sum_header<P: Packet>(packet: &P, l3: usize) -> Option<u32>;
-
     /// Swaps source and destination and sets the time to live.
     fn turn<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> bool;
-
-    /// Whether routers must not fragment the packet: always so in IPv6.
-    fn may_not_fragment<P: Packet>(packet: &P, l3: usize) -> bool;
 
     /// Writes the addresses; `hops` takes one from the time to live.
     fn rewrite<P: Packet>(
@@ -347,11 +387,6 @@ impl Ip for Addr4 {
     }
 
     #[inline(always)]
-    fn sum_header<P: Packet>(packet: &P, l3: usize) -> Option<u32> {
-        packet.get::<[u16; 10]>(l3).map(|words| csum::sum(words))
-    }
-
-    #[inline(always)]
     fn turn<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> bool {
         let Some(ip) = packet.get_mut::<Ipv4>(l3) else {
             return false;
@@ -361,13 +396,6 @@ impl Ip for Addr4 {
         ip.check = csum::apply(ip.check, csum::word_delta(old, Be16::new((ttl as u16) << 8).0));
         (ip.src, ip.dst) = (ip.dst, ip.src);
         true
-    }
-
-    #[inline(always)]
-    fn may_not_fragment<P: Packet>(packet: &P, l3: usize) -> bool {
-        packet
-            .get::<Ipv4>(l3)
-            .is_some_and(|ip| ip.fragment.0 & IPV4_DF.0 != 0)
     }
 }
 
@@ -416,22 +444,14 @@ impl Ip for Addr16 {
     }
 
     #[inline(always)]
-    fn sum_header<P: Packet>(packet: &P, l3: usize) -> Option<u32> {
-        packet.get::<[u16; 20]>(l3).map(|words| csum::sum(words))
-    }
-
-    #[inline(always)]
     fn turn<P: Packet>(packet: &mut P, l3: usize, ttl: u8) -> bool {
         let Some(ip) = packet.get_mut::<Ipv6>(l3) else {
             return false;
         };
+        let old = u16::from_ne_bytes([0, ip.hop_limit]);
         ip.hop_limit = ttl;
         (ip.src, ip.dst) = (ip.dst, ip.src);
-        true
-    }
-
-    #[inline(always)]
-    fn may_not_fragment<P: Packet>(_packet: &P, _l3: usize) -> bool {
+        packet.adjust_sum(csum::word_delta(old, u16::from_ne_bytes([0, ttl])));
         true
     }
 }

@@ -17,6 +17,7 @@ pub fn finish<T: Tables>(tables: T, verdict: Verdict) -> Verdict {
         Action::Redirect(_) => Counter::Redirected,
         Action::Neighbour(_) => Counter::ToNeighbour,
         Action::ToNode | Action::ToNodeByLoopback => Counter::ToNode,
+        Action::Again => Counter::FragmentsAgain,
         Action::Drop(reason, service) => {
             tables.count_drop(reason);
             count_service_drop(tables, reason, service);

@@ -92,6 +92,11 @@ pub trait FlowTables: Copy {
     fn evict<A: Address>(self, slot: u32, now: u32) -> u32 {
         crate::table::evict(crate::table::mapped::Mapped::<A, Self>::new(self), slot, now) as u32
     }
+    /// The same word, of which the compiler knows nothing any more.
+    #[inline(always)]
+    fn hide(word: u64) -> u64 {
+        core::hint::black_box(word)
+    }
     /// The same word, of which the verifier knows nothing any more; elsewhere just the same word.
     #[inline(always)]
     fn opaque(self, word: u64) -> u64 {
@@ -110,6 +115,10 @@ pub trait Tables: FlowTables {
     fn ours_word(self, word: u32) -> u64;
     /// Word of the port filter in `OURS`.
     fn port_word(self, word: u32) -> u64;
+    /// Word of the filter of routed VIPs in `OURS`.
+    fn routed_word(self, word: u32) -> u64;
+    /// Counts one of what `RATES` limits (`maps::limited`); false if there were enough of it.
+    fn allows(self, what: u32) -> bool;
     /// `SETTINGS`.
     fn settings<'a>(self) -> Option<&'a Settings>
     where

@@ -31,6 +31,8 @@ pub enum Action {
     ToNode,
     /// Rewritten: to a process of this node, by way of the loopback device.
     ToNodeByLoopback,
+    /// To the same device's ingress once more, untouched: it waits for another packet.
+    Again,
     /// Dropped; index of the reason and service id (or [`NO_SERVICE`]).
     Drop(u32, u32),
 }
@@ -55,6 +57,8 @@ impl Verdict {
     pub const TO_NODE: Self = Self(5);
     /// See [`Action::ToNodeByLoopback`].
     pub const TO_NODE_BY_LOOPBACK: Self = Self(6);
+    /// See [`Action::Again`].
+    pub const AGAIN: Self = Self(10);
     /// Inside the pipeline: a flow must be made, the tuple has none.
     pub const OPEN: Self = Self(OPEN);
     /// Inside the pipeline: the flow is there, the packet is now one of a known flow.
@@ -137,6 +141,7 @@ impl Verdict {
             5 => Action::ToNode,
             6 => Action::ToNodeByLoopback,
             7 => Action::Drop((self.0 >> 8) as u32 & 0xff, high),
+            10 => Action::Again,
             // What is for the inside of the pipeline does not leave it.
             _ => Action::Pass,
         }

@@ -127,6 +127,8 @@ fn policy() -> Policy {
     Policy {
         snat_addresses: Vec::new(),
         own_vips: Default::default(),
+        routed_vips: Default::default(),
+        mark: 1,
         snat_port_min: 16384,
         snat_port_max: 32767,
         event_sample: 0,
@@ -176,6 +178,9 @@ impl World {
                     mtu: 1500,
                     xdp: true,
                     bridge: addresses.contains(&"bridge"),
+                    uplink: !addresses.contains(&"bridge"),
+                    vlan_offload: false,
+                    further_macs: Vec::new(),
                     addresses: addresses.iter().filter_map(|a| a.parse().ok()).collect(),
                 };
                 self.topology.devices.insert(slot, info);

@@ -13,6 +13,7 @@ use weir::datapath::{
     announcements::AnnounceRequest,
     attach::{Attacher, TcChoice},
     bpf::KernelMaps,
+    heartbeat::Heartbeat,
     load::load,
     net::{self, NetConfig, NetReport, NetTask},
     preflight::preflight,
@@ -38,6 +39,7 @@ impl Agent {
         preflight(pin).unwrap();
         let loaded = load(object(), pin, &sizes()).unwrap();
         let adopted = loaded.adopted;
+        let heartbeat = Heartbeat::open(&loaded.pins).unwrap();
         let devices = KernelMaps::open(&loaded.pins.maps())
             .unwrap()
             .devices()
@@ -50,6 +52,7 @@ impl Agent {
         let (report_out, report) = watch::channel(NetReport::default());
         let task = tokio::spawn(net::run(NetTask {
             attacher: Attacher::new(loaded, state.clone(), tc),
+            heartbeat,
             state,
             devices,
             config: config_in,

@@ -177,6 +177,7 @@ fn every_operation_is_read_back() {
             filter: Filter {
                 addresses: [vip].into(),
                 ports: [(Protocol::Tcp, 80)].into(),
+                routed: [vip].into(),
             },
         },
         MapOp::PutVip {

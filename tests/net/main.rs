@@ -3,7 +3,9 @@
 #![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
 mod changes;
+mod errors;
 mod events;
+mod frames;
 mod health;
 mod lab;
 mod load;

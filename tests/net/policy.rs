@@ -141,7 +141,7 @@ fn policies6_by_tc_alone() -> Result<()> {
 
 /// Both families of one VIP, and what is no service's business: another port of it is not answered.
 #[test]
-fn a_port_without_a_service_is_silent() -> Result<()> {
+fn a_port_without_a_service_is_refused() -> Result<()> {
     let lab = Lab::new(Wiring::TwoArm, Body::Native, 1)?;
     let mut servers = serve(&lab, false, false)?;
     servers.extend(serve(&lab, true, false)?);
@@ -155,7 +155,12 @@ fn a_port_without_a_service_is_silent() -> Result<()> {
         let other = lab
             .client
             .run(|| TcpStream::connect_timeout(&vip(v6, 81), SILENCE));
-        assert!(other.is_err(), "nobody serves port 81");
+        let refusal = other.err().map(|e| e.kind());
+        assert_eq!(
+            refusal,
+            Some(std::io::ErrorKind::ConnectionRefused),
+            "nobody serves port 81"
+        );
     }
     Ok(())
 }

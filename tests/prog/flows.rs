@@ -381,6 +381,10 @@ fn snat(n: Net) -> Vec<Row> {
         .remote(n.b1(), BPORT, NIC, B1_MAC)
         .snat_ports(30_000, 30_000);
     let by_second = n.conn().client_port(50_000).source(n.source2(), 30_000);
+    let data = n.request(flag::ACK);
+    let direct_reply = n
+        .packet((n.b1(), BPORT), (n.client(), CPORT), flag::ACK)
+        .eth(B1_MAC, mac_of(NIC));
     let never = n
         .service()
         .flags(service_flags::SNAT_NEVER)
@@ -452,6 +456,44 @@ fn snat(n: Net) -> Vec<Row> {
                 &translated,
             )
             .count(Counter::FlowsReclaimed),
+        ),
+        row(
+            format!("{n}: snat = never, the reply of a remote backend is routed through the node"),
+            n.service()
+                .direct(n.b1(), BPORT, NIC, B1_MAC)
+                .conn(n.direct(n.b1()).established(), 1),
+        )
+        .comes(
+            NIC,
+            &direct_reply,
+            Expect::send(NIC, &n.to_client(&direct_reply)).to_client(1, &direct_reply),
+        ),
+        row(
+            format!("{n}: next hops are the maps' while the agent lives"),
+            n.one().conn(n.conn().established(), 1).agent_silent_for(9),
+        )
+        .comes(
+            NIC,
+            &data,
+            Expect::send(NIC, &n.to_b1(&data)).to_backend(1, &data),
+        ),
+        row(
+            format!("{n}: next hops are the kernel's once the agent is silent"),
+            n.one().conn(n.conn().established(), 1).agent_silent_for(12),
+        )
+        .comes(
+            NIC,
+            &data,
+            Expect::neighbour(NIC, &n.to_b1(&data)).to_backend(1, &data),
+        ),
+        row(
+            format!("{n}: so they are for new flows"),
+            n.one().agent_silent_for(12),
+        )
+        .comes(
+            NIC,
+            &open,
+            created(Expect::neighbour(NIC, &n.to_b1(&open)), &open, &n.conn()),
         ),
         row(format!("{n}: snat = never leaves the client's address"), never).comes(
             NIC,

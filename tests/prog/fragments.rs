@@ -1,19 +1,36 @@
 //! Fragments of service traffic, and what looks like it.
 
-use lb_common::counter::Counter;
+use lb_common::{
+    counter::{Counter, DropReason},
+    maps::FragmentKey,
+};
 use lb_tests::{
     packet::flag,
-    row::{Expect, Row, row},
+    row::{Body, Expect, Row, row},
     world::{BRIDGE, NIC},
 };
 
 use crate::{
     flows::created,
-    net::{ALL, BPORT, CPORT, Net},
+    net::{ALL, BPORT, CPORT, Net, SPORT},
 };
 
 pub fn rows() -> Vec<Row> {
     ALL.iter().flat_map(|n| of(*n)).collect()
+}
+
+/// The key of the datagram that all rows are about.
+fn key(n: Net) -> FragmentKey {
+    FragmentKey {
+        src: n.client().into(),
+        dst: n.vip().into(),
+        id: if n.v6 {
+            0xbeef_u32.to_be()
+        } else {
+            u32::from(0xbeef_u16.to_be())
+        },
+        proto: n.proto.into(),
+    }
 }
 
 fn of(n: Net) -> Vec<Row> {
@@ -62,23 +79,50 @@ fn of(n: Net) -> Vec<Row> {
         row(format!("{n}: fragments of a reply"), given())
             .comes(NIC, &back(0, 80).0, back(0, 80).1)
             .comes(NIC, &back(80, end).0, back(80, end).1),
-        row(format!("{n}: a later fragment before its first passes"), given()).comes(
+        row(
+            format!("{n}: a later fragment before its first is sent round to wait for it"),
+            given(),
+        )
+        .comes(NIC, &cut(80, 160), Expect::again())
+        .comes(NIC, &cut(0, 80), sent(0, 80))
+        .comes(NIC, &cut(80, 160), sent(80, 160)),
+        row(
+            format!("{n}: a later fragment to a VIP waits for its first no longer than others let it"),
+            given().answers_exhausted(),
+        )
+        .comes_to_tc(
             NIC,
             &cut(80, 160),
-            Expect::pass(),
+            Expect::drop_of_nobody(DropReason::FragmentEarly),
         ),
         row(
-            format!("{n}: a later fragment of another datagram passes"),
+            format!("{n}: on the node's own address it passes in the end"),
+            given().silent_vip().answers_exhausted(),
+        )
+        .comes_to_tc(NIC, &cut(80, 160), Expect::pass()),
+        row(
+            format!("{n}: a later fragment of another datagram waits for its own first"),
             given(),
         )
         .comes(NIC, &cut(0, 80), sent(0, 80))
-        .comes(NIC, &cut(80, 160).id(0xbeee), Expect::pass()),
+        .comes(NIC, &cut(80, 160).id(0xbeee), Expect::again()),
         row(
-            format!("{n}: fragments to a port without a service pass"),
+            format!("{n}: a first fragment is remembered for 30 seconds"),
+            given().fragment(key(n), (CPORT, SPORT), 29),
+        )
+        .comes(NIC, &cut(80, 160), sent(80, 160)),
+        row(
+            format!("{n}: a first fragment is not remembered for longer"),
+            given().fragment(key(n), (CPORT, SPORT), 32),
+        )
+        .comes(NIC, &cut(80, 160), Expect::again()),
+        row(
+            format!("{n}: later fragments go on passing where the first passed"),
             given(),
         )
+        .only(Body::Tc)
         .comes(NIC, &cut(0, 80).ports(CPORT, 9), Expect::pass())
-        .comes(NIC, &cut(80, 160), Expect::pass()),
+        .comes_to_tc(NIC, &cut(80, 160), Expect::pass()),
         row(
             format!("{n}: a first fragment too short for its ports' header passes"),
             given(),

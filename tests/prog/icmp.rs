@@ -46,10 +46,6 @@ fn echo(n: Net) -> Vec<Row> {
     );
     both("an empty echo request is answered", ask.clone().payload(b""));
     both(
-        "an echo request in two VLANs is answered",
-        ask.clone().qinq(3).vlan(4),
-    );
-    both(
         "the time to live of an echo request does not matter",
         ask.clone().ttl(1),
     );

@@ -261,19 +261,10 @@ fn refuse(n: Net) -> Vec<Row> {
             &n.open(),
             Expect::send(NIC, &reset).count(Counter::ResetsSent),
         ),
-        row(
-            format!("{n}: a SYN met at lo is refused up the stack"),
-            given.clone(),
-        )
-        .comes_to_tc(
+        row(format!("{n}: a SYN met at lo is refused up the stack"), given).comes_to_tc(
             NODE,
             &n.open().eth([0; 6], [0; 6]),
             Expect::node(&reset.clone().eth([0; 6], [0; 6])).count(Counter::ResetsSent),
-        ),
-        row(format!("{n}: the refusal keeps the VLAN tag"), given).comes(
-            NIC,
-            &n.open().vlan(5),
-            Expect::send(NIC, &reset.vlan(5)).count(Counter::ResetsSent),
         ),
     ]
 }

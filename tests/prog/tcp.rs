@@ -492,7 +492,7 @@ fn resteer(n: Net) -> Vec<Row> {
             .and("backend 1 resteered", 1)
     };
     let refusal = n.reply(flag::RST_ACK).seq(0, 1001);
-    let nudge = n.to_client(&n.reply(flag::ACK).seq(0, 1000));
+    let nudge = n.to_client(&n.reply(flag::ACK).seq(0, 1001_u32.wrapping_sub(1 << 16)));
     let refused = n.conn().state(state::REFUSED);
     let hidden = || {
         Expect::send(NIC, &nudge)
@@ -627,11 +627,16 @@ fn unknown(n: Net) -> Vec<Row> {
             asks(),
         )
         .comes(NIC, &fin, answered(&reset(n, 0, Some(1006)))),
-        row(format!("{n}: a reset of no flow is never answered"), asks()).comes(
-            NIC,
-            &n.request(flag::RST_ACK),
-            no_flow(),
-        ),
+        row(
+            format!("{n}: a reset of no flow for an address of the node is the stack's"),
+            asks(),
+        )
+        .comes(NIC, &n.request(flag::RST_ACK), Expect::pass()),
+        row(
+            format!("{n}: a reset of no flow for a routed VIP is never answered"),
+            asks().routed(0),
+        )
+        .comes(NIC, &n.request(flag::RST_ACK), no_flow()),
         row(
             format!("{n}: on the node's own address a segment of no flow passes"),
             n.one().silent_vip(),

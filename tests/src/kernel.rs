@@ -12,25 +12,28 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     Ebpf, EbpfLoader, Pod, TestRun as _, TestRunOptions, VerifierLogLevel,
-    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, lpm_trie},
+    maps::{Array, HashMap, LpmTrie, MapData, PerCpuArray, PerCpuValues, lpm_trie},
     programs::{SchedClassifier, Xdp},
+    util::nr_cpus,
 };
 use lb_common::{
     addr::{Addr4, Addr16},
     counter::{Counter, DropReason},
-    limits::flow_buckets,
+    limits::{AGENT_SILENT_S, flow_buckets},
     maps::{
         ABI_VERSION, AclData, Affinity, AffinityKey, Backend, BackendStats, Cursor, Device, Drops,
-        FragmentKey, FragmentPorts, Meta, RingRow, SCHEMA, Service, ServiceFlows, ServiceKey, ServiceStats,
-        Settings, Stats, Timeouts, Vip,
+        FragmentKey, FragmentPorts, Meta, Rate, RingRow, SCHEMA, Service, ServiceFlows, ServiceKey,
+        ServiceStats, Settings, Stats, Timeouts, Vip, limited,
     },
     slot::TableSettings,
 };
 use weir::datapath::flow_table::{Context, FlowMaps};
 
+pub use crate::test_run::jiffies;
 use crate::{
     row::Datapath,
     slots,
+    test_run::test_run,
     world::{DEVICES, FlowEntry, World, ifindex_of},
 };
 
@@ -84,6 +87,7 @@ pub struct Kernel {
     bpf: Ebpf,
     hz: u32,
     sizes: Sizes,
+    check_sums: bool,
 }
 
 /// The object to test: `WEIR_BPF_OBJECT`, or where `cargo xtask build-ebpf` puts it.
@@ -185,6 +189,7 @@ impl Kernel {
             bpf,
             hz: ticks_per_second(),
             sizes,
+            check_sums: false,
         };
         let meta = Meta {
             schema: SCHEMA,
@@ -294,7 +299,12 @@ impl Datapath for Kernel {
         self.clear_acl()?;
 
         self.array("OURS")?.set(0, *world.filter(), 0)?;
-        self.array::<Settings>("SETTINGS")?.set(0, world.settings, 0)?;
+        let mut settings = world.settings;
+        if let Some(age) = world.agent_silent_for {
+            let last = jiffies()?.wrapping_sub(age * self.hz);
+            settings.heartbeat = last.wrapping_add(AGENT_SILENT_S * self.hz);
+        }
+        self.array::<Settings>("SETTINGS")?.set(0, settings, 0)?;
         for (slot, device) in world.devices() {
             self.array::<Device>("DEVICES")?.set(slot.into(), device, 0)?;
             self.hash::<u32, u32>("DEVICE_SLOTS")?
@@ -336,6 +346,27 @@ impl Datapath for Kernel {
                 .insert(service.key, world.value_of(service), 0)?;
         }
         let now = jiffies()?;
+        for what in 0..limited::COUNT {
+            // A window that began an hour from now does not end before.
+            let rate = Rate {
+                since: now.wrapping_add(if world.answers_exhausted {
+                    3600 * self.hz
+                } else {
+                    0
+                }),
+                count: if world.answers_exhausted { u32::MAX } else { 0 },
+            };
+            let all = PerCpuValues::try_from(vec![rate; nr_cpus().map_err(|(_, e)| e)?])?;
+            self.per_cpu::<Rate>("RATES")?.set(what, all, 0)?;
+        }
+        for (key, ports, age) in &world.fragments {
+            let seen = now.wrapping_sub(age * self.hz);
+            self.hash::<FragmentKey, FragmentPorts>("FRAGMENTS")?.insert(
+                key,
+                FragmentPorts { seen, ..*ports },
+                0,
+            )?;
+        }
         for (conn, age) in &world.conns {
             slots::insert(&flows, conn, now.wrapping_sub(age * self.hz))?;
         }
@@ -392,6 +423,10 @@ impl Datapath for Kernel {
         Ok(all)
     }
 
+    fn check_sums(&mut self, on: bool) {
+        self.check_sums = on;
+    }
+
     fn run(&mut self, program: Program, slot: u16, frame: &[u8]) -> Result<Ran> {
         let mut out = vec![0; frame.len() + 2048];
         let ifindex = ifindex_of(slot);
@@ -417,12 +452,19 @@ impl Datapath for Kernel {
                 context[9] = ifindex;
                 context[10] = ifindex;
                 let context = words(&context);
+                let sums = self.check_sums;
                 let tc: &SchedClassifier = self
                     .bpf
                     .program(name)
                     .with_context(|| format!("no program {name}"))?
                     .try_into()?;
-                tc.test_run(options(frame, &mut out, &context))?
+                let (action, length) = test_run(tc.fd()?.as_fd(), frame, &mut out, &context, sums)?;
+                out.truncate(length);
+                return Ok(Ran {
+                    action,
+                    frame: out,
+                    to: None,
+                });
             }
         };
         out.truncate(result.data_size_out as usize);
@@ -459,13 +501,4 @@ pub fn backend_fields(stats: &BackendStats) -> [(&'static str, u64); 8] {
         ("resteered", stats.resteered),
         ("established", stats.established),
     ]
-}
-
-/// The flow clock now: the low 32 bits of the kernel's jiffies, which `/proc/timer_list` tells to root.
-pub fn jiffies() -> Result<u32> {
-    let text = std::fs::read_to_string("/proc/timer_list").context("/proc/timer_list")?;
-    let Some(line) = text.lines().find_map(|l| l.trim().strip_prefix("jiffies:")) else {
-        bail!("/proc/timer_list tells no jiffies");
-    };
-    Ok(line.trim().parse::<u64>()? as u32)
 }

@@ -11,9 +11,11 @@
     reason = "a test harness reports a fault by panicking"
 )]
 
+pub mod devices;
 pub mod docker;
 pub mod etcd;
 pub mod fleet;
+pub mod frame;
 pub mod guard;
 pub mod kernel;
 pub mod listen;
@@ -27,5 +29,6 @@ pub mod pki;
 pub mod row;
 pub mod site;
 pub mod slots;
+pub mod test_run;
 pub mod weir;
 pub mod world;

@@ -12,7 +12,7 @@ use lb_common::{
     addr::{Addr4, Addr16},
     counter::{Counter, DropReason},
     flow::Address,
-    limits::{RING_ROW, flow_buckets},
+    limits::{AGENT_SILENT_S, RING_ROW, flow_buckets},
     maps::{
         Affinity, AffinityKey, Backend, BackendStats, Cursor, Device, Event, FragmentKey, FragmentPorts,
         Ours, Service, ServiceFlows, ServiceKey, ServiceStats, Settings, Timeouts, Vip,
@@ -20,8 +20,7 @@ use lb_common::{
     slot::{Bucket, Bucket4, Bucket6, Flow, TableSettings},
 };
 use lb_ebpf::{
-    csum, install,
-    packet::{Header, Hook, Packet},
+    install::{self, which},
     parse::Datagram,
     pipeline,
     tables::{FlowTables, Scratch, Tables, Work},
@@ -29,10 +28,11 @@ use lb_ebpf::{
 };
 
 use crate::{
+    frame::{EGRESS, Frame, INGRESS, XDP},
     kernel::{Counters, FLOWS, Program, Ran, SMALL, backend_fields},
     row::Datapath,
     slots,
-    world::{FlowEntry, World, ifindex_of},
+    world::{Conn, FlowEntry, World, ifindex_of},
 };
 
 /// Ticks per second of the model's clock.
@@ -46,6 +46,8 @@ pub struct Model(UnsafeCell<Maps>);
 struct Maps {
     ours: Box<Ours>,
     settings: Settings,
+    answers_exhausted: bool,
+    winner: Option<Conn>,
     vips: HashMap<Addr16, Vip>,
     services: HashMap<ServiceKey, Service>,
     timeouts: HashMap<u32, Timeouts>,
@@ -78,6 +80,8 @@ impl Default for Model {
         Self(UnsafeCell::new(Maps {
             ours: World::new().filter(),
             settings: Settings::default(),
+            answers_exhausted: false,
+            winner: None,
             vips: HashMap::new(),
             services: HashMap::new(),
             timeouts: HashMap::new(),
@@ -133,6 +137,11 @@ impl Datapath for Model {
 
         maps.ours = world.filter();
         maps.settings = world.settings;
+        if let Some(age) = world.agent_silent_for {
+            maps.settings.heartbeat = NOW.wrapping_sub(age * HZ).wrapping_add(AGENT_SILENT_S * HZ);
+        }
+        maps.answers_exhausted = world.answers_exhausted;
+        maps.winner.clone_from(&world.winner);
         maps.vips = world
             .vips
             .iter()
@@ -148,6 +157,10 @@ impl Datapath for Model {
         }
         maps.acl.clone_from(&world.acl);
         maps.affinity = world.affinity.iter().copied().collect();
+        for (key, ports, age) in &world.fragments {
+            let seen = NOW.wrapping_sub(age * HZ);
+            maps.fragments.insert(*key, FragmentPorts { seen, ..*ports });
+        }
         for service in &world.services {
             maps.services.insert(service.key, world.value_of(service));
             maps.rings.insert(service.value.id, world.ring_of(service));
@@ -215,6 +228,7 @@ impl Datapath for Model {
             Action::Transmit => (if xdp { 3 } else { 7 }, Some(ifindex)),
             Action::Redirect(to) => (if xdp { 4 } else { 7 }, Some(to)),
             Action::Neighbour(to) => (7, Some(to)),
+            Action::Again => (7, Some(ifindex)),
             Action::ToNode => (0, None),
             Action::ToNodeByLoopback => (7, Some(maps.settings.loopback_ifindex)),
             Action::Drop(..) => (if xdp { 1 } else { 2 }, None),
@@ -309,6 +323,12 @@ impl Tables for View<'_> {
     }
     fn port_word(self, word: u32) -> u64 {
         self.0.maps().ours.ports[word as usize]
+    }
+    fn routed_word(self, word: u32) -> u64 {
+        self.0.maps().ours.routed[word as usize]
+    }
+    fn allows(self, _what: u32) -> bool {
+        !self.0.maps().answers_exhausted
     }
     fn settings<'a>(self) -> Option<&'a Settings>
     where
@@ -435,6 +455,12 @@ impl Tables for View<'_> {
         install::install::<Self, A>(self, service, backend, mode).raw()
     }
     fn place<A: Address>(self, slot: u32, state: u32) -> u64 {
+        if slot == which::FORWARD
+            && let Some(winner) = self.0.maps().winner.take()
+        {
+            // Another CPU has been quicker.
+            let _ = slots::insert(self, &winner, NOW);
+        }
         install::place::<Self, A>(self, slot, state)
     }
     fn gives_way<A: Address>(self, slot: u32, met: u32) -> u32 {
@@ -465,109 +491,4 @@ impl Tables for View<'_> {
         0
     }
     fn event(self, _event: &Event) {}
-}
-
-const XDP: u8 = 0;
-const INGRESS: u8 = 1;
-const EGRESS: u8 = 2;
-
-/// A frame on the heap.
-struct Frame<const HOOK: u8> {
-    /// Words, so that the IP header (after two bytes of padding and the Ethernet header) is aligned as in the kernel.
-    words: Vec<u64>,
-    start: usize,
-    end: usize,
-    device: u32,
-}
-
-/// Room in front of the frame, and the two bytes that align the IP header.
-const HEADROOM: usize = 128 + 2;
-
-impl<const HOOK: u8> Frame<HOOK> {
-    fn new(device: u32, frame: &[u8]) -> Self {
-        let mut words = vec![0u64; (HEADROOM + frame.len()).div_ceil(8)];
-        // SAFETY: the vector has that many bytes, and bytes need no alignment.
-        let bytes =
-            unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast::<u8>(), words.len() * 8) };
-        bytes[HEADROOM..HEADROOM + frame.len()].copy_from_slice(frame);
-        Self {
-            words,
-            start: HEADROOM,
-            end: HEADROOM + frame.len(),
-            device,
-        }
-    }
-
-    fn bytes(&self) -> &[u8] {
-        // SAFETY: the vector has `words.len() * 8` initialized bytes.
-        let all =
-            unsafe { std::slice::from_raw_parts(self.words.as_ptr().cast::<u8>(), self.words.len() * 8) };
-        &all[self.start..self.end]
-    }
-
-    fn at<H: Header>(&self, offset: usize) -> Option<*const H> {
-        let piece = self
-            .bytes()
-            .get(offset..offset.checked_add(size_of::<H>())?)?
-            .as_ptr()
-            .cast::<H>();
-        assert!(piece.is_aligned(), "a header at offset {offset} is not aligned");
-        Some(piece)
-    }
-}
-
-impl<const HOOK: u8> Packet for Frame<HOOK> {
-    const HOOK: Hook = match HOOK {
-        XDP => Hook::Xdp,
-        INGRESS => Hook::Ingress,
-        _ => Hook::Egress,
-    };
-
-    fn get<H: Header>(&self, offset: usize) -> Option<&H> {
-        // SAFETY: in bounds and aligned (`at`), and every bit pattern is an `H`.
-        self.at(offset).map(|piece| unsafe { &*piece })
-    }
-    fn get_mut<H: Header>(&mut self, offset: usize) -> Option<&mut H> {
-        self.at::<H>(offset)?;
-        let start = self.start + offset;
-        let base = self.words.as_mut_ptr().cast::<u8>();
-        // SAFETY: in bounds and aligned (`at`), every bit pattern is an `H`, and `self` is borrowed mutably.
-        Some(unsafe { &mut *base.add(start).cast::<H>() })
-    }
-    fn segment_size(&self) -> usize {
-        0
-    }
-    fn device(&self) -> u32 {
-        self.device
-    }
-    fn pull(&mut self, length: usize) -> bool {
-        length <= self.bytes().len()
-    }
-    fn fix_checksum(&mut self, offset: usize, pseudo: u16, other: u16, zero_is_none: bool) -> bool {
-        let Some(check) = self.get_mut::<u16>(offset) else {
-            return false;
-        };
-        if zero_is_none && *check == 0 {
-            return true;
-        }
-        *check = csum::apply(*check, u32::from(pseudo) + u32::from(other));
-        if zero_is_none && *check == 0 {
-            *check = 0xffff;
-        }
-        true
-    }
-    fn truncate(&mut self, length: usize) -> bool {
-        if length > self.bytes().len() {
-            return false;
-        }
-        self.end = self.start + length;
-        true
-    }
-    fn grow_head(&mut self, bytes: usize) -> bool {
-        let Some(start) = self.start.checked_sub(bytes) else {
-            return false;
-        };
-        self.start = start;
-        true
-    }
 }

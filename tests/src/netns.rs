@@ -116,6 +116,39 @@ impl Namespace {
         there.ip(&format!("link set {peer} up"))
     }
 
+    /// Sends a frame as it is out of a device.
+    pub fn send_frame(&self, device: &str, frame: &[u8]) -> Result<()> {
+        let ifindex = self.ifindex(device)?;
+        self.run(|| {
+            // SAFETY: no memory is involved.
+            let raw = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+            ensure!(raw >= 0, "packet socket: {}", std::io::Error::last_os_error());
+            // SAFETY: the kernel just gave it to us.
+            let socket = unsafe { OwnedFd::from_raw_fd(raw) };
+            // SAFETY: integers and bytes, which may all be zero.
+            let mut to: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+            to.sll_family = libc::AF_PACKET as u16;
+            to.sll_ifindex = ifindex.cast_signed();
+            // SAFETY: frame and address outlive the call, and their sizes are right.
+            let sent = unsafe {
+                libc::sendto(
+                    socket.as_raw_fd(),
+                    frame.as_ptr().cast(),
+                    frame.len(),
+                    0,
+                    (&raw const to).cast(),
+                    size_of_val(&to) as libc::socklen_t,
+                )
+            };
+            ensure!(
+                sent == frame.len() as isize,
+                "{device}: {}",
+                std::io::Error::last_os_error()
+            );
+            Ok(())
+        })
+    }
+
     /// A bridge, up.
     pub fn bridge(&self, device: &str) -> Result<()> {
         self.ip(&format!("link add {device} type bridge"))?;

@@ -6,35 +6,20 @@ use lb_common::{
     addr::{Addr16, Be16, Hop},
     limits::RING_ROW,
     maps::{
-        self, Affinity, AffinityKey, Backend, Device, Ours, Service, ServiceKey, Settings, Timeouts,
-        backend_flags, backend_state, device_flags, flow_state,
+        self, Affinity, AffinityKey, Backend, Device, FragmentKey, FragmentPorts, Ours, Service, ServiceKey,
+        Settings, Timeouts, backend_flags, backend_state, flow_state,
     },
 };
 
 use weir::{datapath::Filter, plan::address_of, ring::leaders};
 
+pub use crate::devices::*;
 use crate::packet::{Mac, ToIp};
 
 /// TCP's protocol number.
 pub const TCP: u8 = 6;
 /// UDP's protocol number.
 pub const UDP: u8 = 17;
-
-/// Slot of the NIC that clients come by; XDP and TC.
-pub const NIC: u16 = 1;
-/// Slot of the container bridge; TC only.
-pub const BRIDGE: u16 = 2;
-/// Slot of a second NIC; XDP and TC.
-pub const NIC2: u16 = 3;
-/// Slot of a NIC whose MTU is [`NARROW_MTU`]; XDP and TC.
-pub const NARROW: u16 = 4;
-/// Slot of the node itself.
-pub const NODE: u16 = 0;
-
-/// MTU of [`NARROW`], bytes.
-pub const NARROW_MTU: u32 = 600;
-/// MTU of the other devices, bytes.
-pub const MTU: u32 = 1500;
 
 /// Seconds for idle times in rows: established TCP.
 pub const ESTABLISHED_S: u32 = 3600;
@@ -44,38 +29,6 @@ pub const SYN_S: u32 = 60;
 pub const CLOSING_S: u32 = 30;
 /// UDP.
 pub const UDP_S: u32 = 90;
-
-/// Name, interface index, MAC, flags and MTU of every device but the node.
-pub const DEVICES: [(u16, &str, u32, Mac, u16, u32); 4] = [
-    (NIC, "nic", 11, [0x02, 0, 0, 0, 0, 0x11], device_flags::XDP, MTU),
-    (
-        BRIDGE,
-        "bridge",
-        21,
-        [0x02, 0, 0, 0, 0, 0x21],
-        device_flags::BRIDGE,
-        MTU,
-    ),
-    (NIC2, "nic2", 31, [0x02, 0, 0, 0, 0, 0x31], device_flags::XDP, MTU),
-    (
-        NARROW,
-        "narrow",
-        41,
-        [0x02, 0, 0, 0, 0, 0x41],
-        device_flags::XDP,
-        NARROW_MTU,
-    ),
-];
-
-/// The MAC of a device.
-pub fn mac_of(slot: u16) -> Mac {
-    DEVICES.iter().find(|d| d.0 == slot).expect("a slot in use").3
-}
-
-/// The interface index of a device; `lo` for the node.
-pub fn ifindex_of(slot: u16) -> u32 {
-    DEVICES.iter().find(|d| d.0 == slot).map_or(1, |d| d.2)
-}
 
 /// One connection: what its two flow entries say.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -251,6 +204,18 @@ pub struct World {
     pub ours: Vec<IpAddr>,
     /// Flows of each service that count towards its share.
     pub counted: u64,
+    /// First fragments that were met so many seconds ago.
+    pub fragments: Vec<(FragmentKey, FragmentPorts, u32)>,
+    /// Seconds since the agent gave a sign of life; `None`: it never did, and next hops are right.
+    pub agent_silent_for: Option<u32>,
+    /// In the model: another CPU makes this connection just before a packet makes one.
+    pub winner: Option<Conn>,
+    /// `RATES` has no more to give.
+    pub answers_exhausted: bool,
+    /// Further MACs of devices.
+    pub macs: Vec<(u16, Mac)>,
+    /// Further flags of devices.
+    pub device_flags: Vec<(u16, u16)>,
     /// Fill the flow table of IPv4 or IPv6 up with live flows of somebody else.
     pub flow_table_full: bool,
 }
@@ -281,6 +246,12 @@ impl World {
             },
             ours: Vec::new(),
             counted: 0,
+            fragments: Vec::new(),
+            agent_silent_for: None,
+            winner: None,
+            answers_exhausted: false,
+            macs: Vec::new(),
+            device_flags: Vec::new(),
             flow_table_full: false,
         }
     }
@@ -341,6 +312,49 @@ impl World {
     pub fn silent_vip(mut self) -> Self {
         self.vips.iter_mut().for_each(|(_, flags)| *flags = 0);
         self
+    }
+
+    /// The VIPs so far are routed here, with these [`maps::vip_flags`] besides.
+    pub fn routed(mut self, more: u32) -> Self {
+        for (_, flags) in &mut self.vips {
+            *flags |= maps::vip_flags::ROUTED | more;
+        }
+        self
+    }
+
+    /// The first fragment of a datagram was met so many seconds ago.
+    pub fn fragment(mut self, key: FragmentKey, ports: (u16, u16), age: u32) -> Self {
+        let ports = FragmentPorts {
+            sport: Be16::new(ports.0),
+            dport: Be16::new(ports.1),
+            seen: 0,
+        };
+        self.fragments.push((key, ports, age));
+        self
+    }
+
+    /// Another CPU makes this connection just before a packet makes one. Model only.
+    pub fn winner(mut self, conn: Conn) -> Self {
+        self.winner = Some(conn);
+        self
+    }
+
+    /// The agent gave its last sign of life so many seconds ago.
+    pub fn agent_silent_for(mut self, seconds: u32) -> Self {
+        self.agent_silent_for = Some(seconds);
+        self
+    }
+
+    /// Strangers have had all answers that they get for now.
+    pub fn answers_exhausted(mut self) -> Self {
+        self.answers_exhausted = true;
+        self
+    }
+
+    /// A remote backend that sees the client itself.
+    pub fn direct(mut self, addr: impl ToIp, port: u16, slot: u16, mac: Mac) -> Self {
+        self = self.backend(addr.ip(), port, Hop::new(mac, slot), backend_flags::DIRECT);
+        self.flags(maps::service_flags::SNAT_NEVER)
     }
 
     /// [`maps::service_flags`] for the last service.
@@ -457,6 +471,18 @@ impl World {
         self
     }
 
+    /// A further MAC whose frames are for a device.
+    pub fn mac(mut self, slot: u16, mac: Mac) -> Self {
+        self.macs.push((slot, mac));
+        self
+    }
+
+    /// [`device_flags`] besides the device's own.
+    pub fn device_flags(mut self, slot: u16, flags: u16) -> Self {
+        self.device_flags.push((slot, flags));
+        self
+    }
+
     /// Both flow tables are full of live flows.
     pub fn full(mut self) -> Self {
         self.flow_table_full = true;
@@ -481,6 +507,12 @@ impl World {
         let filter = Filter {
             addresses: vips.chain(&self.sources).chain(&self.ours).copied().collect(),
             ports: services.map(|address| (address.protocol, address.port)).collect(),
+            routed: self
+                .vips
+                .iter()
+                .filter(|(_, flags)| flags & maps::vip_flags::ROUTED != 0)
+                .map(|(vip, _)| *vip)
+                .collect(),
         };
         filter.value()
     }
@@ -516,16 +548,23 @@ impl World {
             .iter()
             .map(|(slot, _, ifindex, mac, flags, mtu)| {
                 let hop = Hop::new(*mac, *slot);
-                (
-                    *slot,
-                    Device {
-                        ifindex: *ifindex,
-                        mtu: *mtu,
-                        mac_high: hop.mac_high(),
-                        mac_low: hop.mac_low(),
-                        flags: *flags,
-                    },
-                )
+                let mut device = Device {
+                    ifindex: *ifindex,
+                    mtu: *mtu,
+                    mac_high: hop.mac_high(),
+                    mac_low: hop.mac_low(),
+                    flags: *flags,
+                    ..Device::default()
+                };
+                let of_slot = |(of, _): &&(u16, _)| of == slot;
+                for (room, (_, mac)) in device.macs.iter_mut().zip(self.macs.iter().filter(of_slot)) {
+                    let hop = Hop::new(*mac, 0);
+                    (room.high, room.low) = (hop.mac_high(), hop.mac_low());
+                }
+                for (_, more) in self.device_flags.iter().filter(|(of, _)| of == slot) {
+                    device.flags |= more;
+                }
+                (*slot, device)
             })
             .collect()
     }

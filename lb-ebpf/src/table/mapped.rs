@@ -9,7 +9,7 @@ use lb_common::{
     slot::{Body, Bucket, Flow, SLOTS, Slot, TableSettings, head},
 };
 
-use super::{Claim, Memory, zero_of};
+use super::{Claim, Memory};
 use crate::tables::FlowTables;
 
 /// The table of a family.
@@ -81,7 +81,7 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
     fn slot(self, id: u32) -> Option<Self::Cell> {
         let bucket = self.bucket(id / SLOTS as u32)?;
         // Hidden from the compiler, which would put the mask before the bucket's look-up, where the verifier forgets it.
-        let index = core::hint::black_box(id) & SLOTS_MASK;
+        let index = T::hide(id as u64) as u32 & SLOTS_MASK;
         Some(Self::cell(bucket, index as usize))
     }
 
@@ -141,7 +141,7 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
             }
             let seen = addr_of_mut!((*cell).seen).read_volatile();
             to.seen = seen;
-            zero_of(all | seen as u64)
+            Self::zero_of(all | seen as u64)
         }
     }
 
@@ -219,6 +219,12 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
     #[inline(always)]
     fn evict(self, slot: u32, now: u32) -> bool {
         self.tables.evict::<A>(slot, now) != 0
+    }
+
+    #[inline(always)]
+    fn zero_of(word: u64) -> u64 {
+        // Both hidden: of a word and 0 the compiler would know the result.
+        T::hide(word) & T::hide(0)
     }
 
     #[inline(always)]

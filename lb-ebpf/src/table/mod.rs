@@ -80,6 +80,8 @@ pub trait Memory: Copy {
     fn evicted(self);
     /// [`evict`]. In the kernel a global function.
     fn evict(self, slot: u32, now: u32) -> bool;
+    /// A zero that the compiler does not know to be one: what is read at an address plus this is read after `word`.
+    fn zero_of(word: u64) -> u64;
     /// The same word, of which the verifier knows nothing any more.
     fn opaque(self, word: u64) -> u64;
 }
@@ -448,6 +450,9 @@ pub fn occupy<M: Memory>(memory: M, home: &Home, state: u32, key: &M::Key, slot:
         return Claim::RACED;
     }
     // After the claim, which is a full barrier: of two that claim at once, one at least sees the other.
+    if !has_namesake(memory, home, state, slot) {
+        return Claim::done(slot, new);
+    }
     let twins = twins(memory, home, state, key, slot);
     if twins & (LIVE_TWIN | PENDING_TWIN) == 0 {
         return Claim::done(slot, new);
@@ -459,6 +464,30 @@ pub fn occupy<M: Memory>(memory: M, home: &Home, state: u32, key: &M::Key, slot:
     } else {
         Claim::RACED
     }
+}
+
+/// Whether any slot beside `own` has the tag, or there may be one in the overflow buckets: nearly always not, which is told
+/// without looking at keys.
+#[inline(always)]
+fn has_namesake<M: Memory>(memory: M, home: &Home, state: u32, own: u32) -> bool {
+    let want = home.tag | (state & flow_state::UDP) as u64;
+    for which in 0..2 {
+        let Some(bucket) = memory.bucket(home.buckets[which]) else {
+            return true;
+        };
+        for index in 0..SLOTS {
+            let seen = M::head(M::cell(bucket, index));
+            if which == 0 && index == 0 && seen & head::OVERFLOW != 0 {
+                return true;
+            }
+            if (seen ^ want) & MATCH & !head::KIND == 0
+                && home.buckets[which] * SLOTS as u32 + index as u32 != own
+            {
+                return true;
+            }
+        }
+    }
+    false
 }
 
 /// The kinds of the slots beside `own` that have the key, or may have it.
@@ -540,7 +569,7 @@ pub fn update<M: Memory>(memory: M, slot: u32, generation: u32, set: u32, clear:
         if new == old {
             return Some(head::flow_state(old));
         }
-        let service = M::service_after(cell, zero_of(old));
+        let service = M::service_after(cell, M::zero_of(old));
         if M::compare_exchange(cell, old, new) {
             let (before, after) = (counts(old), counts(new));
             if before != after {
@@ -603,8 +632,8 @@ pub fn end<M: Memory>(memory: M, slot: u32, seen: u64) -> bool {
     let Some(cell) = memory.slot(slot) else {
         return false;
     };
-    let (partner, generation) = M::partner_after(cell, zero_of(seen));
-    let service = M::service_after(cell, zero_of(seen));
+    let (partner, generation) = M::partner_after(cell, M::zero_of(seen));
+    let service = M::service_after(cell, M::zero_of(seen));
     if !M::compare_exchange(cell, seen, seen & !head::OCCUPIED) {
         return false;
     }
@@ -628,12 +657,6 @@ fn end_half<M: Memory>(memory: M, slot: u32, generation: u32) {
             return;
         }
     }
-}
-
-/// A zero that the compiler does not know to be one: what is read at an address plus this is read after `word`.
-#[inline(always)]
-pub fn zero_of(word: u64) -> u64 {
-    core::hint::black_box(word) & 0
 }
 
 // === eviction ===
@@ -668,9 +691,9 @@ fn rank<M: Memory>(memory: M, cell: M::Cell, seen: u64, now: u32) -> u64 {
     if !head::is_live(seen) {
         return 0;
     }
-    let age = age(now, M::seen_after(cell, zero_of(seen)));
+    let age = age(now, M::seen_after(cell, M::zero_of(seen)));
     let state = head::flow_state(seen);
-    let service = M::service_after(cell, zero_of(seen));
+    let service = M::service_after(cell, M::zero_of(seen));
     let class = if age > memory.timeout(service, state) {
         class::EXPIRED
     } else if flow_state::is_closed(state) {
@@ -775,7 +798,7 @@ pub fn evict<M: Memory>(memory: M, slot: u32, now: u32) -> bool {
     if !head::is_live(seen) {
         return seen & head::OCCUPIED == 0;
     }
-    let (partner, generation) = M::partner_after(cell, zero_of(seen));
+    let (partner, generation) = M::partner_after(cell, M::zero_of(seen));
     let Some(other) = memory.slot(partner) else {
         return false;
     };
@@ -783,11 +806,11 @@ pub fn evict<M: Memory>(memory: M, slot: u32, now: u32) -> bool {
     let whole = head::is_live(other_seen) && head::generation(other_seen) == generation;
     if head::flow_state(seen) & flow_state::REVERSE == 0 {
         let other_age = if whole {
-            age(now, M::seen_after(other, zero_of(other_seen)))
+            age(now, M::seen_after(other, M::zero_of(other_seen)))
         } else {
             u32::MAX >> 1
         };
-        let own_age = age(now, M::seen_after(cell, zero_of(seen)));
+        let own_age = age(now, M::seen_after(cell, M::zero_of(seen)));
         return may_go(memory, cell, seen, own_age.min(other_age)) && evicted(memory, slot, seen);
     }
     if !whole {
@@ -796,8 +819,8 @@ pub fn evict<M: Memory>(memory: M, slot: u32, now: u32) -> bool {
         let pending = other_seen & head::KIND == head::PENDING && head::generation(other_seen) == generation;
         return !pending && M::compare_exchange(cell, seen, seen & !head::OCCUPIED);
     }
-    let other_age = age(now, M::seen_after(other, zero_of(other_seen)));
-    let own_age = age(now, M::seen_after(cell, zero_of(seen)));
+    let other_age = age(now, M::seen_after(other, M::zero_of(other_seen)));
+    let own_age = age(now, M::seen_after(cell, M::zero_of(seen)));
     may_go(memory, other, other_seen, own_age.min(other_age)) && evicted(memory, partner, other_seen)
 }
 
@@ -817,5 +840,5 @@ fn may_go<M: Memory>(memory: M, forward: M::Cell, seen: u64, idle: u32) -> bool 
     let state = head::flow_state(seen);
     state & flow_state::ESTABLISHED == 0
         || flow_state::is_closed(state)
-        || idle > memory.timeout(M::service_after(forward, zero_of(seen)), state)
+        || idle > memory.timeout(M::service_after(forward, M::zero_of(seen)), state)
 }

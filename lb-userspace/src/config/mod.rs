@@ -143,6 +143,18 @@ pub struct Vip {
     pub announce: Announce,
     /// It is the node's own primary address: only the ports of services are taken.
     pub node_address: bool,
+    /// What becomes of packets for ports that no service has, if it is routed to the node.
+    pub unused_ports: UnusedPorts,
+}
+
+/// What becomes of packets for a routed VIP that are no service's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum UnusedPorts {
+    /// TCP is answered by RST, UDP by ICMP "port unreachable".
+    #[default]
+    Refuse,
+    /// Silence.
+    Drop,
 }
 
 /// How the network learns of a VIP.
@@ -209,6 +221,8 @@ pub struct Bpf {
     pub pin_path: PathBuf,
     /// How XDP is attached.
     pub xdp: XdpMode,
+    /// Bits of the mark of packets that a TC program has sent on.
+    pub mark: u32,
 }
 
 /// How XDP is attached.

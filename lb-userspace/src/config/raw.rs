@@ -52,6 +52,7 @@ pub(super) struct RawVip {
     pub(super) announce: Given<String>,
     pub(super) interface: Given<String>,
     pub(super) node_address: Given<bool>,
+    pub(super) unused_ports: Given<String>,
 }
 
 /// `[defaults]`.
@@ -309,6 +310,7 @@ pub(super) struct RawEvents {
 pub(super) struct RawBpf {
     pub(super) pin_path: Given<String>,
     pub(super) xdp: Given<String>,
+    pub(super) mark: Given<u32>,
 }
 
 /// `[l7]`.

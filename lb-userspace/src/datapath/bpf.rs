@@ -84,6 +84,18 @@ impl KernelMaps {
         Ok(())
     }
 
+    /// The heartbeat is not the plan's: it stays.
+    fn put_settings(&self, settings: Settings) -> Result<(), MapError> {
+        let heartbeat = self.settings.get(&0)?.unwrap_or_default().heartbeat;
+        self.settings.put(
+            &0,
+            &Settings {
+                heartbeat,
+                ..settings
+            },
+        )
+    }
+
     fn put_ring(&self, row: u32, ring: &[u32]) -> Result<(), MapError> {
         if !ring.len().is_multiple_of(RING_ROW) {
             return Err(MapError::Kernel {
@@ -180,7 +192,7 @@ impl Maps for KernelMaps {
             MapOp::PutService { key, service } => self.services.put(key, service),
             MapOp::DelService { key } => self.services.remove(key).map(drop),
             MapOp::DelVip { vip } => self.vips.remove(&(*vip).into()).map(drop),
-            MapOp::PutSettings { settings } => self.settings.put(&0, settings),
+            MapOp::PutSettings { settings } => self.put_settings(*settings),
         }
     }
 
@@ -209,7 +221,10 @@ impl Maps for KernelMaps {
                 .filter(|(address, _)| *address != Addr16::default())
                 .map(|(address, index)| (index, address.into()))
                 .collect(),
-            settings: self.settings.get(&0)?.unwrap_or_default(),
+            settings: Settings {
+                heartbeat: 0,
+                ..self.settings.get(&0)?.unwrap_or_default()
+            },
             ..Dump::default()
         };
         for service in services.values() {

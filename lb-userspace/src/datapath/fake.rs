@@ -268,7 +268,8 @@ impl Inner {
             }
         }
         for (id, backend) in &self.dump.backends {
-            let near = backend.flags & (backend_flags::LOCAL | backend_flags::NODE) != 0;
+            let near =
+                backend.flags & (backend_flags::LOCAL | backend_flags::NODE | backend_flags::DIRECT) != 0;
             if near
                 && backend.state != backend_state::DEAD
                 && !self.ours.addresses.contains(&backend.addr.into())

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use lb_common::{
     addr::{Addr4, Addr16, Be16},
     flow,
-    limits::{OURS_WORDS, PORT_WORDS},
+    limits::{OURS_WORDS, PORT_WORDS, ROUTED_WORDS},
     maps::Ours,
 };
 
@@ -18,6 +18,8 @@ pub struct Filter {
     pub addresses: BTreeSet<IpAddr>,
     /// Ports of the services; 0 stands for all.
     pub ports: BTreeSet<(Protocol, u16)>,
+    /// VIPs that are routed to this node.
+    pub routed: BTreeSet<IpAddr>,
 }
 
 // === impl Filter ===
@@ -27,11 +29,14 @@ impl Filter {
     pub fn extend(&mut self, other: &Self) {
         self.addresses.extend(&other.addresses);
         self.ports.extend(&other.ports);
+        self.routed.extend(&other.routed);
     }
 
     /// Whether another one has all of it.
     pub fn is_subset(&self, other: &Self) -> bool {
-        self.addresses.is_subset(&other.addresses) && self.ports.is_subset(&other.ports)
+        self.addresses.is_subset(&other.addresses)
+            && self.ports.is_subset(&other.ports)
+            && self.routed.is_subset(&other.routed)
     }
 
     /// Whether packets to a service get past it.
@@ -44,7 +49,15 @@ impl Filter {
         let mut ours = Box::new(Ours {
             words: [0; OURS_WORDS],
             ports: [0; PORT_WORDS],
+            routed: [0; ROUTED_WORDS],
         });
+        for vip in &self.routed {
+            let (word, mask) = match vip {
+                IpAddr::V4(v4) => flow::routed_bit(Addr4::from_octets(v4.octets())),
+                IpAddr::V6(_) => flow::routed_bit(Addr16::from(*vip)),
+            };
+            ours.routed[word as usize] |= mask;
+        }
         for address in &self.addresses {
             let (word, mask) = match address {
                 IpAddr::V4(v4) => flow::ours_bit(Addr4::from_octets(v4.octets())),
@@ -72,7 +85,8 @@ mod tests {
         let addresses = ["10.0.0.1".parse().unwrap(), "2001:db8::1".parse().unwrap()];
         let filter = Filter {
             addresses: addresses.into(),
-            ports: BTreeSet::new(),
+            routed: addresses.into(),
+            ..Filter::default()
         };
         for address in addresses {
             let (word, mask) = match address {
@@ -80,17 +94,28 @@ mod tests {
                 IpAddr::V6(_) => flow::ours_bit(Addr16::from(address)),
             };
             assert_ne!(filter.value().words[word as usize] & mask, 0);
+            let (word, mask) = match address {
+                IpAddr::V4(v4) => flow::routed_bit(Addr4::from_octets(v4.octets())),
+                IpAddr::V6(_) => flow::routed_bit(Addr16::from(address)),
+            };
+            assert_ne!(filter.value().routed[word as usize] & mask, 0);
         }
         let none = Filter::default().value();
-        assert!(none.words.iter().chain(&none.ports).all(|word| *word == 0));
+        assert!(
+            none.words
+                .iter()
+                .chain(&none.ports)
+                .chain(&none.routed)
+                .all(|word| *word == 0)
+        );
     }
 
     #[test]
     fn ports_have_bits_of_their_protocol_and_port_0_has_all() {
         let bits = |ports: &[(Protocol, u16)]| {
             let filter = Filter {
-                addresses: BTreeSet::new(),
                 ports: ports.iter().copied().collect(),
+                ..Filter::default()
             };
             let value = filter.value();
             let set = |proto, port| {

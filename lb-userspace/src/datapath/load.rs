@@ -30,7 +30,15 @@ pub const TC_INGRESS_PROGRAM: &str = "weir_tc_ingress";
 pub const TC_EGRESS_PROGRAM: &str = "weir_tc_egress";
 /// The program that removes expired flows when it is run by the agent.
 pub const SWEEP_PROGRAM: &str = "weir_sweep";
-const PROGRAMS: [&str; 4] = [XDP_PROGRAM, TC_INGRESS_PROGRAM, TC_EGRESS_PROGRAM, SWEEP_PROGRAM];
+/// The program by which the agent says that it is alive.
+pub const HEARTBEAT_PROGRAM: &str = "weir_heartbeat";
+const PROGRAMS: [&str; 5] = [
+    XDP_PROGRAM,
+    TC_INGRESS_PROGRAM,
+    TC_EGRESS_PROGRAM,
+    SWEEP_PROGRAM,
+    HEARTBEAT_PROGRAM,
+];
 
 /// Where the pins of this schema lie.
 #[derive(Clone, Debug, PartialEq, Eq)]

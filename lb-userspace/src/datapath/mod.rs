@@ -12,6 +12,8 @@ pub mod fake;
 pub mod filter;
 pub mod flow_table;
 pub mod flows;
+pub mod frames;
+pub mod heartbeat;
 pub mod load;
 pub mod net;
 pub mod netlink;
@@ -183,6 +185,12 @@ pub struct DeviceInfo {
     pub xdp: bool,
     /// It is a bridge.
     pub bridge: bool,
+    /// It is named in `interfaces`.
+    pub uplink: bool,
+    /// It has VLAN devices and takes the tags off before XDP sees a frame.
+    pub vlan_offload: bool,
+    /// MACs besides its own whose frames are for this node: its master's, and further unicast addresses.
+    pub further_macs: Vec<[u8; 6]>,
     /// The node's addresses on it: used for SNAT when none are configured, always so on bridges.
     pub addresses: Vec<IpAddr>,
 }

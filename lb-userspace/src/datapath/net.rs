@@ -19,6 +19,8 @@ use super::{
     DeviceInfo, Place, Topology, announce,
     announcements::{AnnounceRequest, Announcements, Presence},
     attach::{Attacher, DeviceWish, XdpChoice},
+    frames,
+    heartbeat::{self, Heartbeat},
     netlink::{self, Change, Link, Neighbour, NetlinkError, OwnAddress, Route},
     slots::Slots,
     state::StateFile,
@@ -67,6 +69,8 @@ pub struct NetReport {
 pub struct NetTask {
     /// The loaded programs.
     pub attacher: Attacher,
+    /// Says that next hops are kept up to date.
+    pub heartbeat: Heartbeat,
     /// What to undo on detach.
     pub state: StateFile,
     /// Slots of an earlier agent (`KernelMaps::devices`).
@@ -88,6 +92,8 @@ struct View {
     links: Vec<Link>,
     addresses: Vec<OwnAddress>,
     neighbours: HashMap<(u32, IpAddr), Neighbour>,
+    /// Unicast MACs that devices take besides their own.
+    further_macs: BTreeSet<(u32, [u8; 6])>,
     /// Configured interfaces that exist.
     uplinks: BTreeSet<u32>,
 }
@@ -123,10 +129,16 @@ pub async fn run(task: NetTask) -> std::io::Result<()> {
     };
     let mut resync = time::interval(RESYNC);
     resync.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
+    let mut beat = time::interval(heartbeat::INTERVAL);
+    beat.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
         let mut request = None;
         let due = follower.announcements.next_due();
         tokio::select! {
+            _ = beat.tick() => {
+                follower.task.heartbeat.beat();
+                continue;
+            }
             _ = resync.tick() => follower.forget_failures(),
             changed = config.changed() => match changed {
                 Ok(()) => follower.forget_failures(),
@@ -200,6 +212,7 @@ impl Follower {
         Ok(View {
             addresses: netlink::addresses(&self.handle).await?,
             neighbours: netlink::neighbours(&self.handle).await?,
+            further_macs: netlink::further_macs(&self.handle).await?,
             links,
             uplinks,
         })
@@ -245,6 +258,13 @@ impl Follower {
             hops.extend(hop);
         }
         faults.extend(self.manage(hops, &view).await);
+        for link in view
+            .links
+            .iter()
+            .filter(|link| self.slots.get(link.ifindex).is_some())
+        {
+            faults.extend(frames::too_many_macs(link, &view.links, &view.further_macs));
+        }
         let topology = self.topology(&view, places);
         self.task
             .topology
@@ -472,6 +492,9 @@ impl Follower {
                     mtu: link.mtu,
                     xdp,
                     bridge: link.bridge,
+                    uplink: view.uplinks.contains(&link.ifindex),
+                    vlan_offload: frames::hides_tags(link, &view.links),
+                    further_macs: frames::further_macs(link, &view.links, &view.further_macs),
                     addresses: own
                         .iter()
                         .filter(|own| {

@@ -1,7 +1,7 @@
 //! What the agent asks of rtnetlink, in its own words.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io,
     net::{IpAddr, Ipv4Addr},
 };
@@ -14,7 +14,8 @@ use rtnetlink::{
         address::{AddressAttribute, AddressFlags},
         link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo},
         neighbour::{
-            NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourMessage, NeighbourState,
+            NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
+            NeighbourState,
         },
         route::{RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteType, RouteVia},
         tc::TcHandle,
@@ -64,6 +65,12 @@ pub struct Link {
     pub up: bool,
     /// How often it has got a carrier: tells of a loss that was over before anybody looked.
     pub carrier_ups: u32,
+    /// The bridge or bond that it belongs to.
+    pub master: Option<u32>,
+    /// The device that it lies on, of a VLAN or a macvlan.
+    pub lower: Option<u32>,
+    /// A VLAN of its lower device.
+    pub vlan: bool,
 }
 
 /// One of the node's addresses.
@@ -173,6 +180,9 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
                 loopback: message.header.flags.contains(LinkFlags::Loopback),
                 carrier_ups: 0,
                 up: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
+                master: None,
+                lower: None,
+                vlan: false,
             };
             for attribute in message.attributes {
                 match attribute {
@@ -187,8 +197,11 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
                                 .any(|i| matches!(i, LinkInfo::Kind(kind) if kinds.contains(kind)))
                         };
                         link.bridge = is(&[InfoKind::Bridge]);
+                        link.vlan = is(&[InfoKind::Vlan]);
                         link.vlan_port = is(&[InfoKind::MacVlan, InfoKind::MacVtap, InfoKind::IpVlan]);
                     }
+                    LinkAttribute::Controller(master) => link.master = Some(master),
+                    LinkAttribute::Link(lower) => link.lower = Some(lower),
                     _ => {}
                 }
             }
@@ -278,6 +291,32 @@ fn neighbour(message: NeighbourMessage) -> Option<((u32, IpAddr), Neighbour)> {
             permanent,
         },
     ))
+}
+
+/// Unicast MACs that devices take besides their own, by device: those of macvlans on them, and what `bridge fdb add …
+/// self` has added.
+pub async fn further_macs(handle: &Handle) -> Result<BTreeSet<(u32, [u8; 6])>, NetlinkError> {
+    let request = handle
+        .neighbours()
+        .get()
+        .set_address_family(AddressFamily::Bridge);
+    let messages: Vec<_> = request
+        .execute()
+        .try_collect()
+        .await
+        .map_err(failed("list forwarding entries"))?;
+    Ok(messages
+        .into_iter()
+        .filter(|message| message.header.flags.contains(NeighbourFlags::Own))
+        .filter_map(|message| {
+            let mac = message.attributes.iter().find_map(|a| match a {
+                NeighbourAttribute::LinkLayerAddress(bytes) => <[u8; 6]>::try_from(bytes.as_slice()).ok(),
+                _ => None,
+            })?;
+            let group = mac[0] & 1 != 0;
+            (!group).then_some((message.header.ifindex, mac))
+        })
+        .collect())
 }
 
 /// Makes the kernel resolve an address and keep the entry fresh (`NTF_EXT_MANAGED`, kernel 5.16).

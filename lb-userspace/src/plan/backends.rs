@@ -4,7 +4,7 @@ use std::{net::SocketAddr, time::Instant};
 
 use lb_common::{
     addr::Be16,
-    maps::{self, backend_state},
+    maps::{self, backend_flags, backend_state},
 };
 
 use super::{
@@ -121,7 +121,8 @@ impl Planner<'_> {
         };
         if let Reached::At(Reach { hop, flags, snat }) = reach {
             record.hop = hop;
-            record.flags = flags;
+            // Its flows of before may still be direct when the service's `snat` has changed.
+            record.flags = flags | record.flags & backend_flags::DIRECT;
             (record.snat_first, record.snat_count) = snat;
         }
         let about = self.since(

@@ -40,6 +40,10 @@ pub struct Policy {
     pub snat_addresses: Vec<IpAddr>,
     /// VIPs that this node announces itself: it answers their echo although they are addresses of the node.
     pub own_vips: BTreeSet<IpAddr>,
+    /// VIPs that are routed to this node, and whether ports that no service has are met with silence.
+    pub routed_vips: BTreeMap<IpAddr, bool>,
+    /// Bits of the mark of packets that a TC program has sent on.
+    pub mark: u32,
     /// First port for SNAT.
     pub snat_port_min: u16,
     /// Last port for SNAT, inclusive.
@@ -172,7 +176,7 @@ struct Planner<'a> {
     ranges: SnatRanges,
     /// What packets will carry because of this plan.
     need: Filter,
-    /// How many records with a LOCAL or NODE address this plan takes away.
+    /// How many records with a LOCAL, NODE or DIRECT address this plan takes away.
     unneeded: BTreeMap<IpAddr, usize>,
     /// Ids that this plan frees.
     freed: BTreeSet<u32>,
@@ -248,6 +252,10 @@ impl Planner<'_> {
                 self.need.addresses.insert(*address);
             }
         }
+        let routed = network::routed_vip_ops(self.programmed, self.inputs);
+        let vips = self.inputs.policy.routed_vips.keys();
+        self.need.addresses.extend(vips.clone().copied());
+        self.need.routed.extend(vips);
         // First of all: what any other map holds is in `OURS`, also when the agent stops between two writes.
         let mut shared = Vec::new();
         if !self.need.is_subset(&self.programmed.ours) {
@@ -255,6 +263,7 @@ impl Planner<'_> {
             filter.extend(&self.need);
             shared.push(MapOp::PutOurs { filter });
         }
+        shared.extend(routed);
         shared.extend(network::device_ops(self.programmed, self.inputs));
         shared.extend(snat_ops);
         let (firewall_puts, firewall_deletions) = network::firewall_ops(self.programmed, self.inputs);
@@ -292,6 +301,9 @@ impl Planner<'_> {
         for address in self.kept_services() {
             unused.remove(&address.vip);
         }
+        for vip in self.inputs.policy.routed_vips.keys() {
+            unused.remove(vip);
+        }
         unused
     }
 
@@ -317,6 +329,7 @@ impl Planner<'_> {
         filter.extend(&self.need);
         let before = filter.clone();
         filter.ports = self.kept_services().map(|a| (a.protocol, a.port)).collect();
+        filter.routed = self.inputs.policy.routed_vips.keys().copied().collect();
         for ip in unused_vips.iter().chain(self.unneeded.keys()) {
             let near = self.programmed.near.get(ip).copied().unwrap_or(0);
             let near = near > self.unneeded.get(ip).copied().unwrap_or(0);

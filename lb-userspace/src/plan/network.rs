@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 use ipnet::IpNet;
 use lb_common::{
     addr::Hop,
-    limits::MAX_SNAT_ADDRESSES,
+    limits::{DEVICE_MACS, MAX_SNAT_ADDRESSES},
     maps::{self, ACL_DENY, EVERY_SERVICE, backend_flags, device_flags, vip_flags},
 };
 
@@ -43,6 +43,7 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         snat_port_min,
         snat_port_max,
         event_sample,
+        mark,
         ..
     } = *inputs.policy;
     let loopback_ifindex = match inputs.topology.loopback_ifindex {
@@ -57,6 +58,8 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         loopback_ifindex,
         _pad: 0,
         flow_share: [0; 2],
+        mark,
+        heartbeat: 0,
     };
     if settings != programmed.settings {
         ops.push(MapOp::PutSettings { settings });
@@ -189,7 +192,11 @@ pub(super) fn reach(
         },
         Place::Remote { slot, mac, .. } => Reach {
             hop: Hop::new(mac.unwrap_or_default(), *slot),
-            flags: 0,
+            flags: if mode == SnatMode::Never {
+                backend_flags::DIRECT
+            } else {
+                0
+            },
             snat: match range(None).or_else(|| range(Some(*slot))) {
                 Some(range) => range,
                 None if mode == SnatMode::Never => (0, 0),
@@ -209,22 +216,51 @@ pub(super) fn reach(
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct NoSnat;
 
-/// The value of a VIP: echo is answered unless the node's own stack does.
+/// The value of a VIP: echo is answered unless the node's own stack does, and so are unused ports.
 pub(super) fn vip_value(vip: IpAddr, inputs: &Inputs<'_>) -> maps::Vip {
-    let of_node = inputs.topology.node_addresses.contains(&vip) && !inputs.policy.own_vips.contains(&vip);
-    maps::Vip {
-        flags: if of_node { 0 } else { vip_flags::ECHO },
+    let own = inputs.policy.own_vips.contains(&vip);
+    if inputs.topology.node_addresses.contains(&vip) && !own {
+        return maps::Vip { flags: 0 };
     }
+    let mut flags = vip_flags::ECHO;
+    if let Some(silent) = inputs.policy.routed_vips.get(&vip) {
+        flags |= vip_flags::ROUTED;
+        if *silent {
+            flags |= vip_flags::UNUSED_DROP;
+        }
+    }
+    maps::Vip { flags }
+}
+
+/// Writes for VIPs that are routed here, whether they have a service or not: a router sends on what comes back to it.
+pub(super) fn routed_vip_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<MapOp> {
+    if inputs.topology.loopback_ifindex == 0 {
+        // The topology has not been read yet: which of them the node has is not known.
+        return Vec::new();
+    }
+    let vips = inputs.policy.routed_vips.keys();
+    vips.map(|vip| (*vip, vip_value(*vip, inputs)))
+        .filter(|(vip, value)| programmed.vips.get(vip) != Some(value))
+        .map(|(vip, value)| MapOp::PutVip { vip, value })
+        .collect()
 }
 
 fn record(info: &DeviceInfo) -> maps::Device {
     let [a, b, c, d, e, f] = info.mac;
-    let mut flags = 0;
-    if info.xdp {
-        flags |= device_flags::XDP;
-    }
-    if info.bridge {
-        flags |= device_flags::BRIDGE;
+    let on = [
+        (info.xdp, device_flags::XDP),
+        (info.bridge, device_flags::BRIDGE),
+        (info.uplink, device_flags::UPLINK),
+        (info.vlan_offload, device_flags::VLAN_OFFLOAD),
+    ];
+    let flags = on
+        .into_iter()
+        .filter(|(on, _)| *on)
+        .fold(0, |all, (_, flag)| all | flag);
+    let mut macs = [maps::DeviceMac::default(); DEVICE_MACS];
+    for (room, [a, b, c, d, e, f]) in macs.iter_mut().zip(&info.further_macs) {
+        room.high = u32::from_ne_bytes([*a, *b, *c, *d]);
+        room.low = u16::from_ne_bytes([*e, *f]);
     }
     maps::Device {
         ifindex: info.ifindex,
@@ -232,5 +268,6 @@ fn record(info: &DeviceInfo) -> maps::Device {
         mac_high: u32::from_ne_bytes([a, b, c, d]),
         mac_low: u16::from_ne_bytes([e, f]),
         flags,
+        macs,
     }
 }

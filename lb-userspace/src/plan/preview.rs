@@ -128,6 +128,8 @@ impl<'c> Dry<'c> {
         let policy = Policy {
             snat_addresses: vec![IpAddr::V4(Ipv4Addr::LOCALHOST), IpAddr::V6(Ipv6Addr::LOCALHOST)],
             own_vips: BTreeSet::new(),
+            routed_vips: BTreeMap::new(),
+            mark: 1,
             snat_port_min: 1,
             snat_port_max: 1,
             event_sample: 0,

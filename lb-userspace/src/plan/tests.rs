@@ -29,6 +29,8 @@ fn policy() -> Policy {
     Policy {
         snat_addresses: vec!["192.0.2.1".parse().unwrap()],
         own_vips: BTreeSet::new(),
+        routed_vips: BTreeMap::new(),
+        mark: 1,
         snat_port_min: 1,
         snat_port_max: 2,
         event_sample: 0,

@@ -1,11 +1,14 @@
 //! The configuration and the reports of one part of the agent, in the words of another. Pure, but for the clock.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use lb_common::limits;
 
 use crate::{
-    config::{Announce, Config, Interface, XdpMode},
+    config::{Announce, Config, Interface, UnusedPorts, XdpMode},
     datapath::{
         Capacities,
         attach::XdpChoice,
@@ -38,6 +41,8 @@ pub(super) fn policy(config: &Config, hz: u32) -> Policy {
     Policy {
         snat_addresses: config.snat.addresses.clone(),
         own_vips: announced(config).into_iter().map(|(_, vip)| vip).collect(),
+        routed_vips: routed(config),
+        mark: config.bpf.mark,
         snat_port_min: *config.snat.ports.start(),
         snat_port_max: *config.snat.ports.end(),
         event_sample: config.event_sample,
@@ -85,6 +90,20 @@ pub(super) fn vips(config: &Config) -> impl Iterator<Item = IpAddr> {
         .vips
         .iter()
         .flat_map(|vip| vip.addresses.iter().copied())
+}
+
+/// VIPs that somebody routes to the node, and whether their unused ports are met with silence.
+fn routed(config: &Config) -> BTreeMap<IpAddr, bool> {
+    config
+        .policy
+        .vips
+        .iter()
+        .filter(|vip| vip.announce == Announce::None && !vip.node_address)
+        .flat_map(|vip| {
+            let silent = vip.unused_ports == UnusedPorts::Drop;
+            vip.addresses.iter().map(move |address| (*address, silent))
+        })
+        .collect()
 }
 
 /// VIPs that the node puts on its interfaces.

@@ -24,6 +24,7 @@ use crate::{
         attach::{Attacher, TcChoice},
         bpf::KernelMaps,
         counters::Counters,
+        heartbeat::Heartbeat,
         load, net, object, preflight,
         state::StateFile,
         sweep::{self, Sweeper},
@@ -120,6 +121,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let net_task = net::NetTask {
         devices: maps.devices()?,
         attacher: Attacher::new(loaded, state.clone(), TcChoice::Auto),
+        heartbeat: Heartbeat::open(&pins).context("pinned program of the heartbeat")?,
         state,
         config: derived(&mut tasks, &stop, config.clone(), |c| translate::network(c)),
         wanted: places,

@@ -15,7 +15,7 @@ use toml::Spanned;
 use super::{
     super::{
         Admin, Announce, Bpf, CheckPolicy, DEFAULT_ADMIN_SOCKET, DEFAULT_METRICS, DEFAULT_PIN_PATH,
-        Interface, Limits, Policy, Snat, Vip, XdpMode, health as value_health,
+        Interface, Limits, Policy, Snat, UnusedPorts, Vip, XdpMode, health as value_health,
         raw::{
             Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawFirewall, RawLimits, RawSnat, RawTimeouts,
             Strings,
@@ -106,6 +106,22 @@ pub(super) fn vips(check: &mut Check<'_>, raw: &RawConfig) -> Vec<Vip> {
                 "remove `announce`, or `node-address` if the node does not have this address",
             );
         }
+        let unused_key = format!("{key}.unused-ports");
+        let unused_ports = check.text_or(&unused_key, &vip.unused_ports, UnusedPorts::Refuse, |text| {
+            value::one_of(
+                text,
+                &["refuse", "drop"],
+                &[UnusedPorts::Refuse, UnusedPorts::Drop],
+            )
+        });
+        if vip.unused_ports.is_some() && (announced || node_address) {
+            check.fault(
+                unused_key,
+                vip.unused_ports.as_ref().map(Spanned::span),
+                "the node has this address: its own stack answers for other ports",
+                "remove `unused-ports`, which is for a VIP that is routed to the node",
+            );
+        }
         let announce = match interface(check, raw, &key, vip.interface.as_ref(), announced, given) {
             Some(interface) if announced => Announce::Address { interface },
             _ => Announce::None,
@@ -115,6 +131,7 @@ pub(super) fn vips(check: &mut Check<'_>, raw: &RawConfig) -> Vec<Vip> {
             addresses,
             announce,
             node_address,
+            unused_ports,
         });
     }
     found
@@ -332,6 +349,23 @@ pub(super) fn admin(check: &mut Check<'_>, raw: &RawAdmin) -> Admin {
     }
 }
 
+/// The mark of packets that have been sent on: at least one bit.
+fn mark(check: &mut Check<'_>, given: Option<&Spanned<u32>>) -> u32 {
+    let mark = given.map_or(common::DEFAULT_MARK, |mark| *mark.get_ref());
+    if mark == 0 {
+        check.fault(
+            "bpf.mark",
+            given.map(Spanned::span),
+            "no bit is set: packets that were sent on could not be told from others",
+            format!(
+                "choose bits that nothing else on this node uses, or leave it at {:#010x}",
+                common::DEFAULT_MARK
+            ),
+        );
+    }
+    mark
+}
+
 pub(super) fn bpf(check: &mut Check<'_>, raw: &RawBpf) -> Bpf {
     let modes = [XdpMode::Auto, XdpMode::Native, XdpMode::Generic, XdpMode::Off];
     Bpf {
@@ -339,6 +373,7 @@ pub(super) fn bpf(check: &mut Check<'_>, raw: &RawBpf) -> Bpf {
         xdp: check.text_or("bpf.xdp", &raw.xdp, XdpMode::Auto, |text| {
             value::one_of(text, &["auto", "native", "generic", "off"], &modes)
         }),
+        mark: mark(check, raw.mark.as_ref()),
     }
 }
 

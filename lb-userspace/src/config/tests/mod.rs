@@ -402,6 +402,15 @@ fn one_fault_at_a_time() {
         ),
         ("[defaults.timeouts]\nudp = \"10ms\"", "at least `1s`"),
         ("[bpf]\npin-path = \"bpf\"", "absolute"),
+        ("[bpf]\nmark = 0", "no bit"),
+        (
+            "[vips.a]\naddress = \"192.0.2.1\"\nnode-address = true\nunused-ports = \"drop\"",
+            "its own stack",
+        ),
+        (
+            "[vips.a]\naddress = \"192.0.2.1\"\nunused-ports = \"no\"",
+            "refuse",
+        ),
         ("[[services]]\nname = \"a\"\nlisten = [\"80\"]", "[vips]"),
     ];
     for (text, want) in rows {

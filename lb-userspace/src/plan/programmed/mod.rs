@@ -53,7 +53,7 @@ pub struct Programmed {
     pub(super) settings: maps::Settings,
     /// Contents of `OURS`.
     pub(super) ours: Filter,
-    /// How many slots have each LOCAL or NODE address.
+    /// How many slots have each LOCAL, NODE or DIRECT address.
     pub(super) near: BTreeMap<IpAddr, usize>,
     /// The epoch given out last.
     pub(super) epoch: u32,
@@ -285,6 +285,12 @@ impl Programmed {
         Filter {
             addresses: addresses.chain(self.near.keys()).copied().collect(),
             ports: self.services.keys().map(|a| (a.protocol, a.port)).collect(),
+            routed: self
+                .vips
+                .iter()
+                .filter(|(_, value)| value.flags & maps::vip_flags::ROUTED != 0)
+                .map(|(vip, _)| *vip)
+                .collect(),
         }
     }
 
@@ -415,9 +421,9 @@ impl Ring {
     }
 }
 
-/// Whether packets carry this backend's address on this node's own side.
+/// Whether replies of this backend name no address of ours, so that `OURS` must have its own.
 pub(super) fn is_near(record: &maps::Backend) -> bool {
-    record.flags & (backend_flags::LOCAL | backend_flags::NODE) != 0
+    record.flags & (backend_flags::LOCAL | backend_flags::NODE | backend_flags::DIRECT) != 0
 }
 
 /// The map key of a service.

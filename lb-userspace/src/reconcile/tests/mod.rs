@@ -54,6 +54,8 @@ fn policy() -> Policy {
     Policy {
         snat_addresses: vec![IpAddr::from([192, 0, 2, 1])],
         own_vips: BTreeSet::new(),
+        routed_vips: BTreeMap::new(),
+        mark: 1,
         snat_port_min: 1,
         snat_port_max: 2,
         event_sample: 0,

@@ -49,6 +49,7 @@ fn policy() -> Policy {
             addresses: vec!["203.0.113.10".parse().unwrap()],
             announce: Announce::None,
             node_address: false,
+            unused_ports: Default::default(),
         }],
         defaults: ServiceSettings {
             timeouts: FlowTimeouts::default(),

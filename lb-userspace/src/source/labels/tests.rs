@@ -15,6 +15,7 @@ pub(crate) fn policy() -> Policy {
         addresses: addresses.iter().map(|a| a.parse().unwrap()).collect(),
         announce: Announce::None,
         node_address: false,
+        unused_ports: Default::default(),
     };
     Policy {
         vips: vec![
