@@ -9,6 +9,7 @@ mod lab;
 mod load;
 mod local;
 mod pmtu;
+mod pins;
 mod policy;
 mod talk;
 mod ucp;

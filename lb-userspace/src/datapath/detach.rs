@@ -7,6 +7,7 @@ use rtnetlink::Handle;
 
 use super::{
     load::{LoadError, TC_EGRESS_PROGRAM, TC_INGRESS_PROGRAM, entries},
+    lock::PinLock,
     netlink,
     state::StateFile,
     sysctl,
@@ -25,6 +26,11 @@ pub struct DetachReport {
 /// network namespace of the agent, and not beside it.
 pub async fn detach(pin: &Path, state: &Path) -> io::Result<DetachReport> {
     let mut report = DetachReport::default();
+    // An agent with another socket would lose what it serves by, and put back half of it.
+    let _alone = match pin.exists() {
+        true => Some(PinLock::take(pin).map_err(io::Error::other)?),
+        false => None,
+    };
     let state = StateFile::open(state)?;
     let handle = netlink::connect()?;
     // First the way of the packets, then what the packets needed.

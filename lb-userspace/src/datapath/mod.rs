@@ -11,6 +11,7 @@ pub mod fake;
 pub mod filter;
 pub mod flows;
 pub mod load;
+pub mod lock;
 pub mod net;
 pub mod netlink;
 pub mod object;

@@ -24,7 +24,9 @@ use crate::{
         attach::{Attacher, TcChoice},
         bpf::KernelMaps,
         counters::Counters,
-        load, net, object, preflight,
+        load,
+        lock::PinLock,
+        net, object, preflight,
         state::StateFile,
         sweep::{self, Sweeper},
         sysctl,
@@ -53,7 +55,7 @@ type Tasks = JoinSet<anyhow::Result<()>>;
 /// Loads or adopts the datapath, runs until SIGTERM or SIGINT, and leaves the datapath working.
 pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let files = Files::beside(&config.admin.socket);
-    // First of all: whoever has the socket is the only agent.
+    // First of all: whoever has the socket is the only one who answers.
     let admin = Admin::bind(&AdminOptions {
         socket: config.admin.socket.clone(),
         group: socket_group(),
@@ -62,6 +64,8 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     .await?;
     let shim_socket = Shims::bind(&config.admin.socket).context("socket of the L7 shims")?;
     preflight::preflight(&config.bpf.pin_path)?;
+    // Held until the process ends. Nothing of the pins is touched before.
+    let _only_agent_of_these_pins = PinLock::take(&config.bpf.pin_path)?;
     let mut warnings: Vec<String> = port_overlap(&config).into_iter().collect();
     let state = StateFile::open(&files.state)?;
     let loaded = load::load(
