@@ -38,6 +38,7 @@ fn config(announce: &[(&str, &str)]) -> NetConfig {
             .iter()
             .map(|(device, vip)| ((*device).into(), vip.parse().unwrap()))
             .collect(),
+        vips: announce.iter().map(|(_, vip)| vip.parse().unwrap()).collect(),
         snat_ports: Some(16384..=32767),
     }
 }

@@ -45,6 +45,8 @@ pub struct NetConfig {
     pub xdp: XdpChoice,
     /// VIPs to put on interfaces: (interface, VIP).
     pub announce: BTreeSet<(String, IpAddr)>,
+    /// VIPs, whoever puts them on interfaces: never sources of translation.
+    pub vips: BTreeSet<IpAddr>,
     /// Ports for source translation, kept from the node's own sockets.
     pub snat_ports: Option<RangeInclusive<u16>>,
 }
@@ -227,7 +229,7 @@ impl Follower {
             hops.extend(hop);
         }
         faults.extend(self.manage(hops, &view).await);
-        let topology = self.topology(&view, places);
+        let topology = self.topology(&view, config, places);
         self.task
             .topology
             .send_if_modified(|current| replace(current, topology));
@@ -402,9 +404,9 @@ impl Follower {
         faults
     }
 
-    fn topology(&self, view: &View, places: BTreeMap<IpAddr, Place>) -> Topology {
+    fn topology(&self, view: &View, config: &NetConfig, places: BTreeMap<IpAddr, Place>) -> Topology {
         let announced = self.task.state.get().addresses;
-        // A VIP that we announce is no address of the node's own: it must not become a source of translation.
+        // A VIP that we announce is no address of the node's own.
         let own: Vec<&OwnAddress> = view
             .addresses
             .iter()
@@ -431,7 +433,10 @@ impl Follower {
                     addresses: own
                         .iter()
                         .filter(|own| {
-                            own.ifindex == link.ifindex && !own.unusable && !link_local(own.address)
+                            own.ifindex == link.ifindex
+                                && !own.unusable
+                                && !link_local(own.address)
+                                && !config.vips.contains(&own.address)
                         })
                         .map(|own| own.address)
                         .collect(),

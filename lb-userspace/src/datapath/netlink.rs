@@ -67,7 +67,7 @@ pub struct OwnAddress {
     pub ifindex: u32,
     /// Address.
     pub address: IpAddr,
-    /// Not usable as a source (duplicate detection runs, or it is deprecated).
+    /// Not a source for connections that last: duplicate detection runs, it is deprecated, or (IPv6) temporary.
     pub unusable: bool,
 }
 
@@ -205,12 +205,16 @@ pub async fn addresses(handle: &Handle) -> Result<Vec<OwnAddress>, NetlinkError>
                     _ => {}
                 }
             }
+            let mut unfit = AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated;
+            if message.header.family == AddressFamily::Inet6 {
+                // Of IPv6 this bit says "temporary" (RFC 8981), of IPv4 "not the first of its subnet".
+                unfit |= AddressFlags::Secondary | AddressFlags::Optimistic;
+            }
             Some(OwnAddress {
                 ifindex: message.header.index,
                 // On point-to-point links the plain attribute is the peer's.
                 address: local.or(other)?,
-                unusable: flags
-                    .intersects(AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated),
+                unusable: flags.intersects(unfit),
             })
         })
         .collect())

@@ -35,7 +35,12 @@ pub(super) fn sizes(config: &Config) -> Sizes {
 /// What the plan needs to know; `hz` is the rate of the flow clock.
 pub(super) fn policy(config: &Config, hz: u32) -> Policy {
     Policy {
-        snat_addresses: config.snat.addresses.clone(),
+        snat_addresses: {
+            let vips = floating_vips(config);
+            let mut sources = config.snat.addresses.clone();
+            sources.retain(|source| !vips.contains(source));
+            sources
+        },
         own_vips: announced(config).into_iter().map(|(_, vip)| vip).collect(),
         snat_port_min: *config.snat.ports.start(),
         snat_port_max: *config.snat.ports.end(),
@@ -60,8 +65,16 @@ pub(super) fn network(config: &Config) -> NetConfig {
             XdpMode::Off => XdpChoice::Off,
         },
         announce: announced(config),
+        vips: floating_vips(config),
         snat_ports: Some(config.snat.ports.clone()),
     }
+}
+
+/// VIPs that may be on an interface of this node now and of another one in a second, whoever puts them there: no sources for
+/// connections. The node's own address stays.
+fn floating_vips(config: &Config) -> BTreeSet<IpAddr> {
+    let floating = config.policy.vips.iter().filter(|vip| !vip.node_address);
+    floating.flat_map(|vip| vip.addresses.iter().copied()).collect()
 }
 
 /// A sweep as the plan counts it.

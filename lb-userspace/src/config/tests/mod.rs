@@ -462,6 +462,21 @@ fn a_service_of_the_file_has_a_wish_for_each_address() {
 }
 
 #[test]
+fn a_vip_that_floats_is_no_source() {
+    let text = |more: &str| {
+        format!(
+            "{MINIMAL}\n[vips.one]\naddress = \"198.51.100.77\"\n{more}\n[snat]\naddresses = [\"198.51.100.77\"]\n"
+        )
+    };
+    let refused = parse(&text("")).unwrap_err().to_string();
+    assert!(
+        refused.contains("snat.addresses") && refused.contains("is the VIP `one`"),
+        "{refused}"
+    );
+    parse(&text("node-address = true")).unwrap();
+}
+
+#[test]
 fn snat_ports_and_ephemeral_ports_must_not_meet() {
     let snat = parse(MINIMAL).unwrap().snat;
     assert_eq!(snat.check_port_overlap(32_768..=60_999), Ok(()));
