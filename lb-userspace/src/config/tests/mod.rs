@@ -462,6 +462,22 @@ fn a_service_of_the_file_has_a_wish_for_each_address() {
 }
 
 #[test]
+fn the_default_route_is_remembered_while_there_is_none() {
+    assert_eq!(super::last_answer(None), None);
+    for (now, answer) in [
+        (Some("eth0"), "eth0"),
+        (None, "eth0"),
+        (Some("eth1"), "eth1"),
+        (None, "eth1"),
+    ] {
+        assert_eq!(
+            super::last_answer(now.map(str::to_owned)).as_deref(),
+            Some(answer)
+        );
+    }
+}
+
+#[test]
 fn a_vip_that_floats_is_no_source() {
     let text = |more: &str| {
         format!(
