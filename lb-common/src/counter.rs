@@ -107,5 +107,8 @@ indexed! {
         Raced = "raced",
         /// Hidden from the client because another backend is tried.
         RefusalHidden = "refusal_hidden",
+        /// XDP sent it to another device, which could not take it. Counted for all XDP programs of the machine, besides the
+        /// verdict, by a program on the kernel's tracepoint.
+        RedirectFailed = "redirect_failed",
     }
 }

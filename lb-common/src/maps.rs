@@ -182,14 +182,23 @@ pub struct Device {
     pub mac_low: u16,
     /// [`device_flags`].
     pub flags: u16,
+    /// Its name, zeros behind it. It stays when the device goes: one that comes under this name gets the slot again.
+    pub name: [u8; DEVICE_NAME],
 }
+
+/// Bytes of a device's name and its zeros (IFNAMSIZ).
+pub const DEVICE_NAME: usize = 16;
 
 /// Bits of [`Device::flags`].
 pub mod device_flags {
-    /// An XDP program may send through this device.
+    /// An XDP program of another device may redirect frames to this one: its driver takes them.
     pub const XDP: u16 = 1 << 0;
     /// A bridge: containers on it reach each other without passing our programs.
     pub const BRIDGE: u16 = 1 << 1;
+    /// Our XDP program is on this device and may send frames back out of it.
+    pub const XDP_TX: u16 = 1 << 2;
+    /// With [`XDP`]: frames of several buffers, too.
+    pub const XDP_FRAGS: u16 = 1 << 3;
 }
 
 /// Value of `VIPS`: an address that belongs to services.
@@ -466,7 +475,7 @@ const _: () = {
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<Service>() == 36);
     assert!(size_of::<Backend>() == 48);
-    assert!(size_of::<Device>() == 16);
+    assert!(size_of::<Device>() == 32);
     assert!(size_of::<Flow4>() == 64);
     assert!(size_of::<Flow6>() == 72);
     assert!(size_of::<AffinityKey>() == 20);

@@ -85,7 +85,7 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     let Some(backend) = tables.backend(id) else {
         return no_backend(packet, tables, datagram, service);
     };
-    let way = send::to_backend::<P, T>(tables, backend);
+    let way = send::to_backend(packet, tables, backend);
     if way.kind == Kind::NeedTc {
         return Verdict::TO_TC;
     }

@@ -35,7 +35,7 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
     if backend.epoch != flow.epoch || backend.state == backend_state::DEAD {
         return orphan(packet, tables, datagram, entry);
     }
-    let way = send::to_backend::<P, T>(tables, backend);
+    let way = send::to_backend(packet, tables, backend);
     if let Some(verdict) = send::refuse(packet, tables, datagram, way, service) {
         return verdict;
     }

@@ -146,7 +146,7 @@ fn way<P: Packet, T: Tables, A: Ip>(packet: &P, tables: T, entry: &Entry<A>) -> 
     if backend.epoch != flow.epoch || backend.state == backend_state::DEAD {
         return None;
     }
-    Some(send::to_backend::<P, T>(tables, backend))
+    Some(send::to_backend(packet, tables, backend))
 }
 
 /// Gives the error the addresses of its direction. `quoted` is the checksum delta of the quote.

@@ -34,6 +34,12 @@ pub trait Packet {
     /// Payload of one segment if the frame is several in one (GSO), else 0.
     fn segment_size(&self) -> usize;
 
+    /// Whether parts of the frame lie in further buffers, where programs cannot read them.
+    #[inline(always)]
+    fn is_multi_buffer(&self) -> bool {
+        false
+    }
+
     /// Interface index of the device the frame is met at.
     fn device(&self) -> u32;
 

@@ -77,7 +77,7 @@ impl Way {
 
 /// The way to a backend.
 #[inline(always)]
-pub fn to_backend<P: Packet, T: Tables>(tables: T, backend: &Backend) -> Way {
+pub fn to_backend<P: Packet, T: Tables>(packet: &P, tables: T, backend: &Backend) -> Way {
     if backend.flags & backend_flags::NODE != 0 {
         return match P::HOOK {
             Hook::Xdp => Way::plain(Kind::NeedTc),
@@ -86,7 +86,7 @@ pub fn to_backend<P: Packet, T: Tables>(tables: T, backend: &Backend) -> Way {
         };
     }
     match tables.device(backend.hop.slot() as u32) {
-        Some(device) => by_device::<P>(device, backend.hop),
+        Some(device) => by_device(packet, device, backend.hop),
         None => Way::plain(Kind::Nowhere),
     }
 }
@@ -110,17 +110,17 @@ pub fn to_client<P: Packet, T: Tables>(packet: &P, tables: T, hop: Hop, translat
         };
     }
     match tables.device(hop.slot() as u32) {
-        Some(device) => by_device::<P>(device, hop),
+        Some(device) => by_device(packet, device, hop),
         None => Way::plain(Kind::Nowhere),
     }
 }
 
 #[inline(always)]
-fn by_device<P: Packet>(device: &Device, hop: Hop) -> Way {
+fn by_device<P: Packet>(packet: &P, device: &Device, hop: Hop) -> Way {
     if device.ifindex == 0 {
         return Way::plain(Kind::Nowhere);
     }
-    if P::HOOK == Hook::Xdp && (!hop.has_mac() || device.flags & device_flags::XDP == 0) {
+    if P::HOOK == Hook::Xdp && !(hop.has_mac() && takes_from_xdp(packet, device)) {
         return Way::plain(Kind::NeedTc);
     }
     let kind = if hop.has_mac() {
@@ -136,6 +136,16 @@ fn by_device<P: Packet>(device: &Device, hop: Hop) -> Way {
         hop,
         from,
     }
+}
+
+/// Whether XDP can send this frame out of a device. The kernel says no only after the verdict, when the frame is lost.
+#[inline(always)]
+fn takes_from_xdp<P: Packet>(packet: &P, device: &Device) -> bool {
+    if device.ifindex == packet.device() {
+        return device.flags & device_flags::XDP_TX != 0;
+    }
+    device.flags & device_flags::XDP != 0
+        && (device.flags & device_flags::XDP_FRAGS != 0 || !packet.is_multi_buffer())
 }
 
 /// Checks before anything is changed: body, device, time to live, size. `Some` is the end of the packet.

@@ -6,7 +6,9 @@ use weir::datapath::{
     Place, Topology,
     attach::{TcChoice, XdpChoice},
     detach::detach,
-    net::{InterfaceName, NetConfig},
+    net::NetConfig,
+    uplinks::InterfaceName,
+    xdp::RemoteBackends,
 };
 
 use crate::{
@@ -34,6 +36,10 @@ fn config(announce: &[(&str, &str)]) -> NetConfig {
     NetConfig {
         interfaces: vec![InterfaceName::Named("up0".into())],
         xdp: XdpChoice::Auto,
+        remote: RemoteBackends {
+            source: Some("a test".into()),
+            ..RemoteBackends::default()
+        },
         announce: announce
             .iter()
             .map(|(device, vip)| ((*device).into(), vip.parse().unwrap()))
@@ -100,7 +106,7 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
             assert_eq!(topology.places[&ip("198.51.100.1")], Place::Unroutable);
             assert_eq!(topology.places[&ip("172.30.0.5")], Place::Unroutable);
             let up0 = &topology.devices[&slot(&topology, "up0").unwrap()];
-            assert!(up0.xdp && !up0.bridge && up0.mtu == 1500);
+            assert!(up0.xdp.back && !up0.bridge && up0.mtu == 1500);
             assert_eq!(
                 BTreeSet::from_iter(up0.addresses.clone()),
                 [ip("10.9.0.1"), ip("fd09::1")].into()
@@ -115,7 +121,7 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
                 })
                 .await;
             let bridge = slot(&topology, "docker9").unwrap();
-            assert!(topology.devices[&bridge].bridge && !topology.devices[&bridge].xdp);
+            assert!(topology.devices[&bridge].bridge && !topology.devices[&bridge].xdp.back);
             let report = agent
                 .until_report("three devices", |r| r.attachments.len() == 3)
                 .await;
@@ -150,7 +156,8 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
             .contains("16384-32767")
     );
     let links = || std::fs::read_dir(pin.join("v1/links")).unwrap().count();
-    assert_eq!(links(), 3 + 2 + 1);
+    // And the tracepoint's.
+    assert_eq!(links(), 3 + 2 + 1 + 1);
     let program_before = node.output("ip -d link show up0");
     // The next one takes over, in place; one VIP is no longer wanted, the bridge goes.
     {
@@ -181,7 +188,7 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
         program_before,
         "the program was replaced"
     );
-    assert_eq!(links(), 3 + 1);
+    assert_eq!(links(), 3 + 1 + 1);
     let addresses = node.output("ip -o addr");
     assert!(
         addresses.contains("192.0.2.80/32") && !addresses.contains("2001:db8::80"),

@@ -3,13 +3,14 @@
 #![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
 mod changes;
+mod devices;
 mod events;
 mod health;
 mod lab;
 mod load;
 mod local;
-mod pmtu;
 mod pins;
+mod pmtu;
 mod policy;
 mod talk;
 mod ucp;

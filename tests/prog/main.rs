@@ -1,6 +1,7 @@
 //! Packet rows: each runs one or more frames through the real programs by `BPF_PROG_TEST_RUN`, as XDP with TC behind
 //! it and as TC alone, and leaves nothing unchecked: verdict, bytes, all counters, all flows.
 
+mod devices;
 mod flows;
 mod foreign;
 mod fragments;
@@ -18,11 +19,12 @@ macro_rules! groups {
     };
 }
 
-groups!(flows, foreign, fragments, icmp, policy, rewrite, tcp);
+groups!(devices, flows, foreign, fragments, icmp, policy, rewrite, tcp);
 
 #[test]
 fn rows_are_many_and_of_different_names() {
     let groups = [
+        devices::rows(),
         flows::rows(),
         foreign::rows(),
         fragments::rows(),

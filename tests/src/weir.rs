@@ -276,14 +276,18 @@ impl<'n> Weir<'n> {
         format!("counters {moved}\nstatus {status}\nlog\n{}", self.log())
     }
 
-    /// Tags (digests of the instructions) of the programs in the pinned links, in the order of the links' names.
+    /// Tags (digests of the instructions) of the programs in the pinned links of devices, in the order of the links' names.
     pub fn programs(&self) -> Result<Vec<u64>> {
         use aya::programs::links::{FdLink, PinnedLink};
         let mut paths = Vec::new();
         for version in std::fs::read_dir(&self.pins)? {
             let links = version?.path().join("links");
             for link in std::fs::read_dir(&links).with_context(|| links.display().to_string())? {
-                paths.push(link?.path());
+                let link = link?;
+                let name = link.file_name().to_string_lossy().into_owned();
+                if ["xdp_", "tc_"].iter().any(|kind| name.starts_with(kind)) {
+                    paths.push(link.path());
+                }
             }
         }
         paths.sort();

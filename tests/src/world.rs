@@ -28,11 +28,19 @@ pub const BRIDGE: u16 = 2;
 pub const NIC2: u16 = 3;
 /// Slot of a NIC whose MTU is [`NARROW_MTU`]; XDP and TC.
 pub const NARROW: u16 = 4;
+/// Slot of a NIC whose driver takes no frames that XDP redirects to it; XDP and TC.
+pub const PLAIN: u16 = 5;
+/// Slot of a NIC whose MTU is [`JUMBO_MTU`]; XDP and TC.
+pub const JUMBO: u16 = 6;
+/// Slot of such a NIC whose driver takes redirected frames of one buffer only; XDP and TC.
+pub const JUMBO_PLAIN: u16 = 7;
 /// Slot of the node itself.
 pub const NODE: u16 = 0;
 
 /// MTU of [`NARROW`], bytes.
 pub const NARROW_MTU: u32 = 600;
+/// MTU of [`JUMBO`], bytes: more than one page.
+pub const JUMBO_MTU: u32 = 9000;
 /// MTU of the other devices, bytes.
 pub const MTU: u32 = 1500;
 
@@ -45,9 +53,12 @@ pub const CLOSING_S: u32 = 30;
 /// UDP.
 pub const UDP_S: u32 = 90;
 
+/// A NIC whose driver does all that XDP can ask for.
+const NIC_FLAGS: u16 = device_flags::XDP | device_flags::XDP_TX | device_flags::XDP_FRAGS;
+
 /// Name, interface index, MAC, flags and MTU of every device but the node.
-pub const DEVICES: [(u16, &str, u32, Mac, u16, u32); 4] = [
-    (NIC, "nic", 11, [0x02, 0, 0, 0, 0, 0x11], device_flags::XDP, MTU),
+pub const DEVICES: [(u16, &str, u32, Mac, u16, u32); 7] = [
+    (NIC, "nic", 11, [0x02, 0, 0, 0, 0, 0x11], NIC_FLAGS, MTU),
     (
         BRIDGE,
         "bridge",
@@ -56,14 +67,31 @@ pub const DEVICES: [(u16, &str, u32, Mac, u16, u32); 4] = [
         device_flags::BRIDGE,
         MTU,
     ),
-    (NIC2, "nic2", 31, [0x02, 0, 0, 0, 0, 0x31], device_flags::XDP, MTU),
+    (NIC2, "nic2", 31, [0x02, 0, 0, 0, 0, 0x31], NIC_FLAGS, MTU),
     (
         NARROW,
         "narrow",
         41,
         [0x02, 0, 0, 0, 0, 0x41],
-        device_flags::XDP,
+        NIC_FLAGS,
         NARROW_MTU,
+    ),
+    (
+        PLAIN,
+        "plain",
+        51,
+        [0x02, 0, 0, 0, 0, 0x51],
+        device_flags::XDP_TX,
+        MTU,
+    ),
+    (JUMBO, "jumbo", 61, [0x02, 0, 0, 0, 0, 0x61], NIC_FLAGS, JUMBO_MTU),
+    (
+        JUMBO_PLAIN,
+        "jumbo1",
+        71,
+        [0x02, 0, 0, 0, 0, 0x71],
+        device_flags::XDP | device_flags::XDP_TX,
+        JUMBO_MTU,
     ),
 ];
 
@@ -493,6 +521,7 @@ impl World {
                         mac_high: hop.mac_high(),
                         mac_low: hop.mac_low(),
                         flags: *flags,
+                        ..Device::default()
                     },
                 )
             })

@@ -27,6 +27,8 @@ pub const TC_INGRESS_PROGRAM: &str = "weir_tc_ingress";
 pub const TC_EGRESS_PROGRAM: &str = "weir_tc_egress";
 /// The program that removes expired flows when it is run by the agent.
 pub const SWEEP_PROGRAM: &str = "weir_sweep";
+/// The program on the tracepoint of failed redirects.
+pub const REDIRECT_ERR_PROGRAM: &str = "weir_redirect_err";
 const PROGRAMS: [&str; 4] = [XDP_PROGRAM, TC_INGRESS_PROGRAM, TC_EGRESS_PROGRAM, SWEEP_PROGRAM];
 
 /// Where the pins of this schema lie.
@@ -171,6 +173,10 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
     for name in PROGRAMS {
         load_program(&mut ebpf, name, &pins)?;
     }
+    // Nothing is forwarded by it: a kernel without tracepoints serves all the same.
+    if let Err(e) = load_program(&mut ebpf, REDIRECT_ERR_PROGRAM, &pins) {
+        warnings.push(format!("frames that XDP cannot redirect are not counted: {e}"));
+    }
     let meta: Table<u32, Meta> = Table::open(&maps, "META")?;
     let hz = meta.get(&0)?.map_or(0, |m| m.hz);
     // Last of all: a set of maps without this stamp is known to be incomplete.
@@ -268,6 +274,7 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str, pins: &Pins) -> Result<(), 
         let result = match program {
             Program::Xdp(xdp) => xdp.load(),
             Program::SchedClassifier(tc) => tc.load(),
+            Program::RawTracePoint(tracepoint) => tracepoint.load(),
             _ => return Err(missing()),
         };
         match result {

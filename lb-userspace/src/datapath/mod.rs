@@ -8,6 +8,7 @@ pub mod counters;
 pub mod detach;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+pub mod features;
 pub mod filter;
 pub mod flows;
 pub mod load;
@@ -21,6 +22,8 @@ pub mod slots;
 pub mod state;
 pub mod sweep;
 pub mod sysctl;
+pub mod uplinks;
+pub mod xdp;
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -162,6 +165,17 @@ pub struct Topology {
     pub loopback_ifindex: u32,
 }
 
+/// What XDP may send through a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct XdpSend {
+    /// Our program is on it and may send frames back.
+    pub back: bool,
+    /// Programs of other devices may redirect frames to it.
+    pub redirect: bool,
+    /// Those may consist of several buffers.
+    pub frags: bool,
+}
+
 /// One device of [`Topology`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -173,8 +187,8 @@ pub struct DeviceInfo {
     pub mac: [u8; 6],
     /// MTU, bytes.
     pub mtu: u32,
-    /// XDP may send through it.
-    pub xdp: bool,
+    /// What XDP may send through it.
+    pub xdp: XdpSend,
     /// It is a bridge.
     pub bridge: bool,
     /// The node's addresses on it: used for SNAT when none are configured, always so on bridges.

@@ -10,7 +10,7 @@ use lb_common::{
 
 use super::{Inputs, Policy};
 use crate::{
-    datapath::{DeviceInfo, MapOp, Place, Topology},
+    datapath::{DeviceInfo, MapOp, Place, Topology, slots::name_bytes},
     model::SnatMode,
     plan::programmed::Programmed,
 };
@@ -69,11 +69,15 @@ pub(super) fn gone_devices(programmed: &Programmed, topology: &Topology) -> Vec<
     }
     let gone = programmed
         .devices
-        .keys()
-        .filter(|slot| !topology.devices.contains_key(slot));
-    gone.map(|slot| MapOp::PutDevice {
+        .iter()
+        .filter(|(slot, _)| !topology.devices.contains_key(slot));
+    gone.map(|(slot, device)| MapOp::PutDevice {
         slot: *slot,
-        device: maps::Device::default(),
+        // The name stays: the slot is its own when it comes back.
+        device: maps::Device {
+            name: device.name,
+            ..maps::Device::default()
+        },
     })
     .collect()
 }
@@ -185,18 +189,22 @@ pub(super) fn vip_value(vip: IpAddr, inputs: &Inputs<'_>) -> maps::Vip {
 
 fn record(info: &DeviceInfo) -> maps::Device {
     let [a, b, c, d, e, f] = info.mac;
-    let mut flags = 0;
-    if info.xdp {
-        flags |= device_flags::XDP;
-    }
-    if info.bridge {
-        flags |= device_flags::BRIDGE;
-    }
+    let flags = [
+        (info.xdp.back, device_flags::XDP_TX),
+        (info.xdp.redirect, device_flags::XDP),
+        (info.xdp.frags, device_flags::XDP_FRAGS),
+        (info.bridge, device_flags::BRIDGE),
+    ];
+    let flags = flags
+        .into_iter()
+        .filter_map(|(set, flag)| set.then_some(flag))
+        .sum();
     maps::Device {
         ifindex: info.ifindex,
         mtu: info.mtu,
         mac_high: u32::from_ne_bytes([a, b, c, d]),
         mac_low: u16::from_ne_bytes([e, f]),
         flags,
+        name: name_bytes(&info.name),
     }
 }

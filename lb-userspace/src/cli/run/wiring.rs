@@ -301,6 +301,7 @@ fn surroundings(report: &net::NetReport, warnings: &[String]) -> Surroundings {
     Surroundings {
         attachments: report.attachments.clone(),
         faults: warnings.iter().chain(&report.faults).cloned().collect(),
+        attached: report.attached,
     }
 }
 
