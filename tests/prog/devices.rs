@@ -60,7 +60,7 @@ fn long(n: Net, slot: u16) -> (Packet, Packet) {
 }
 
 /// What XDP makes of a long packet on `from`, whose backend is behind `to`; and how many it handed to TC.
-fn run_long(n: Net, from: u16, to: u16) -> (Ran, u64) {
+fn run_long(n: Net, from: u16, to: u16) -> anyhow::Result<(Ran, u64)> {
     let world = n
         .service()
         .remote(n.b1(), BPORT, to, B1_MAC)
@@ -73,17 +73,16 @@ fn run_long(n: Net, from: u16, to: u16) -> (Ran, u64) {
         };
         let before = handed(kernel)?;
         let ran = kernel.run(Program::Xdp, from, &packet.build())?;
-        Ok((ran, handed(kernel)? - before))
+        anyhow::Ok((ran, handed(kernel)? - before))
     };
-    let ran: anyhow::Result<_> = with_kernel(run).unwrap();
-    ran.unwrap()
+    with_kernel(run)?
 }
 
 #[test]
-fn frames_of_several_buffers_are_forwarded_by_their_headers() {
+fn frames_of_several_buffers_are_forwarded_by_their_headers() -> anyhow::Result<()> {
     for n in ALL {
         for (from, to, action) in [(NIC, JUMBO, 4), (JUMBO, JUMBO, 3), (JUMBO_PLAIN, JUMBO_PLAIN, 3)] {
-            let (ran, handed) = run_long(n, from, to);
+            let (ran, handed) = run_long(n, from, to)?;
             assert_eq!((ran.action, handed), (action, 0), "{n}: {from} to {to}");
             assert!(
                 ran.frame == long(n, to).1.build(),
@@ -91,16 +90,18 @@ fn frames_of_several_buffers_are_forwarded_by_their_headers() {
             );
         }
     }
+    Ok(())
 }
 
 #[test]
-fn frames_of_several_buffers_are_left_to_tc_where_a_driver_takes_one_only() {
+fn frames_of_several_buffers_are_left_to_tc_where_a_driver_takes_one_only() -> anyhow::Result<()> {
     for n in ALL {
-        let (ran, handed) = run_long(n, NIC, JUMBO_PLAIN);
+        let (ran, handed) = run_long(n, NIC, JUMBO_PLAIN)?;
         assert_eq!((ran.action, handed), (2, 1), "{n}");
         assert!(
             ran.frame == long(n, JUMBO_PLAIN).0.build(),
             "{n}: changed on its way to TC"
         );
     }
+    Ok(())
 }

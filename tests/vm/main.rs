@@ -209,7 +209,9 @@ fn failed_redirects_can_be_counted() {
         .expect("the object has the program")
         .try_into()
         .unwrap();
-    let link = program.attach("xdp_redirect_err").expect("the tracepoint is there");
+    let link = program
+        .attach("xdp_redirect_err")
+        .expect("the tracepoint is there");
     program.detach(link).unwrap();
 }
 
