@@ -14,7 +14,7 @@ use weir::{
     model::{Protocol, ServiceWish},
     route::RouteWish,
     source::{
-        docker::container::{Container, Health, NetworkMode, RunState},
+        docker::container::{Container, Health, NetworkMode, Routing, RunState},
         labels::{self, Site},
     },
 };
@@ -97,6 +97,7 @@ fn container(labels: &[&str], is: impl Fn(&str) -> bool) -> Container {
             () if is("container") => NetworkMode::Container("fedcba9876543210".into()),
             () => NetworkMode::Network("bridge".into()),
         },
+        routing: Routing::default(),
         networks: if is("alone") {
             BTreeMap::new()
         } else {

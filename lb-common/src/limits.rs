@@ -44,6 +44,8 @@ pub const MAX_DEVICES: u32 = 256;
 pub const MAX_SNAT_ADDRESSES: u32 = 1024;
 /// Prefixes of all allow and deny lists together.
 pub const MAX_ACL_ENTRIES: u32 = 65_536;
+/// Prefixes of the deny list for all services: half of the entries, so that the lists of services find room.
+pub const MAX_FIREWALL_PREFIXES: u32 = MAX_ACL_ENTRIES / 2;
 /// Clients remembered for client-IP affinity (LRU).
 pub const MAX_AFFINITY: u32 = 65_536;
 /// Datagrams whose later fragments may still come (LRU).
@@ -71,16 +73,20 @@ pub const MAX_VLAN_TAGS: usize = 2;
 /// IPv6 extension headers looked through.
 pub const MAX_IPV6_EXTENSIONS: usize = 6;
 
-/// Default idle timeout of an established TCP flow, seconds.
-pub const DEFAULT_TCP_ESTABLISHED_S: u32 = 7_200;
+/// Default idle timeout of an established TCP flow, seconds: longer than the two hours after which Linux sends its first
+/// keep-alive, and than the 2 h 4 min that RFC 5382 (REQ-5) asks for.
+pub const DEFAULT_TCP_ESTABLISHED_S: u32 = 7_800;
 /// Default timeout of a TCP flow whose handshake is not finished, seconds.
 pub const DEFAULT_TCP_SYN_S: u32 = 60;
-/// Default timeout of a TCP flow closed by both sides or reset, seconds.
-pub const DEFAULT_TCP_CLOSING_S: u32 = 10;
-/// Default idle timeout of a UDP flow, seconds.
-pub const DEFAULT_UDP_S: u32 = 60;
+/// Default timeout of a TCP flow closed by both sides or reset, seconds: for so long Linux keeps a closed connection in
+/// TIME-WAIT, and its source port must not come back before.
+pub const DEFAULT_TCP_CLOSING_S: u32 = 60;
+/// Default idle timeout of a UDP flow, seconds: what RFC 4787 (REQ-5) recommends.
+pub const DEFAULT_UDP_S: u32 = 300;
 /// Longest configurable timeout, seconds: the flow clock is 32 bits of jiffies and compares by wrapping.
 pub const MAX_TIMEOUT_S: u32 = 7 * 86_400;
+/// Default time for which a service from labels is kept after its last container, seconds.
+pub const DEFAULT_REMEMBER_S: u32 = 600;
 /// Default drain deadline of a removed backend, seconds.
 pub const DEFAULT_DRAIN_S: u32 = 30;
 

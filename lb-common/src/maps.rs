@@ -100,6 +100,8 @@ pub mod service_flags {
     pub const RESET_UNKNOWN: u32 = 1 << 5;
     /// A SYN that finds no backend is answered by RST instead of silence.
     pub const REFUSE_WHEN_EMPTY: u32 = 1 << 6;
+    /// `ACL` has entries of [`EVERY_SERVICE`](super::EVERY_SERVICE), which deny before the service's own are asked.
+    pub const FIREWALL: u32 = 1 << 10;
 }
 
 /// Value of `TIMEOUTS`, by service id: idle times in ticks of the flow clock.
@@ -344,6 +346,8 @@ pub struct AclData {
     pub addr: Addr16,
 }
 
+/// Service id of the `ACL` entries that hold for every service. No service has it.
+pub const EVERY_SERVICE: u32 = 0;
 /// `ACL` value: the client may use the service.
 pub const ACL_ALLOW: u32 = 1;
 /// `ACL` value: the client may not.

@@ -6,8 +6,8 @@ use lb_common::{
     flow::{FlowKey, hash_attempt, hash_client},
     limits::{RING_ROW_BITS, SNAT_PROBES},
     maps::{
-        ACL_ALLOW, ACL_DENY, Affinity, AffinityKey, Backend, Event, NO_RING, Service, ServiceKey,
-        backend_flags, backend_state, event_kind, flow_state, service_flags, vip_flags,
+        ACL_ALLOW, ACL_DENY, Affinity, AffinityKey, Backend, EVERY_SERVICE, Event, NO_RING, Service,
+        ServiceKey, backend_flags, backend_state, event_kind, flow_state, service_flags, vip_flags,
     },
 };
 
@@ -71,7 +71,7 @@ pub fn open<P: Packet, T: Tables, A: Ip>(
     let Some(hop) = client_hop(packet, tables) else {
         return Verdict::PASS;
     };
-    if service.flags & service_flags::ACL != 0 && !admits(tables, service, &datagram.key.src.wide()) {
+    if service.flags & ACL_FLAGS != 0 && !admits(tables, service, &datagram.key.src.wide()) {
         return Verdict::drop(DropReason::AclDenied, service.id);
     }
     let Some(work) = tables.work::<A>() else {
@@ -193,9 +193,18 @@ fn remembered<T: Tables>(tables: T, service: &Service, client: &Addr16) -> u32 {
     }
 }
 
-/// Whether the service's allow and deny lists admit a client.
+/// Either tells that `ACL` has to be asked about clients of a service.
+const ACL_FLAGS: u32 = service_flags::ACL | service_flags::FIREWALL;
+
+/// Whether the deny list for all services and the service's own allow and deny lists admit a client.
 #[inline(never)]
 fn admits<T: Tables>(tables: T, service: &Service, client: &Addr16) -> bool {
+    if service.flags & service_flags::FIREWALL != 0 && tables.acl(EVERY_SERVICE, client) == ACL_DENY {
+        return false;
+    }
+    if service.flags & service_flags::ACL == 0 {
+        return true;
+    }
     match tables.acl(service.id, client) {
         ACL_ALLOW => true,
         ACL_DENY => false,

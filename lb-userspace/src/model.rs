@@ -200,6 +200,9 @@ pub struct Check {
     pub tls: TlsCheck,
     /// When, how often, and how many results count.
     pub timing: CheckTiming,
+    /// The backend is on a network of this node: a check that would leave by a gateway fails instead.
+    #[serde(default)]
+    pub on_link: bool,
 }
 
 /// Times and thresholds of a check.
@@ -276,6 +279,7 @@ impl Check {
             http: HttpCheck::default(),
             tls: TlsCheck::default(),
             timing: CheckTiming::default(),
+            on_link: false,
         }
     }
 }
@@ -327,6 +331,26 @@ impl fmt::Display for CheckKind {
     }
 }
 
+/// How a backend is connected, as far as it matters for the way to it and back.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Attachment {
+    /// It has an address, and the routes say where that is.
+    #[default]
+    Address,
+    /// A container of this node, at its address on one of Docker's networks. Its replies come back by its default route.
+    Container,
+    /// The same, but its replies to other networks do not come back here: it needs a source on its own network.
+    IsolatedContainer,
+}
+
+impl Attachment {
+    /// Nothing is known but the address.
+    pub fn is_address(&self) -> bool {
+        *self == Self::Address
+    }
+}
+
 /// A place that serves a service.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Backend {
@@ -344,6 +368,9 @@ pub struct Backend {
     pub name: String,
     /// How it is checked; `None`: not at all, what its source says is all there is.
     pub check: Option<Arc<Check>>,
+    /// How it is connected.
+    #[serde(default, skip_serializing_if = "Attachment::is_address")]
+    pub attachment: Attachment,
 }
 
 /// One service as one source object wishes it: part of what becomes a service together with others.

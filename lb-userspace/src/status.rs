@@ -53,6 +53,9 @@ pub struct ServiceStatus {
     pub generation: u32,
     /// Backends, leaving ones too.
     pub backends: Vec<BackendStatus>,
+    /// Its last container is gone; without a new one it is forgotten then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept_until: Option<SystemTime>,
 }
 
 /// One backend of one service.

@@ -31,10 +31,11 @@ use weir::{
         Capacities, DeviceInfo, Dump, Place, Topology, XdpSend,
         fake::{FakeMaps, Fault},
     },
+    desired::Retention,
     health::{By, Key, Report, Targets, Verdict, WHOLE},
     model::{
-        Backend, BackendState, Check, CheckKind, EmptyPolicy, Protocol, ServiceAddress, ServiceSettings,
-        ServiceWish, SnatMode, UnhealthyPolicy,
+        Attachment, Backend, BackendState, Check, CheckKind, EmptyPolicy, Protocol, ServiceAddress,
+        ServiceSettings, ServiceWish, SnatMode, UnhealthyPolicy,
     },
     plan::{Policy, Sweep, address_of},
     reconcile::{Command, Options, Reconciler, Surroundings},
@@ -131,6 +132,8 @@ fn policy() -> Policy {
         event_sample: 0,
         hz: 250,
         default_drain: Duration::from_secs(30),
+        retention: Retention::default(),
+        firewall: BTreeSet::new(),
     }
 }
 
@@ -194,6 +197,7 @@ impl World {
                     ["remote", slot] => Place::Remote {
                         slot: slot.parse().unwrap(),
                         mac: Some([2, 1, 0, 0, 0, 1]),
+                        uplink: true,
                     },
                     ["bridge", slot] => Place::Bridge {
                         slot: slot.parse().unwrap(),
@@ -210,6 +214,7 @@ impl World {
                     let place = Place::Remote {
                         slot: 1,
                         mac: Some([2, 1, 0, 0, 0, 1]),
+                        uplink: true,
                     };
                     self.topology.places.insert(many(i).ip(), place);
                 }
@@ -547,6 +552,7 @@ fn backend(name: &str, word: &str) -> Backend {
         reason: String::new(),
         drain: Duration::from_secs(30),
         check: None,
+        attachment: Attachment::Address,
         name: name.into(),
     };
     for part in parts {

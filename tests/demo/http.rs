@@ -9,7 +9,7 @@ use anyhow::{Result, bail, ensure};
 use lb_tests::{
     docker::{Engine, IMAGE},
     load::Load,
-    site::{NODE, Site, VIP, http_service, vip},
+    site::{NODE, Site, VIP, backends, http_service, vip},
     weir::Weir,
 };
 
@@ -82,8 +82,9 @@ pub fn routes(site: &Site, engine: &Engine, weir: &mut Weir<'_>) -> Result<()> {
         ));
         run(engine, name, host)?;
     }
-    weir.await_status("without the service of before", |status| {
-        status["services"].as_array().is_some_and(Vec::is_empty)
+    // The service of before is remembered without backends; the file's takes its place.
+    weir.await_status("without the containers of before", |status| {
+        backends(status).next().is_none()
     })?;
     say(&format!(
         "\nA kernel that sees packets knows no hosts: a process without privileges does, the L7 shim. For the kernel it is a\n\

@@ -7,6 +7,7 @@ mod etcd;
 mod faults;
 mod health;
 mod life;
+mod networks;
 mod nodes;
 mod scale;
 mod swarm;

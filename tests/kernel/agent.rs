@@ -7,9 +7,10 @@ use std::{
     time::Duration,
 };
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use weir::datapath::{
     Topology,
+    announcements::AnnounceRequest,
     attach::{Attacher, TcChoice},
     bpf::KernelMaps,
     load::load,
@@ -24,6 +25,7 @@ use crate::{object, sizes};
 pub struct Agent {
     pub config: watch::Sender<NetConfig>,
     pub wanted: watch::Sender<BTreeSet<IpAddr>>,
+    pub announce: mpsc::Sender<AnnounceRequest>,
     pub topology: watch::Receiver<Topology>,
     pub report: watch::Receiver<NetReport>,
     pub adopted: bool,
@@ -43,6 +45,7 @@ impl Agent {
         let state = StateFile::open(state).unwrap();
         let (config, config_in) = watch::channel(config);
         let (wanted, wanted_in) = watch::channel(wanted.iter().map(|a| a.parse().unwrap()).collect());
+        let (announce, requests) = mpsc::channel(4);
         let (topology_out, topology) = watch::channel(Topology::default());
         let (report_out, report) = watch::channel(NetReport::default());
         let task = tokio::spawn(net::run(NetTask {
@@ -51,12 +54,14 @@ impl Agent {
             devices,
             config: config_in,
             wanted: wanted_in,
+            requests,
             topology: topology_out,
             report: report_out,
         }));
         Self {
             config,
             wanted,
+            announce,
             topology,
             report,
             adopted,

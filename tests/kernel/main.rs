@@ -7,6 +7,7 @@
 )]
 
 mod agent;
+mod announce;
 mod maps;
 mod netns;
 mod network;

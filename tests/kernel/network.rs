@@ -3,8 +3,9 @@
 use std::{collections::BTreeSet, net::IpAddr};
 
 use weir::datapath::{
-    Place, Topology,
+    MapOp, Maps as _, Place, Topology,
     attach::{TcChoice, XdpChoice},
+    bpf::KernelMaps,
     detach::detach,
     net::NetConfig,
     uplinks::InterfaceName,
@@ -196,8 +197,29 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
     );
     // Detach leaves the node as it was.
     let (pin_in, state_in) = (pin.clone(), state.clone());
-    let report = node.block_on(async move { detach(&pin_in, &state_in).await.unwrap() });
+    let report = node.block_on(async move {
+        let mut maps = KernelMaps::open(&pin_in.join("v1/maps")).unwrap();
+        for vip in ["198.51.100.10", "2001:db8::10", "192.0.2.80", "10.9.0.1"].map(ip) {
+            let value = lb_common::maps::Vip::default();
+            maps.apply(&MapOp::PutVip { vip, value }).unwrap();
+        }
+        drop(maps);
+        let configured = [ip("198.51.100.11"), ip("192.0.2.80")].into();
+        detach(&pin_in, &state_in, &configured).await.unwrap()
+    });
     assert!(report.faults.is_empty(), "{:?}", report.faults);
+    // The node's own address and the announced VIP are nobody's affair.
+    let routed = ["198.51.100.10", "198.51.100.11", "2001:db8::10"].map(ip);
+    assert_eq!(report.routed, routed.into());
+    let advice = report.advice().join("\n");
+    assert!(
+        advice.contains("`ip route add unreachable 198.51.100.10/32`"),
+        "{advice}"
+    );
+    assert!(
+        advice.contains("`ip -6 route add unreachable 2001:db8::10/128`"),
+        "{advice}"
+    );
     assert!(!node.output("ip -d link show up0").contains("prog/xdp"));
     assert!(!pin.exists() && !state.exists());
     assert_eq!(
@@ -239,7 +261,7 @@ fn filters_serve_where_tcx_does_not_exist() {
             );
         }
     }
-    let report = node.block_on(async move { detach(&pin, &state).await.unwrap() });
+    let report = node.block_on(async move { detach(&pin, &state, &BTreeSet::new()).await.unwrap() });
     assert!(report.faults.is_empty(), "{:?}", report.faults);
     assert!(!node.output("tc qdisc show dev up0").contains("clsact"));
     assert!(node.output("tc qdisc show dev lo").contains("clsact"));

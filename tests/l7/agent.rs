@@ -96,6 +96,7 @@ fn said(routes: &Value) -> Status {
         drain: upstream.drain,
         name: upstream.name.clone(),
         check: None,
+        attachment: weir::model::Attachment::Address,
     };
     let told = |route: &Route| RouteStatus {
         route: route.with_upstreams(backend),

@@ -159,3 +159,104 @@ fn a_port_without_a_service_is_silent() -> Result<()> {
     }
     Ok(())
 }
+
+/// A file of the operator's bans a client from every service at once, and lets it in again.
+fn firewall(body: Body, v6: bool) -> Result<()> {
+    let lab = Lab::new(Wiring::TwoArm, body, 1)?;
+    let servers = serve(&lab, v6, false)?;
+    let own = vip(v6, 0).ip();
+    let (client, others) = if v6 {
+        ("2001:db8:c::/64", "2001:db8:d::/64")
+    } else {
+        ("192.0.2.10", "192.0.2.11")
+    };
+    let with = |deny: &str| {
+        lab.head(&format!(
+            "[vips.lab]\naddress = \"{own}\"\n[firewall]\ndeny = [{deny}]\n"
+        )) + &service("one", "80/tcp", "", &servers)
+            + &service("two", "81/tcp", &format!("allow = [\"{client}\"]"), &servers)
+    };
+    let weir = lab.start(&with(""))?;
+    let denied = |weir: &Weir<'_>| Ok::<_, anyhow::Error>(weir.counters()?["drops"]["acl_denied"].as_u64());
+    for (deny, serves) in [
+        (String::new(), true),
+        (format!("\"{client}\", \"{others}\""), false),
+        (format!("\"{others}\""), true),
+    ] {
+        weir.configure(&with(&deny))?;
+        let list: Vec<String> = deny
+            .split(", ")
+            .filter(|p| !p.is_empty())
+            .map(str::to_owned)
+            .collect();
+        weir.await_dump("the list is in force", |dump| {
+            let entries = dump.acl.keys().filter(|(service, _)| *service == 0).count();
+            entries == list.len()
+        })?;
+        for port in [80, 81] {
+            let to = vip(v6, port);
+            if serves {
+                talk_tcp(&lab.client, to, 1000).with_context(|| weir.explain())?;
+            } else {
+                let before = denied(&weir)?;
+                let refused = lab.client.run(|| TcpStream::connect_timeout(&to, SILENCE));
+                ensure!(refused.is_err(), "a denied client reaches port {port}");
+                assert!(denied(&weir)? > before, "{}", weir.explain());
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_firewall4() -> Result<()> {
+    firewall(Body::Native, false)
+}
+
+#[test]
+fn the_firewall6_by_tc_alone() -> Result<()> {
+    firewall(Body::Tc, true)
+}
+
+/// What an operator sees of announcements and of the end.
+#[test]
+fn vips_are_announced_on_demand_and_routes_named_at_the_end() -> Result<()> {
+    let lab = Lab::new(Wiring::TwoArm, Body::Tc, 1)?;
+    let servers = serve(&lab, false, false)?;
+    let head = lab.head(&format!(
+        "[vips.here]\naddress = \"203.0.113.80\"\nannounce = \"address\"\ninterface = \"b0\"\n\
+         [vips.routed]\naddress = \"{VIP4}\"\n"
+    ));
+    let config = head
+        + &service("here", "80/tcp", "vip = \"here\"", &servers)
+        + &service("routed", "80/tcp", "vip = \"routed\"", &servers);
+    let mut weir = lab.start(&config)?;
+    weir.await_dump("both are served", |dump| dump.services.len() == 2)?;
+    let told = |words: &[&str]| -> Result<(bool, String)> {
+        let output = weir.cli(words)?;
+        let both = [output.stdout, output.stderr].concat();
+        Ok((
+            output.status.success(),
+            String::from_utf8_lossy(&both).into_owned(),
+        ))
+    };
+    for words in [&["announce"][..], &["announce", "203.0.113.80"]] {
+        assert_eq!(
+            told(words)?,
+            (true, "203.0.113.80 is announced on b0\n".to_owned())
+        );
+    }
+    let (good, text) = told(&["announce", VIP4])?;
+    assert!(!good && text.contains("announce = \"address\""), "{text}");
+    let path = weir.config_path();
+    weir.kill();
+    let output = weir.cli(&["detach", "--config", &path.to_string_lossy()])?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{text}");
+    assert!(
+        text.contains(&format!("`ip route add unreachable {VIP4}/32`")),
+        "{text}"
+    );
+    assert!(!text.contains("unreachable 203.0.113.80"), "{text}");
+    Ok(())
+}

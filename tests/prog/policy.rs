@@ -124,6 +124,17 @@ fn acl(n: Net) -> Vec<Row> {
                 .acl(narrow, ACL_DENY)
                 .acl(host, ACL_ALLOW)
         }),
+        refused("a client denied for all services", n.one().firewall(narrow)),
+        admitted(
+            "a client not denied for all services",
+            n.one().firewall(elsewhere),
+        ),
+        refused("no service's own list allows whom the firewall denies", {
+            n.one().flags(default_deny).acl(host, ACL_ALLOW).firewall(wide)
+        }),
+        refused("whom the firewall passes, the service's own list judges", {
+            n.one().firewall(elsewhere).acl(narrow, ACL_DENY)
+        }),
         {
             // The same list for another service has no say.
             let given = n.one().service(n.vip(), 81, n.proto).acl(wide, ACL_DENY);

@@ -15,7 +15,7 @@ use weir::{
     node::publish::Publisher,
     source::docker::{
         Heard,
-        container::{Container, NetworkMode, RunState},
+        container::{Container, NetworkMode, Routing, RunState},
     },
 };
 
@@ -214,6 +214,7 @@ fn container(name: &str, service: &str, listen: u16, port: u16) -> Container {
         stop_signal: 15,
         stopping: false,
         network_mode: NetworkMode::Network("bridge".into()),
+        routing: Routing::default(),
         networks: BTreeMap::from([("bridge".into(), vec![[172, 17, 0, 2].into()])]),
         exposed: BTreeSet::from([inside]),
         published: BTreeMap::from([(inside, vec![SocketAddr::new([0, 0, 0, 0].into(), port)])]),

@@ -247,6 +247,22 @@ impl<'n> Weir<'n> {
         )
     }
 
+    /// Waits until `done` holds of what is in the pinned maps.
+    pub fn await_dump(&self, what: &str, done: impl Fn(&weir::datapath::Dump) -> bool) -> Result<()> {
+        let until = Instant::now() + READY;
+        while Instant::now() < until {
+            if done(&self.dump()?) {
+                return Ok(());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        bail!(
+            "still not {what} after {READY:?}: {:#?}\n{}",
+            self.dump()?,
+            self.log()
+        )
+    }
+
     /// The agent's status as its socket tells it.
     pub fn status(&self) -> Result<serde_json::Value> {
         let body = get(&self.socket(), "/v1/status")?;

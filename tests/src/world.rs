@@ -385,6 +385,16 @@ impl World {
         self
     }
 
+    /// An entry of the deny list for all services; the last service asks it.
+    pub fn firewall(mut self, prefix: &str) -> Self {
+        let (ip, bits) = prefix.split_once('/').expect("a prefix length");
+        self.last_service().value.flags |= maps::service_flags::FIREWALL;
+        let bits = bits.parse().expect("a prefix length");
+        self.acl
+            .push((maps::EVERY_SERVICE, ip.ip(), bits, maps::ACL_DENY));
+        self
+    }
+
     fn backend(mut self, addr: IpAddr, port: u16, hop: Hop, flags: u16) -> Self {
         let service = self.services.len() as u32;
         assert!(service > 0, "a service before its backends");

@@ -192,6 +192,31 @@ pub struct EventRecord {
     pub count: Option<u64>,
 }
 
+/// Body of `POST /v1/announce`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AnnounceQuery {
+    /// This VIP alone; without it all that the node announces.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vip: Option<IpAddr>,
+}
+
+/// Answer of `POST /v1/announce`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Announced {
+    /// What the neighbours are told, never empty.
+    pub announced: Vec<AnnouncedVip>,
+}
+
+/// A VIP and where it is announced.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnnouncedVip {
+    /// The VIP.
+    pub vip: IpAddr,
+    /// The interface.
+    pub interface: String,
+}
+
 /// Body of `POST /v1/drain` and (without a deadline) `POST /v1/undrain`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

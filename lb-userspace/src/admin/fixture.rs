@@ -9,7 +9,7 @@ use lb_common::{counter::Counter, counter::DropReason, maps};
 
 use super::api::Reading;
 use crate::{
-    model::{Backend, BackendState, Protocol, Rejection, ServiceAddress},
+    model::{Attachment, Backend, BackendState, Protocol, Rejection, ServiceAddress},
     route::{Route, RouteSettings, RouteTls},
     status::{AttachmentStatus, BackendStatus, Condition, RouteStatus, ServiceStatus, SourceStatus, Status},
 };
@@ -51,6 +51,7 @@ fn upstream(name: &str, address: &str, state: BackendState, reason: &str) -> Bac
         drain: Duration::from_secs(30),
         name: name.into(),
         check: None,
+        attachment: Attachment::Address,
     }
 }
 
@@ -97,6 +98,7 @@ pub fn status() -> Status {
             protocol: Protocol::Tcp,
         },
         generation: 4,
+        kept_until: None,
         backends: vec![
             BackendStatus {
                 ring_share: 6_667,
@@ -134,6 +136,7 @@ pub fn status() -> Status {
             protocol: Protocol::Udp,
         },
         generation: 1,
+        kept_until: None,
         backends: vec![
             BackendStatus {
                 reason: "health: starting".into(),

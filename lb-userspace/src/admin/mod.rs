@@ -30,7 +30,7 @@ mod tests;
 pub use kernel::Kernel;
 
 use crate::{
-    datapath::{MapError, sweep::SweepError},
+    datapath::{MapError, announcements::AnnounceRequest, sweep::SweepError},
     reconcile::Command,
     status::Status,
 };
@@ -84,6 +84,8 @@ pub struct Context {
     pub readings: Arc<dyn Readings>,
     /// To the reconciler.
     pub commands: mpsc::Sender<Command>,
+    /// To the follower of the network.
+    pub announce: mpsc::Sender<AnnounceRequest>,
     /// Who serves the routes.
     pub shims: shims::Connected,
     /// Sampled events of the datapath.

@@ -19,10 +19,14 @@ use tokio::sync::{broadcast::error::RecvError, oneshot};
 
 use super::{
     Context,
-    api::{BackendName, Counters, Done, DrainRequest, FlowFilter, FlowList, FlowQuery, Refusal},
+    api::{
+        AnnounceQuery, Announced, AnnouncedVip, BackendName, Counters, Done, DrainRequest, FlowFilter,
+        FlowList, FlowQuery, Refusal,
+    },
     event, select,
 };
 use crate::{
+    datapath::announcements::AnnounceRequest,
     metrics,
     reconcile::{Command, CommandError},
     status::Status,
@@ -43,6 +47,7 @@ pub fn unix(context: Context) -> Router {
         .route("/v1/drain", post(drain))
         .route("/v1/undrain", post(undrain))
         .route("/v1/resync", post(resync))
+        .route("/v1/announce", post(announce))
         .with_state(context.clone())
         .merge(tcp(context))
 }
@@ -164,6 +169,47 @@ async fn undrain(
 async fn resync(State(context): State<Context>) -> Result<Json<Done>, Refused> {
     command(&context, |reply| Command::Resync { reply }).await?;
     Ok(Json(Done::default()))
+}
+
+async fn announce(
+    State(context): State<Context>,
+    body: Result<Json<AnnounceQuery>, JsonRejection>,
+) -> Result<Json<Announced>, Refused> {
+    let Json(AnnounceQuery { vip }) = body.map_err(|e| bad_request(&e))?;
+    let (reply, answer) = oneshot::channel();
+    let ended = || {
+        Refused::new(
+            StatusCode::SERVICE_UNAVAILABLE,
+            "the agent is stopping",
+            "start it again",
+        )
+    };
+    let request = AnnounceRequest { vip, reply };
+    context.announce.send(request).await.map_err(|_| ended())?;
+    let announced = tokio::time::timeout(PATIENCE, answer)
+        .await
+        .map_err(|_| {
+            Refused::new(
+                StatusCode::GATEWAY_TIMEOUT,
+                "the network is not read in time",
+                "try again",
+            )
+        })?
+        .map_err(|_| ended())?;
+    if announced.is_empty() {
+        let which = vip.map_or_else(|| "no VIP".into(), |vip| format!("{vip}"));
+        let is = if vip.is_some() { "is not" } else { "is" };
+        return Err(Refused::new(
+            StatusCode::NOT_FOUND,
+            format!("{which} {is} on an interface of this node whose link is up"),
+            "only VIPs with `announce = \"address\"` are announced: see `ip address`",
+        ));
+    }
+    let announced = announced
+        .into_iter()
+        .map(|(interface, vip)| AnnouncedVip { vip, interface })
+        .collect();
+    Ok(Json(Announced { announced }))
 }
 
 async fn exposition(State(context): State<Context>) -> Result<Response, Refused> {

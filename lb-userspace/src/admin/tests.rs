@@ -52,6 +52,7 @@ struct Agent {
     metrics: SocketAddr,
     status: watch::Sender<Status>,
     commands: mpsc::Receiver<Command>,
+    requests: mpsc::Receiver<AnnounceRequest>,
     events: broadcast::Sender<maps::Event>,
     readings: Arc<Fixed>,
     stop: CancellationToken,
@@ -68,12 +69,14 @@ async fn agent() -> Agent {
     };
     let (status, receiver) = watch::channel(fixture::status());
     let (sender, commands) = mpsc::channel(4);
+    let (announce, requests) = mpsc::channel(4);
     let (events, _) = broadcast::channel(4);
     let (readings, stop) = (Arc::new(Fixed::default()), CancellationToken::new());
     let context = Context {
         status: receiver,
         readings: readings.clone(),
         commands: sender,
+        announce,
         shims: shims::Connected::default(),
         events: events.clone(),
         started: Instant::now(),
@@ -88,6 +91,7 @@ async fn agent() -> Agent {
         metrics,
         status,
         commands,
+        requests,
         events,
         readings,
         stop,
@@ -207,6 +211,35 @@ async fn a_drain_reaches_the_reconciler_and_its_answer_the_caller() {
 }
 
 #[tokio::test]
+async fn vips_are_announced_on_demand() {
+    let mut agent = agent().await;
+    let vip: std::net::IpAddr = "192.0.2.80".parse().unwrap();
+    let query = |vip| api::AnnounceQuery { vip };
+    for (answer, want) in [
+        (vec![("eth0".to_owned(), vip)], Ok("192.0.2.80 eth0")),
+        (Vec::new(), Err("192.0.2.80 is not on an interface")),
+    ] {
+        let client = agent.client.clone();
+        let call = tokio::spawn(async move {
+            client
+                .post::<api::Announced>("/v1/announce", &query(Some(vip)))
+                .await
+        });
+        let request = agent.requests.recv().await.unwrap();
+        assert_eq!(request.vip, Some(vip));
+        request.reply.send(answer).unwrap();
+        match (call.await.unwrap(), want) {
+            (Ok(done), Ok(want)) => {
+                let one = &done.announced[0];
+                assert_eq!(format!("{} {}", one.vip, one.interface), want);
+            }
+            (Err(error), Err(want)) => assert!(error.to_string().contains(want), "{error}"),
+            (got, want) => panic!("{got:?}, not {want:?}"),
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_drain_of_a_backend_that_is_gone_can_be_lifted() {
     let mut agent = agent().await;
     let call = post(&agent, "/v1/undrain", body("gone-1", false));
@@ -265,6 +298,7 @@ async fn tcp_serves_metrics_and_health_but_changes_nothing() {
         "POST /v1/drain",
         "POST /v1/undrain",
         "POST /v1/resync",
+        "POST /v1/announce",
         "GET /v1/flows",
         "GET /v1/status",
     ] {

@@ -80,6 +80,8 @@ enum Command {
     Flows(FlowsArgs),
     /// Follow the sampled event stream: new flows, drops, re-steers
     Events(EventsArgs),
+    /// Tell the neighbours again which MAC the VIPs of this node have: gratuitous ARP, neighbour advertisements
+    Announce(AnnounceArgs),
     /// Have the agent read the maps back and repair what differs
     Resync,
     /// Check a configuration file and list every fault
@@ -168,6 +170,13 @@ struct FlowsArgs {
 }
 
 #[derive(Debug, Args)]
+struct AnnounceArgs {
+    /// This VIP alone; without it every VIP with `announce = "address"`
+    #[arg(value_name = "ADDRESS")]
+    vip: Option<IpAddr>,
+}
+
+#[derive(Debug, Args)]
 struct EventsArgs {
     /// Print JSON, an event a line
     #[arg(long)]
@@ -213,6 +222,7 @@ fn run_command(cli: &Cli) -> anyhow::Result<Exit> {
         Command::Undrain(args) => call(operate::undrain(&client, args)),
         Command::Flows(args) => call(flows::flows(&client, args)),
         Command::Events(args) => call(events::events(&client, args)),
+        Command::Announce(args) => call(operate::announce(&client, args)),
         Command::Resync => call(operate::resync(&client)),
         Command::Config(args) => block_on(config::config(args)),
     }

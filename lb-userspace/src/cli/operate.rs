@@ -1,8 +1,8 @@
-//! `weir drain`, `weir undrain`, `weir resync`.
+//! `weir drain`, `weir undrain`, `weir announce`, `weir resync`.
 
-use super::{DrainArgs, UndrainArgs, print};
+use super::{AnnounceArgs, DrainArgs, UndrainArgs, print};
 use crate::admin::{
-    api::{BackendName, Done, DrainRequest},
+    api::{AnnounceQuery, Announced, AnnouncedVip, BackendName, Done, DrainRequest},
     client::Client,
 };
 
@@ -39,6 +39,13 @@ pub(super) async fn undrain(client: &Client, args: &UndrainArgs) -> anyhow::Resu
 pub(super) async fn resync(client: &Client) -> anyhow::Result<()> {
     let _: Done = client.post("/v1/resync", &()).await?;
     Ok(print("the maps hold the desired state\n")?)
+}
+
+pub(super) async fn announce(client: &Client, args: &AnnounceArgs) -> anyhow::Result<()> {
+    let query = AnnounceQuery { vip: args.vip };
+    let Announced { announced } = client.post("/v1/announce", &query).await?;
+    let line = |one: &AnnouncedVip| format!("{} is announced on {}\n", one.vip, one.interface);
+    Ok(print(&announced.iter().map(line).collect::<String>())?)
 }
 
 /// A line for each backend.

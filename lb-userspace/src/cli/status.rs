@@ -104,7 +104,7 @@ fn services(status: &Status, rates: Option<Rates<'_>>, now: SystemTime) -> Table
         if index > 0 {
             table.line(Vec::new());
         }
-        table.line(service_line(service, rates));
+        table.line(service_line(service, rates, now));
         if service.backends.is_empty() {
             continue;
         }
@@ -116,7 +116,7 @@ fn services(status: &Status, rates: Option<Rates<'_>>, now: SystemTime) -> Table
     table
 }
 
-fn service_line(service: &ServiceStatus, rates: Option<Rates<'_>>) -> Vec<Cell> {
+fn service_line(service: &ServiceStatus, rates: Option<Rates<'_>>, now: SystemTime) -> Vec<Cell> {
     let active = service.backends.iter().filter(|b| takes_new_flows(b)).count();
     let tone = if active == 0 { Tone::Bad } else { Tone::Plain };
     let flows: u64 = service.backends.iter().map(|b| b.flows).sum();
@@ -129,6 +129,13 @@ fn service_line(service: &ServiceStatus, rates: Option<Rates<'_>>) -> Vec<Cell> 
         ),
         format!("{} flows", grouped(flows)).into(),
     ];
+    if let Some(until) = service.kept_until {
+        let left = span(until.duration_since(now).unwrap_or_default());
+        parts.push(Cell::new(
+            format!("no container; forgotten in {left}"),
+            Tone::Warn,
+        ));
+    }
     if let Some(rate) = rates.map(|r| r.service(service)) {
         parts.push(format!("{} new/s", short(rate.flows)).into());
         parts.push(format!("{} pkt/s", short(rate.packets)).into());

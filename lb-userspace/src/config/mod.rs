@@ -13,6 +13,7 @@ mod tests;
 pub mod value;
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
@@ -21,6 +22,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use lb_common::limits;
 
 use crate::model::{EmptyPolicy, FlowTimeouts, ServiceSettings, ServiceWish, SnatMode, UnhealthyPolicy};
@@ -65,6 +67,8 @@ pub struct Config {
     pub limits: Limits,
     /// Source translation.
     pub snat: Snat,
+    /// Clients that no service admits: those of the file and those that the nodes share.
+    pub firewall: BTreeSet<IpNet>,
     /// Docker engines, by name.
     pub docker: Vec<DockerConfig>,
     /// Swarms, by name.
@@ -102,6 +106,8 @@ pub struct Policy {
     pub defaults: ServiceSettings,
     /// Drain deadline of a backend that says nothing.
     pub drain: Duration,
+    /// How long a service from labels outlives its last container.
+    pub remember: Duration,
     /// Checks of a service that says nothing about them, and what it may name.
     pub checks: CheckPolicy,
 }
@@ -343,6 +349,7 @@ impl Policy {
             vips: Vec::new(),
             defaults: built_in_settings(),
             drain: Duration::from_secs(limits::DEFAULT_DRAIN_S.into()),
+            remember: Duration::from_secs(limits::DEFAULT_REMEMBER_S.into()),
             checks: CheckPolicy::default(),
         }
     }

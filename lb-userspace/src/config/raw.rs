@@ -29,6 +29,7 @@ pub(super) struct RawConfig {
     pub(super) defaults: RawDefaults,
     pub(super) limits: RawLimits,
     pub(super) snat: RawSnat,
+    pub(super) firewall: RawFirewall,
     pub(super) docker: OneOrMany<RawDocker>,
     pub(super) swarm: Option<OneOrMany<RawSwarm>>,
     pub(super) etcd: Given<RawEtcd>,
@@ -62,6 +63,7 @@ pub(super) struct RawDefaults {
     pub(super) when_empty: Given<String>,
     pub(super) reset_unknown: Given<bool>,
     pub(super) when_unhealthy: Given<String>,
+    pub(super) remember: Given<String>,
     pub(super) timeouts: RawTimeouts,
     pub(super) check: RawCheck,
     pub(super) passive: RawPassive,
@@ -166,6 +168,13 @@ pub(super) struct RawSnat {
     pub(super) ports: Given<String>,
 }
 
+/// `[firewall]`.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
+pub(super) struct RawFirewall {
+    pub(super) deny: Given<Strings>,
+}
+
 /// A section once, or once for each: `[docker]`, or `[[docker]]` for each engine.
 #[derive(Debug)]
 pub(super) enum OneOrMany<T> {
@@ -267,6 +276,7 @@ pub(super) struct RawEtcd {
 pub(super) struct RawShared {
     pub(super) vips: BTreeMap<String, Spanned<RawVip>>,
     pub(super) defaults: RawDefaults,
+    pub(super) firewall: RawFirewall,
     pub(super) events: RawEvents,
 }
 

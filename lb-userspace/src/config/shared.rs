@@ -1,9 +1,12 @@
 //! What many nodes have in common: where etcd is, and what its keys say. Judged by the code that judges the file.
 
 use std::{
+    collections::BTreeSet,
     path::{Path, PathBuf},
     time::Duration,
 };
+
+use ipnet::IpNet;
 
 use super::{Config, ConfigErrors, Policy, StaticService, check};
 
@@ -47,6 +50,8 @@ pub struct EtcdTls {
 pub struct Shared {
     /// VIPs and defaults.
     pub policy: Policy,
+    /// Clients that no service of any node admits.
+    pub firewall: BTreeSet<IpNet>,
     /// One of this many new flows is reported.
     pub event_sample: Option<u32>,
 }
@@ -57,6 +62,7 @@ impl Default for Shared {
     fn default() -> Self {
         Self {
             policy: Policy::built_in(),
+            firewall: BTreeSet::new(),
             event_sample: None,
         }
     }

@@ -11,6 +11,9 @@ use crate::model::{EmptyPolicy, Protocol, ServiceAddress, SnatMode};
 pub const DEFAULT_WEIGHT: u32 = 1;
 /// Largest weight: beyond it the smallest share is less than one entry of a ring.
 pub const MAX_WEIGHT: u32 = 1_000;
+/// Shortest timeout of a flow: the flow clock ticks in jiffies and is compared coarsely, so a shorter one could end a flow
+/// that is alive.
+pub const SHORTEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest service name: it is a metric label and a column of `weir status`.
 pub const MAX_NAME: usize = 63;
 
@@ -287,6 +290,11 @@ fn any_duration(text: &str) -> Result<Duration, ValueError> {
 /// A [`duration`] of at least `limit`.
 pub fn duration_from(limit: Duration) -> impl Fn(&str) -> Result<Duration, ValueError> {
     move |text| at_least(duration(text)?, limit)
+}
+
+/// An idle timeout of flows.
+pub fn timeout(text: &str) -> Result<Duration, ValueError> {
+    duration_from(SHORTEST_TIMEOUT)(text)
 }
 
 fn at_least(value: Duration, limit: Duration) -> Result<Duration, ValueError> {

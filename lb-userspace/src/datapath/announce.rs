@@ -10,6 +10,7 @@ use std::{
 use rtnetlink::Handle;
 
 use super::{
+    announcements::{Presence, REPEAT},
     netlink::{self, Link, OwnAddress},
     state::StateFile,
 };
@@ -67,15 +68,8 @@ pub async fn apply(
         faults.extend(record(state, |set| {
             set.insert(entry.clone());
         }));
-        match netlink::add_address(handle, link.ifindex, *address).await {
-            Ok(_) => {
-                if let Err(e) = tell_neighbours(link, *address) {
-                    faults.push(format!(
-                        "VIP {address} on {device}: neighbours could not be told: {e}"
-                    ));
-                }
-            }
-            Err(e) => faults.push(format!("VIP {address} on {device}: {e}")),
+        if let Err(e) = netlink::add_address(handle, link.ifindex, *address).await {
+            faults.push(format!("VIP {address} on {device}: {e}"));
         }
     }
     faults
@@ -88,15 +82,35 @@ fn record(state: &StateFile, change: impl FnOnce(&mut BTreeSet<(String, IpAddr)>
         .map(|e| format!("state file: {e}"))
 }
 
-/// Sends a gratuitous ARP request or an unsolicited neighbour advertisement, so that no one keeps an old MAC.
-fn tell_neighbours(link: &Link, address: IpAddr) -> io::Result<()> {
-    if link.loopback || link.mac == [0; 6] {
-        return Ok(());
-    }
-    match address {
-        IpAddr::V4(v4) => send_frame(link.ifindex, &gratuitous_arp(link.mac, v4)),
-        IpAddr::V6(v6) => send_frame(link.ifindex, &advertisement(link.mac, v6)),
-    }
+/// The VIPs to announce that are on devices whose links are up, as the neighbours should know them.
+pub fn present(
+    links: &[Link],
+    own: &[OwnAddress],
+    wanted: &BTreeSet<(String, IpAddr)>,
+) -> BTreeSet<Presence> {
+    let devices = netlink::by_name(links);
+    let presence = |(device, address): &(String, IpAddr)| {
+        let link = devices.get(device.as_str())?;
+        let usable =
+            |own: &OwnAddress| own.ifindex == link.ifindex && own.address == *address && !own.unusable;
+        let speaks = link.up && !link.loopback && link.mac != [0; 6];
+        (speaks && own.iter().any(usable)).then_some(Presence {
+            ifindex: link.ifindex,
+            mac: link.mac,
+            carrier_ups: link.carrier_ups,
+            address: *address,
+        })
+    };
+    wanted.iter().filter_map(presence).collect()
+}
+
+/// Sends gratuitous ARP requests or unsolicited neighbour advertisements, so that no one keeps an old MAC.
+pub fn tell_neighbours(presence: &Presence) -> io::Result<()> {
+    let frame = match presence.address {
+        IpAddr::V4(v4) => gratuitous_arp(presence.mac, v4),
+        IpAddr::V6(v6) => advertisement(presence.mac, v6),
+    };
+    (0..REPEAT).try_for_each(|_| send_frame(presence.ifindex, &frame))
 }
 
 /// RFC 5227, section 3: an ARP request in which sender and target are the address.

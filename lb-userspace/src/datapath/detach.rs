@@ -1,11 +1,13 @@
 //! `weir detach`: takes everything of Weir off the node, whatever version made it. All flows end.
 
-use std::{fs, io, path::Path};
+use std::{collections::BTreeSet, fs, io, net::IpAddr, path::Path};
 
 use aya::programs::tc::{self, TcAttachType, TcError};
+use lb_common::{addr::Addr16, maps};
 use rtnetlink::Handle;
 
 use super::{
+    batch::Table,
     load::{LoadError, TC_EGRESS_PROGRAM, TC_INGRESS_PROGRAM, entries},
     lock::PinLock,
     netlink,
@@ -20,12 +22,34 @@ pub struct DetachReport {
     pub done: Vec<String>,
     /// What is still there and why.
     pub faults: Vec<String>,
+    /// VIPs that are no addresses of this node: what a router still sends here for them goes round in a loop.
+    pub routed: BTreeSet<IpAddr>,
 }
 
-/// Removes links, filters, programs and maps pinned under `pin`, and undoes what `state` records. Must run in the
-/// network namespace of the agent, and not beside it.
-pub async fn detach(pin: &Path, state: &Path) -> io::Result<DetachReport> {
-    let mut report = DetachReport::default();
+impl DetachReport {
+    /// What to do about [`DetachReport::routed`], a line for each; nothing where the node does not forward.
+    pub fn advice(&self) -> Vec<String> {
+        let line = |vip: &IpAddr| {
+            let (family, bits) = match vip {
+                IpAddr::V4(_) => ("", 32),
+                IpAddr::V6(_) => (" -6", 128),
+            };
+            format!(
+                "VIP {vip} is no address of this node: while a router sends it here, this node sends it back; stop that \
+                 by `ip{family} route add unreachable {vip}/{bits}`"
+            )
+        };
+        self.routed.iter().map(line).collect()
+    }
+}
+
+/// Removes links, filters, programs and maps pinned under `pin`, and undoes what `state` records. `vips` are those of the
+/// configuration; those of the maps are known besides. Must run in the network namespace of the agent, and not beside it.
+pub async fn detach(pin: &Path, state: &Path, vips: &BTreeSet<IpAddr>) -> io::Result<DetachReport> {
+    let mut report = DetachReport {
+        routed: vips.clone(),
+        ..DetachReport::default()
+    };
     // An agent with another socket would lose what it serves by, and put back half of it.
     let _alone = match pin.exists() {
         true => Some(PinLock::take(pin).map_err(io::Error::other)?),
@@ -41,6 +65,7 @@ pub async fn detach(pin: &Path, state: &Path) -> io::Result<DetachReport> {
         if number.is_none() {
             continue;
         }
+        report.routed.extend(served(&version.join("maps")));
         for part in ["links", "programs", "maps"] {
             match remove_directory(&version.join(part)) {
                 Ok(0) => {}
@@ -53,11 +78,27 @@ pub async fn detach(pin: &Path, state: &Path) -> io::Result<DetachReport> {
         }
     }
     let _others_may_use_it = fs::remove_dir(pin);
+    // Announced ones go with their addresses.
+    let announced = state.get().addresses;
     undo(&handle, &state, &mut report).await;
+    match netlink::addresses(&handle).await {
+        Ok(own) => report.routed.retain(|vip| {
+            !own.iter().any(|own| own.address == *vip)
+                && !announced.iter().any(|(_, announced)| announced == vip)
+        }),
+        Err(e) => report.faults.push(e.to_string()),
+    }
     if report.faults.is_empty() {
         state.remove()?;
     }
     Ok(report)
+}
+
+/// VIPs in the maps; none where they cannot be read, another version's perhaps.
+fn served(maps: &Path) -> Vec<IpAddr> {
+    let table = Table::<Addr16, maps::Vip>::open(maps, "VIPS").and_then(|table| table.all());
+    let entries = table.unwrap_or_default().into_iter();
+    entries.map(|(vip, _)| vip.into()).collect()
 }
 
 /// Removes the files of a directory and the directory; how many there were.

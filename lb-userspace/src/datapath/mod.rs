@@ -1,6 +1,7 @@
 //! The kernel side as the reconciler sees it: a few map operations behind a trait.
 
 pub mod announce;
+pub mod announcements;
 pub mod attach;
 pub mod batch;
 pub mod bpf;
@@ -147,7 +148,12 @@ pub enum Place {
     /// Directly on a bridge of this node (a local container).
     Bridge { slot: u16 },
     /// Elsewhere, by this device; `mac` of the next hop once its neighbour entry is known.
-    Remote { slot: u16, mac: Option<[u8; 6]> },
+    /// `uplink`: it is beyond a device of `interfaces`, where no container of this node can be.
+    Remote {
+        slot: u16,
+        mac: Option<[u8; 6]>,
+        uplink: bool,
+    },
     /// There is no route.
     Unroutable,
 }

@@ -58,8 +58,14 @@ pub struct Link {
     pub bridge: bool,
     /// One end of a virtual cable.
     pub veth: bool,
+    /// A macvlan or ipvlan device.
+    pub vlan_port: bool,
     /// The loopback device.
     pub loopback: bool,
+    /// Switched on, with a carrier.
+    pub up: bool,
+    /// How often it has got a carrier: tells of a loss that was over before anybody looked.
+    pub carrier_ups: u32,
     /// Its frames begin with an Ethernet header.
     pub ethernet: bool,
     /// The XDP program on it, whoever's it is.
@@ -188,14 +194,18 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
                 mtu: 0,
                 bridge: false,
                 veth: false,
+                vlan_port: false,
                 loopback: message.header.flags.contains(LinkFlags::Loopback),
                 ethernet: message.header.link_layer_type == LinkLayerType::Ether,
                 xdp_program: None,
+                carrier_ups: 0,
+                up: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
             };
             for attribute in message.attributes {
                 match attribute {
                     LinkAttribute::IfName(name) => link.name = name,
                     LinkAttribute::Mtu(mtu) => link.mtu = mtu,
+                    LinkAttribute::CarrierUpCount(count) => link.carrier_ups = count,
                     LinkAttribute::Address(bytes) => link.mac = bytes.try_into().unwrap_or_default(),
                     LinkAttribute::Xdp(parts) => {
                         link.xdp_program = parts.iter().find_map(|part| match part {
@@ -207,9 +217,14 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
                         });
                     }
                     LinkAttribute::LinkInfo(infos) => {
-                        let is = |kind| infos.contains(&LinkInfo::Kind(kind));
-                        link.bridge = is(InfoKind::Bridge);
-                        link.veth = is(InfoKind::Veth);
+                        let is = |kinds: &[InfoKind]| {
+                            infos
+                                .iter()
+                                .any(|i| matches!(i, LinkInfo::Kind(kind) if kinds.contains(kind)))
+                        };
+                        link.bridge = is(&[InfoKind::Bridge]);
+                        link.veth = is(&[InfoKind::Veth]);
+                        link.vlan_port = is(&[InfoKind::MacVlan, InfoKind::MacVtap, InfoKind::IpVlan]);
                     }
                     _ => {}
                 }

@@ -123,7 +123,10 @@ mod tests {
             mtu: 1500,
             bridge: false,
             veth: false,
+            vlan_port: false,
             loopback: false,
+            up: true,
+            carrier_ups: 1,
             ethernet: true,
             xdp_program: None,
         }

@@ -92,6 +92,7 @@ pub fn names(selector: &str, service: &str, backend: &Backend) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Attachment;
 
     #[test]
     fn drains_survive_a_restart() {
@@ -121,6 +122,7 @@ mod tests {
             drain: Duration::from_secs(30),
             name: "web-1".into(),
             check: None,
+            attachment: Attachment::Address,
         };
         for (selector, web, dns) in [
             ("web-1", true, true),
@@ -148,6 +150,7 @@ mod tests {
             drain: Duration::from_secs(30),
             name: "web-1".into(),
             check: None,
+            attachment: Attachment::Address,
         };
         let seconds = |s| Some(Duration::from_secs(s));
         let drains = Drains([("web-1".into(), None), ("web/web-1".into(), seconds(60))].into());

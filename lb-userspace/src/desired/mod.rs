@@ -9,6 +9,7 @@
 
 mod drains;
 mod health;
+mod remembered;
 mod routes;
 
 use std::{
@@ -21,6 +22,8 @@ use std::{
 pub use drains::{Drains, DrainsError, names};
 pub use health::TargetChanges;
 use health::{Candidate, Health};
+use remembered::RememberedServices;
+pub use remembered::{Remembered, Retention};
 use routes::Routes;
 
 use crate::{
@@ -52,6 +55,8 @@ pub struct Wanted {
     pub source: String,
     /// When that object was created: the newest service is the first to be refused when a limit is reached.
     pub created: SystemTime,
+    /// It has no container any more and is forgotten then: the first to give way when ids or rows run out.
+    pub kept_until: Option<SystemTime>,
 }
 
 /// Everything heard, and the desired state it makes.
@@ -62,6 +67,7 @@ pub struct Heard {
     routes: Routes,
     drains: Drains,
     health: Health,
+    remembered: RememberedServices,
     dirty: BTreeSet<ServiceAddress>,
     desired: Desired,
     /// Services of the desired state by the addresses of their backends.
@@ -90,6 +96,7 @@ struct Merged {
     sources: Vec<String>,
     source: String,
     created: SystemTime,
+    kept_until: Option<SystemTime>,
 }
 
 // === impl Heard ===
@@ -174,7 +181,36 @@ impl Heard {
             .collect()
     }
 
-    /// A number that is another one whenever [`Heard::wishes`] are others.
+    /// The services that have no containers any more, for the next agent.
+    pub fn remembered(&self) -> Vec<Remembered> {
+        self.remembered.all().cloned().collect()
+    }
+
+    /// Sets for how long services from labels outlive their last container.
+    pub fn set_retention(&mut self, retention: Retention, today: SystemTime) {
+        let forgotten = self.remembered.set_retention(retention, today);
+        self.forgotten(forgotten);
+        // Those that stay do so for another time.
+        self.dirty
+            .extend(self.remembered.all().map(|service| service.address));
+    }
+
+    /// Takes over the services that the agent before this one remembered.
+    pub fn restore_remembered(&mut self, services: Vec<Remembered>, today: SystemTime) {
+        self.dirty.extend(self.remembered.restore(services, today));
+    }
+
+    /// When the next remembered service is forgotten: the desired state has to be refreshed then.
+    pub fn next_expiry(&self) -> Option<SystemTime> {
+        self.remembered.next_expiry()
+    }
+
+    fn forgotten(&mut self, services: Vec<ServiceAddress>) {
+        self.version += services.len() as u64;
+        self.dirty.extend(services);
+    }
+
+    /// A number that is another one whenever [`Heard::wishes`] or [`Heard::remembered`] are others.
     pub fn version(&self) -> u64 {
         self.version
     }
@@ -252,16 +288,16 @@ impl Heard {
         });
         (self.routes, self.health) = (routes, health);
         let mut changed = BTreeSet::new();
+        let expired = self.remembered.expire(today);
+        self.forgotten(expired);
         for address in std::mem::take(&mut self.dirty) {
             let (merged, contradictions) = self.merge(address);
+            let merged = self.or_remembered(address, merged, today);
             let wanted = self.judged(address, merged, today);
             if contradictions.is_empty() {
                 self.desired.contradictions.remove(&address);
             } else {
                 self.desired.contradictions.insert(address, contradictions);
-            }
-            if wanted.is_none() {
-                self.by_service.remove(&address);
             }
             let old = self.desired.services.get(&address);
             if old == wanted.as_ref() {
@@ -355,6 +391,26 @@ impl Heard {
         self.sources.iter().map(status).collect()
     }
 
+    /// The service as its containers make it, else as it is remembered.
+    fn or_remembered(
+        &mut self,
+        address: ServiceAddress,
+        merged: Option<Merged>,
+        today: SystemTime,
+    ) -> Option<Merged> {
+        if merged.is_some() {
+            self.version += u64::from(self.remembered.forget(&address));
+            return merged;
+        }
+        self.by_service.remove(&address);
+        let last = self.desired.services.get(&address);
+        let (remembered, new) = self.remembered.keep(address, last, today);
+        self.version += u64::from(new);
+        let mut merged = Merged::from(remembered?);
+        merged.kept_until = self.remembered.expiry(&address);
+        Some(merged)
+    }
+
     /// A service with the health of its backends.
     fn judged(
         &mut self,
@@ -373,6 +429,7 @@ impl Heard {
             sources,
             source,
             created,
+            kept_until,
         } = merged;
         let settings = &service.settings;
         self.health.track(
@@ -393,6 +450,7 @@ impl Heard {
             service,
             source,
             created,
+            kept_until,
         })
     }
 
@@ -456,6 +514,7 @@ impl Heard {
             sources,
             source: first_source.0.clone(),
             created: first.created,
+            kept_until: None,
         };
         (Some(merged), rejections)
     }
@@ -481,6 +540,27 @@ impl Heard {
             backend.reason = "weight 0".into();
         }
         candidate
+    }
+}
+
+// === impl Merged ===
+
+impl From<&Remembered> for Merged {
+    fn from(remembered: &Remembered) -> Self {
+        Self {
+            service: Service {
+                name: remembered.name.clone(),
+                address: remembered.address,
+                settings: remembered.settings.clone(),
+                backends: Vec::new(),
+                slow: BTreeMap::new(),
+            },
+            candidates: Vec::new(),
+            sources: Vec::new(),
+            source: remembered.source.clone(),
+            created: remembered.created,
+            kept_until: None,
+        }
     }
 }
 

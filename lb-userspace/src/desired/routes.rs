@@ -266,7 +266,7 @@ mod tests {
     use super::*;
     use crate::{
         desired::{Drains, Heard},
-        model::BackendState,
+        model::{Attachment, BackendState},
         route::Balance,
         source::{Message, Update},
     };
@@ -292,6 +292,7 @@ mod tests {
                 drain: Duration::from_secs(30),
                 name: format!("c{age}"),
                 check: None,
+                attachment: Attachment::Address,
             },
         };
         Object {

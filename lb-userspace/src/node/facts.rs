@@ -15,7 +15,7 @@ use crate::{
     config::value::{self, Listen},
     source::{
         docker::{
-            container::{Container, Health, NetworkMode, RunState},
+            container::{Container, Health, NetworkMode, Routing, RunState},
             signal,
         },
         labels::is_ours,
@@ -218,6 +218,7 @@ impl Facts {
                 Network::Container(id) => NetworkMode::Container(id.clone()),
                 Network::Named(name) => NetworkMode::Network(name.clone()),
             },
+            routing: Routing::default(),
             networks: self.networks.clone(),
             exposed: self.exposed.iter().filter_map(|text| port(text)).collect(),
             published: self

@@ -37,6 +37,8 @@ enum Reached {
     AsBefore,
     NotYet,
     Unroutable,
+    /// The route to a container of this node leaves the node.
+    Outside,
     NoSnat,
 }
 
@@ -100,6 +102,7 @@ impl Planner<'_> {
         let slot = self.programmed.slots.get(&id);
         let reason = match reach {
             Reached::Unroutable => "no route".into(),
+            Reached::Outside => "its route leaves this node".into(),
             Reached::NoSnat => "no SNAT address of its family".into(),
             _ => backend.reason.clone(),
         };
@@ -146,7 +149,7 @@ impl Planner<'_> {
             record,
             about,
             deadline,
-            drainer: draining && !matches!(reach, Reached::Unroutable),
+            drainer: draining && !matches!(reach, Reached::Unroutable | Reached::Outside),
             tenths: WHOLE,
         }
     }
@@ -358,7 +361,27 @@ impl Planner<'_> {
         if *place == Place::Unroutable {
             return Reached::Unroutable;
         }
-        match network::reach(place, ip.is_ipv6(), service.settings.snat, &self.ranges) {
+        let attachment = backend.attachment;
+        if let Place::Remote {
+            uplink: true, slot, ..
+        } = place
+            && !attachment.is_address()
+        {
+            let device = self.inputs.topology.devices.get(slot);
+            let device = device.map_or("?", |device| device.name.as_str());
+            let fault = format!(
+                "{ip} is a container of this node, and its route leaves the node by {device}: its network is no bridge of \
+                 this node, or one without an address of the node"
+            );
+            let remedy =
+                "connect the container to a bridge network and set the label `network` to it; networks of \
+                          macvlan and ipvlan need a device of their kind on the node, named in `interfaces`"
+                    .into();
+            self.reject(service.address, &backend.name, fault, remedy);
+            return Reached::Outside;
+        }
+        let mode = service.settings.snat;
+        match network::reach(place, ip.is_ipv6(), mode, attachment, &self.ranges) {
             Ok(reach) => Reached::At(reach),
             Err(NoSnat) => {
                 let family = if ip.is_ipv6() { "IPv6" } else { "IPv4" };

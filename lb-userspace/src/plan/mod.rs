@@ -26,10 +26,11 @@ pub use programmed::{About, Entry, Note, Programmed, ROW_QUARANTINE, Ring, Slot,
 
 use crate::{
     datapath::{Capacities, Filter, MapOp, Topology},
-    desired::Desired,
+    desired::{Desired, Retention},
     model::{Rejection, ServiceAddress},
 };
 use ids::{BackendIds, Rows, ServiceIds};
+use ipnet::IpNet;
 use network::SnatRanges;
 
 /// What the configuration says about programming.
@@ -49,6 +50,10 @@ pub struct Policy {
     pub hz: u32,
     /// Drain time of backends of which nothing else is known (found after a restart, wished by nobody).
     pub default_drain: Duration,
+    /// How long services from labels outlive their last container.
+    pub retention: Retention,
+    /// Clients that no service admits.
+    pub firewall: BTreeSet<IpNet>,
 }
 
 /// Live flows by backend id, counted by one sweep of the flow tables.
@@ -107,6 +112,8 @@ pub struct Step {
 pub enum Group {
     /// All services need it: when it fails nothing after it is done.
     Shared,
+    /// The deny list for all services: when it fails, the services go on without the rest of it.
+    Firewall,
     /// One service: when it fails, the service's later writes are left out.
     Service(ServiceAddress),
     /// A backend whose service is not known any more.
@@ -144,6 +151,7 @@ pub fn plan(programmed: &Programmed, inputs: &Inputs<'_>, scope: Scope<'_>) -> P
         need: Filter::default(),
         unneeded: BTreeMap::new(),
         freed: BTreeSet::new(),
+        evicted: BTreeSet::new(),
         acl_puts: 0,
         plan: Plan::default(),
     };
@@ -168,6 +176,8 @@ struct Planner<'a> {
     unneeded: BTreeMap<IpAddr, usize>,
     /// Ids that this plan frees.
     freed: BTreeSet<u32>,
+    /// Remembered services that give way to others.
+    evicted: BTreeSet<ServiceAddress>,
     acl_puts: usize,
     plan: Plan,
 }
@@ -176,7 +186,7 @@ struct Planner<'a> {
 
 impl Planner<'_> {
     /// Services in the order of planning: those in the maps first, so that they never lose a place to a new one; then
-    /// the new ones by age, so that it is the newest that meets a limit.
+    /// the new ones by age, so that it is the newest that meets a limit. Those that are only remembered come last.
     fn order(&self, scope: Scope<'_>) -> Vec<ServiceAddress> {
         let mut all: BTreeSet<ServiceAddress> = match scope {
             Scope::All => self
@@ -197,13 +207,10 @@ impl Planner<'_> {
         let mut all: Vec<ServiceAddress> = all.into_iter().collect();
         all.sort_by_key(|address| {
             let new = !self.programmed.services.contains_key(address);
-            let created = self
-                .inputs
-                .desired
-                .services
-                .get(address)
-                .map(|wanted| wanted.created);
-            (new, created.filter(|_| new), *address)
+            let wanted = self.inputs.desired.services.get(address);
+            let remembered = wanted.is_some_and(|wanted| wanted.kept_until.is_some());
+            let created = wanted.map(|wanted| wanted.created);
+            (remembered, new, created.filter(|_| new), *address)
         });
         all
     }
@@ -250,13 +257,13 @@ impl Planner<'_> {
         }
         shared.extend(network::device_ops(self.programmed, self.inputs));
         shared.extend(snat_ops);
-        let shared = shared.into_iter().map(|op| Step {
-            group: Group::Shared,
-            op,
-        });
-        self.plan.steps.splice(0..0, shared);
+        let (firewall_puts, firewall_deletions) = network::firewall_ops(self.programmed, self.inputs);
+        let shared = shared.into_iter().map(|op| (Group::Shared, op));
+        let firewall = firewall_puts.into_iter().map(|op| (Group::Firewall, op));
+        let first = shared.chain(firewall).map(|(group, op)| Step { group, op });
+        self.plan.steps.splice(0..0, first);
 
-        let mut last: Vec<MapOp> = Vec::new();
+        let mut last: Vec<MapOp> = firewall_deletions;
         if self.inputs.may_remove {
             let stray = self.programmed.stray_acl.keys();
             last.extend(stray.map(|(service, prefix)| MapOp::DelAcl {

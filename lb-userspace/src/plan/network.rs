@@ -2,16 +2,17 @@
 
 use std::{collections::BTreeMap, net::IpAddr};
 
+use ipnet::IpNet;
 use lb_common::{
     addr::Hop,
     limits::MAX_SNAT_ADDRESSES,
-    maps::{self, backend_flags, device_flags, vip_flags},
+    maps::{self, ACL_DENY, EVERY_SERVICE, backend_flags, device_flags, vip_flags},
 };
 
 use super::{Inputs, Policy};
 use crate::{
     datapath::{DeviceInfo, MapOp, Place, Topology, slots::name_bytes},
-    model::SnatMode,
+    model::{Attachment, SnatMode},
     plan::programmed::Programmed,
 };
 
@@ -60,6 +61,25 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         ops.push(MapOp::PutSettings { settings });
     }
     ops
+}
+
+/// Writes that bring the deny list for all services up to date: additions, and removals for after the services, which
+/// may still ask the list until then.
+pub(super) fn firewall_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> (Vec<MapOp>, Vec<MapOp>) {
+    let (wanted, present) = (&inputs.policy.firewall, &programmed.firewall);
+    let put = |prefix: &IpNet| MapOp::PutAcl {
+        service: EVERY_SERVICE,
+        prefix: *prefix,
+        action: ACL_DENY,
+    };
+    let delete = |prefix: &IpNet| MapOp::DelAcl {
+        service: EVERY_SERVICE,
+        prefix: *prefix,
+    };
+    (
+        wanted.difference(present).map(put).collect(),
+        present.difference(wanted).map(delete).collect(),
+    )
 }
 
 /// Clears the slots of devices that have gone; nothing before the topology has been read.
@@ -139,13 +159,26 @@ pub(super) fn snat_ranges(programmed: &Programmed, inputs: &Inputs<'_>) -> (Snat
 }
 
 /// The map fields for a backend in this place; `Err` names why it cannot serve.
-pub(super) fn reach(place: &Place, v6: bool, mode: SnatMode, ranges: &SnatRanges) -> Result<Reach, NoSnat> {
+pub(super) fn reach(
+    place: &Place,
+    v6: bool,
+    mode: SnatMode,
+    attachment: Attachment,
+    ranges: &SnatRanges,
+) -> Result<Reach, NoSnat> {
+    let translated = attachment == Attachment::IsolatedContainer && mode != SnatMode::Never;
     let range = |slot: Option<u16>| ranges.get(&(slot, v6)).copied();
     let reach = match place {
         Place::Node => Reach {
             hop: Hop::UNKNOWN,
             flags: backend_flags::NODE,
             snat: range(None).unwrap_or_default(),
+        },
+        // Its replies reach its own network alone: like a remote one it gets a source there, and the replies pass here.
+        Place::Bridge { slot } if translated => Reach {
+            hop: Hop::new([0; 6], *slot),
+            flags: 0,
+            snat: range(Some(*slot)).ok_or(NoSnat)?,
         },
         // On a bridge only its own address will do: containers answer others by their default route.
         Place::Bridge { slot } => Reach {
@@ -157,7 +190,7 @@ pub(super) fn reach(place: &Place, v6: bool, mode: SnatMode, ranges: &SnatRanges
                 None => (0, 0),
             },
         },
-        Place::Remote { slot, mac } => Reach {
+        Place::Remote { slot, mac, .. } => Reach {
             hop: Hop::new(mac.unwrap_or_default(), *slot),
             flags: 0,
             snat: match range(None).or_else(|| range(Some(*slot))) {

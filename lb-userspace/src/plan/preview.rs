@@ -10,7 +10,7 @@ use std::{
 use super::{Inputs, Plan, Policy, Programmed, ROW_QUARANTINE, Scope, Sweep, address_of, plan};
 use crate::{
     datapath::{Capacities, MapOp, Place, Topology},
-    desired::Desired,
+    desired::{Desired, Retention},
     model::{Backend, BackendState, Rejection, Service, ServiceAddress},
 };
 
@@ -110,7 +110,16 @@ impl<'c> Dry<'c> {
             .services
             .values()
             .flat_map(|wanted| &wanted.service.backends);
-        let place = |backend: &Backend| (backend.address.ip(), Place::Remote { slot: 1, mac: None });
+        let place = |backend: &Backend| {
+            (
+                backend.address.ip(),
+                Place::Remote {
+                    slot: 1,
+                    mac: None,
+                    uplink: false,
+                },
+            )
+        };
         let topology = Topology {
             places: backends.map(place).collect(),
             loopback_ifindex: 1,
@@ -124,6 +133,8 @@ impl<'c> Dry<'c> {
             event_sample: 0,
             hz: 1,
             default_drain: Duration::ZERO,
+            retention: Retention::default(),
+            firewall: BTreeSet::new(),
         };
         // A second pass takes the rows that the first one had to leave in quarantine.
         for _ in 0..2 {
@@ -328,6 +339,7 @@ mod tests {
             service: Arc::new(service),
             source: "etcd".into(),
             created: SystemTime::UNIX_EPOCH,
+            kept_until: None,
         };
         Desired {
             services: [(wish.address, wanted)].into(),

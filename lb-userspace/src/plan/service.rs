@@ -21,6 +21,9 @@ impl Planner<'_> {
     /// Plans one service.
     pub(super) fn service(&mut self, address: ServiceAddress) {
         self.plan.rejections.entry(address).or_default();
+        if self.evicted.contains(&address) {
+            return;
+        }
         match self.inputs.desired.services.get(&address) {
             Some(wanted) => self.wanted(address, wanted),
             None if self.may_be_unwanted(address) => self.unwanted(address),
@@ -66,6 +69,28 @@ impl Planner<'_> {
         }
     }
 
+    /// Takes a remembered service out of the maps, the one that expires first of those that `suit`; whether there was one.
+    fn evict(&mut self, suit: impl Fn(&Entry) -> bool) -> bool {
+        let remembered = self
+            .inputs
+            .desired
+            .services
+            .iter()
+            .filter_map(|(address, wanted)| {
+                let entry = self.programmed.services.get(address)?;
+                let gives_way = !self.evicted.contains(address) && suit(entry);
+                // Its id comes back once it has no flows; one that is on its way out already goes on.
+                let busy = !entry.slots.is_subset(&self.freed);
+                Some((busy, entry.value.is_some(), wanted.kept_until?, *address)).filter(|_| gives_way)
+            });
+        let Some((.., address)) = remembered.min() else {
+            return false;
+        };
+        self.evicted.insert(address);
+        self.unwanted(address);
+        true
+    }
+
     /// Backends whose service is not known any more drain by themselves.
     pub(super) fn orphans(&mut self) {
         if !self.inputs.may_remove {
@@ -90,6 +115,11 @@ impl Planner<'_> {
             Some(entry) => entry,
             None => {
                 let Some(id) = self.service_ids.take() else {
+                    // A later pass has the id, unless flows of the evicted service still go on.
+                    if wanted.kept_until.is_some() || self.evict(|_| true) {
+                        self.plan.waiting.insert(address);
+                        return;
+                    }
                     let fault = format!("all {} service ids are in use", self.inputs.capacities.services);
                     self.reject(address, "", fault, raise("services"));
                     self.plan.waiting.insert(address);
@@ -115,12 +145,23 @@ impl Planner<'_> {
         self.expire(&mut candidates, |id| entry.ring.counts.contains_key(&id));
         let members = members(&candidates, service.settings.when_empty);
         let rows = ring::rows_for(self.listed(entry, service));
-        let ring = match self.ring(address, entry, &members, rows) {
+        let mut ring = self.ring(address, entry, &members, rows);
+        if let (Err(no_row), Some(_)) = (&ring, wanted.kept_until) {
+            // What is only remembered takes no row from others: it refuses although some of its backends still drain.
+            if let NoRow::Until(at) = no_row {
+                self.plan.waiting.insert(address);
+                self.wake_at(*at);
+            }
+            ring = self.ring(address, entry, &[], rows);
+        }
+        let ring = match ring {
             Ok(ring) => ring,
             Err(no_row) => {
                 self.plan.waiting.insert(address);
                 if let NoRow::Until(at) = no_row {
                     self.wake_at(at);
+                } else if self.evict(Entry::has_ring) {
+                    self.wake_at(self.inputs.now);
                 } else {
                     let fault = format!("all {} ring rows are in use", self.inputs.capacities.ring_rows);
                     self.reject(address, "", fault, raise("ring_rows"));
@@ -164,7 +205,7 @@ impl Planner<'_> {
                 },
             );
         }
-        let flags = flags(&service.settings) | acl_flags;
+        let flags = flags(&service.settings, self.inputs.policy) | acl_flags;
         let value = service_value(entry, flags, &ring);
         if let RingChange::Put { row, ring } = ring {
             self.push(group, MapOp::PutRing { row, ring });

@@ -8,7 +8,7 @@ use lb_common::{
     maps::{self, ACL_ALLOW, ACL_DENY, service_flags},
 };
 
-use super::{Group, Planner, programmed::Entry, raise};
+use super::{Group, Planner, Policy, programmed::Entry, raise};
 use crate::{
     datapath::{Capacities, MapOp},
     model::{EmptyPolicy, ServiceAddress, ServiceSettings, SnatMode},
@@ -67,7 +67,7 @@ impl Planner<'_> {
     }
 }
 
-pub(super) fn flags(settings: &ServiceSettings) -> u32 {
+pub(super) fn flags(settings: &ServiceSettings, policy: &Policy) -> u32 {
     let mut flags = match settings.snat {
         SnatMode::Auto => 0,
         SnatMode::Always => service_flags::SNAT_ALWAYS,
@@ -80,6 +80,7 @@ pub(super) fn flags(settings: &ServiceSettings) -> u32 {
             settings.when_empty != EmptyPolicy::Drop,
             service_flags::REFUSE_WHEN_EMPTY,
         ),
+        (!policy.firewall.is_empty(), service_flags::FIREWALL),
     ];
     for (_, flag) in on.into_iter().filter(|(on, _)| *on) {
         flags |= flag;

@@ -24,6 +24,7 @@ use tracing::{error, info, warn};
 
 use memory::Memory;
 pub use operator::{Command, CommandError};
+use recollection::Recollection;
 pub use status::Surroundings;
 pub use task::{Inputs, Outputs, run};
 
@@ -172,6 +173,8 @@ impl Reconciler {
         {
             error!("{fault}");
         }
+        this.heard
+            .set_retention(this.policy.retention.clone(), SystemTime::now());
         this.recall();
         Ok(this)
     }
@@ -182,11 +185,14 @@ impl Reconciler {
         let Some(path) = &self.options.wishes else {
             return;
         };
-        let wishes = recollection::load(path).unwrap_or_else(|fault| {
-            error!("{fault}");
-            None
-        });
-        for (source, objects) in wishes.into_iter().flatten() {
+        let Recollection { objects, services } = recollection::load(path)
+            .unwrap_or_else(|fault| {
+                error!("{fault}");
+                None
+            })
+            .unwrap_or_default();
+        self.heard.restore_remembered(services, SystemTime::now());
+        for (source, objects) in objects {
             for wish in objects.iter().flat_map(|object| &object.services) {
                 for backend in &wish.backends {
                     self.unclaimed.remove(&(wish.address, backend.address));
@@ -222,13 +228,18 @@ impl Reconciler {
     /// Takes in a changed configuration.
     pub fn set_policy(&mut self, policy: Policy) {
         self.all_dirty |= policy != self.policy;
+        if policy.retention != self.policy.retention {
+            self.heard
+                .set_retention(policy.retention.clone(), SystemTime::now());
+        }
         self.policy = policy;
     }
 
     /// Plans and applies once. Returns when the next pass is due without any event.
     pub fn pass(&mut self, clock: &dyn Fn() -> Instant) -> Option<Instant> {
         let now = clock();
-        let changed = self.heard.refresh(SystemTime::now());
+        let today = SystemTime::now();
+        let changed = self.heard.refresh(today);
         self.claim(&changed);
         self.ask_for_places(&changed, now);
         self.dirty.extend(changed);
@@ -275,7 +286,9 @@ impl Reconciler {
             Some(self.failed(faults, now))
         };
         let source_wait = (!self.may_remove).then_some(self.started + self.options.source_wait);
-        [next, retry, source_wait, Some(self.resync_at)]
+        let expiry = self.heard.next_expiry();
+        let expiry = expiry.map(|at| now + at.duration_since(today).unwrap_or_default());
+        [next, retry, source_wait, expiry, Some(self.resync_at)]
             .into_iter()
             .flatten()
             .min()

@@ -1,6 +1,7 @@
 //! What each source last wished, kept beside the socket: like the maps it outlives the agent and not the next boot. An agent
 //! that starts while an engine cannot be heard goes on with the engine's last word, as the agent before it did. It also tells
-//! whose a backend was that is found in the maps: only what is nobody's may be a silent source's.
+//! whose a backend was that is found in the maps: only what is nobody's may be a silent source's. The services that are
+//! remembered without containers are kept here too.
 
 use std::{
     collections::BTreeMap,
@@ -17,28 +18,54 @@ use tokio::{
 };
 use tracing::warn;
 
-use crate::source::{Object, SourceId};
+use crate::{
+    desired::{Heard, Remembered},
+    source::{Object, SourceId},
+};
 
 /// Shortest pause between two writings. What changed in the last one before a crash is corrected by the source's first list.
 const EVERY: Duration = Duration::from_secs(1);
 /// The pause is so many times as long as the loop was kept from its work: with very many objects it is longer.
 const SHARE: u32 = 100;
 
-/// The objects of every source that has been read and may be silent at the next start.
-pub(super) type Recollection = BTreeMap<SourceId, Vec<Object>>;
+/// What the file holds.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Recollection {
+    /// The objects of every source that has been read and may be silent at the next start.
+    pub(super) objects: BTreeMap<SourceId, Vec<Object>>,
+    /// The services that have no containers any more.
+    pub(super) services: Vec<Remembered>,
+}
+
+impl Recollection {
+    /// What the agent after this one has to know.
+    pub(super) fn of(heard: &Heard) -> Self {
+        Self {
+            objects: heard.wishes(),
+            services: heard.remembered(),
+        }
+    }
+}
 
 /// A line of the file.
 #[derive(Deserialize)]
-struct Line {
-    source: SourceId,
-    object: Object,
+#[serde(untagged)]
+enum Line {
+    Object { source: SourceId, object: Box<Object> },
+    Service { service: Box<Remembered> },
 }
 
 /// The same without owning it.
 #[derive(Serialize)]
-struct LineRef<'a> {
-    source: &'a SourceId,
-    object: &'a Object,
+#[serde(untagged)]
+enum LineRef<'a> {
+    Object {
+        source: &'a SourceId,
+        object: &'a Object,
+    },
+    Service {
+        service: &'a Remembered,
+    },
 }
 
 /// Why the file could not be used.
@@ -124,11 +151,14 @@ fn save(path: &Path, wishes: &Recollection) -> Result<(), RecollectionError> {
     let new = path.with_extension("new");
     let written = || -> io::Result<()> {
         let mut file = BufWriter::new(File::create(&new)?);
-        for (source, objects) in wishes {
-            for object in objects {
-                serde_json::to_writer(&mut file, &LineRef { source, object })?;
-                file.write_all(b"\n")?;
-            }
+        let objects = wishes.objects.iter().flat_map(|(source, objects)| {
+            let line = move |object| LineRef::Object { source, object };
+            objects.iter().map(line)
+        });
+        let services = wishes.services.iter();
+        for line in objects.chain(services.map(|service| LineRef::Service { service })) {
+            serde_json::to_writer(&mut file, &line)?;
+            file.write_all(b"\n")?;
         }
         file.flush()?;
         std::fs::rename(&new, path)
@@ -152,10 +182,12 @@ pub(super) fn load(path: &Path) -> Result<Option<Recollection>, RecollectionErro
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(fault(error)),
     };
-    let mut wishes = Recollection::new();
+    let mut wishes = Recollection::default();
     for line in file.split(b'\n') {
-        if let Ok(Line { source, object }) = serde_json::from_slice(&line.map_err(fault)?) {
-            wishes.entry(source).or_default().push(object);
+        match serde_json::from_slice(&line.map_err(fault)?) {
+            Ok(Line::Object { source, object }) => wishes.objects.entry(source).or_default().push(*object),
+            Ok(Line::Service { service }) => wishes.services.push(*service),
+            Err(_) => {}
         }
     }
     Ok(Some(wishes))
@@ -166,7 +198,7 @@ mod tests {
     use std::time::SystemTime;
 
     use super::*;
-    use crate::model::Rejection;
+    use crate::model::{Protocol, Rejection, ServiceAddress, ServiceSettings};
 
     fn object(id: &str) -> Object {
         Object {
@@ -189,11 +221,25 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("wishes");
         assert_eq!(load(&path).unwrap(), None);
-        let wishes: Recollection = [
-            (SourceId("docker:a".into()), vec![object("1"), object("2")]),
-            (SourceId("docker:b".into()), vec![object("3")]),
-        ]
-        .into();
+        let wishes = Recollection {
+            objects: [
+                (SourceId("docker:a".into()), vec![object("1"), object("2")]),
+                (SourceId("docker:b".into()), vec![object("3")]),
+            ]
+            .into(),
+            services: vec![Remembered {
+                name: "web".into(),
+                address: ServiceAddress {
+                    vip: "203.0.113.10".parse().unwrap(),
+                    port: 80,
+                    protocol: Protocol::Tcp,
+                },
+                settings: ServiceSettings::default(),
+                source: "docker:a".into(),
+                created: SystemTime::UNIX_EPOCH,
+                since: SystemTime::UNIX_EPOCH + Duration::from_secs(1_500_000_000),
+            }],
+        };
         save(&path, &wishes).unwrap();
         let text = std::fs::read(&path).unwrap();
         std::fs::write(
@@ -210,7 +256,10 @@ mod tests {
     async fn a_version_is_written_once_and_the_last_one_at_the_end() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("wishes");
-        let of = |id: &str| Recollection::from([(SourceId("docker".into()), vec![object(id)])]);
+        let of = |id: &str| Recollection {
+            objects: [(SourceId("docker".into()), vec![object(id)])].into(),
+            services: Vec::new(),
+        };
         let mut keeper = Keeper::new(Some(path.clone()), 0);
         assert_eq!(keeper.due(0), None);
         keeper.keep(1, || of("1"));

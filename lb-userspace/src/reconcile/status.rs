@@ -67,6 +67,7 @@ impl Reconciler {
                 address: *address,
                 generation: entry.generation,
                 backends,
+                kept_until: wanted.and_then(|w| w.kept_until),
             }
         });
         let routes = self.heard.routes();
@@ -185,8 +186,12 @@ impl Reconciler {
             None => "not known yet".into(),
             Some(Place::Node) => "node".into(),
             Some(Place::Bridge { slot }) => format!("bridge {}", device(slot)),
-            Some(Place::Remote { slot, mac: Some(_) }) => format!("remote {}", device(slot)),
-            Some(Place::Remote { slot, mac: None }) => format!("remote {} (neighbour unknown)", device(slot)),
+            Some(Place::Remote {
+                slot, mac: Some(_), ..
+            }) => format!("remote {}", device(slot)),
+            Some(Place::Remote { slot, mac: None, .. }) => {
+                format!("remote {} (neighbour unknown)", device(slot))
+            }
             Some(Place::Unroutable) => "no route".into(),
         }
     }

@@ -9,7 +9,10 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Command, Options, RETRY_MAX, Reconciler, Surroundings, recollection::Keeper};
+use super::{
+    Command, Options, RETRY_MAX, Reconciler, Surroundings,
+    recollection::{Keeper, Recollection},
+};
 use crate::{
     datapath::{MapError, Maps, Topology},
     health::{Report, Targets},
@@ -88,7 +91,7 @@ pub async fn run(
         tokio::select! {
             () = stop.cancelled() => {
                 let heard = &reconciler.heard;
-                keeper.finish(heard.version(), || heard.wishes()).await;
+                keeper.finish(heard.version(), || Recollection::of(heard)).await;
                 return Ok(());
             }
             // A closed channel only means that nobody will say more: what was said stands.
@@ -130,7 +133,7 @@ pub async fn run(
             let changes = reconciler.target_changes();
             outputs.targets.send_if_modified(|targets| changes.apply(targets));
         }
-        keeper.keep(reconciler.heard.version(), || reconciler.heard.wishes());
+        keeper.keep(reconciler.heard.version(), || Recollection::of(&reconciler.heard));
         // Every wake-up may have changed something to tell.
         if status_at.get_or_insert(status_free.max(now)) <= &mut clock() {
             let surroundings = inputs.surroundings.borrow().clone();

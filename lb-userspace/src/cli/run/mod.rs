@@ -4,6 +4,7 @@ pub(super) mod translate;
 mod wiring;
 
 use std::{
+    collections::BTreeSet,
     io::{self, Write},
     path::{Path, PathBuf},
 };
@@ -53,10 +54,17 @@ pub(super) fn run(args: &RunArgs, socket: Option<&Path>) -> anyhow::Result<Exit>
 
 /// Takes the datapath off the node.
 pub(super) fn detach(args: &DetachArgs, socket: Option<&Path>) -> anyhow::Result<Exit> {
-    let (pin, configured) = match &args.config {
-        None => (PathBuf::from(DEFAULT_PIN_PATH), PathBuf::from(DEFAULT_SOCKET)),
+    let (pin, configured, vips) = match &args.config {
+        None => (
+            PathBuf::from(DEFAULT_PIN_PATH),
+            PathBuf::from(DEFAULT_SOCKET),
+            BTreeSet::new(),
+        ),
         Some(path) => match Config::load(path) {
-            Ok(config) => (config.bpf.pin_path, config.admin.socket),
+            Ok(config) => {
+                let vips = translate::vips(&config).collect();
+                (config.bpf.pin_path, config.admin.socket, vips)
+            }
             Err(errors) => {
                 writeln!(io::stderr(), "weir: {errors}")?;
                 return Ok(Exit::BadConfig);
@@ -77,11 +85,14 @@ pub(super) fn detach(args: &DetachArgs, socket: Option<&Path>) -> anyhow::Result
                 socket.display()
             ),
         }
-        datapath::detach(&pin, &Files::beside(&socket).state)
+        datapath::detach(&pin, &Files::beside(&socket).state, &vips)
             .await
             .with_context(|| format!("detaching what is pinned under {}", pin.display()))
     })?;
     for line in &report.done {
+        print(&format!("{line}\n"))?;
+    }
+    for line in report.advice() {
         print(&format!("{line}\n"))?;
     }
     if report.done.is_empty() && report.faults.is_empty() {

@@ -10,6 +10,7 @@ use crate::{
         Capacities, attach::XdpChoice, load::Sizes, net::NetConfig, sweep::SweepReport,
         uplinks::InterfaceName, xdp::RemoteBackends,
     },
+    desired::Retention,
     plan::{Policy, Sweep},
 };
 
@@ -44,6 +45,11 @@ pub(super) fn policy(config: &Config, hz: u32) -> Policy {
         event_sample: config.event_sample,
         hz,
         default_drain: config.policy.drain,
+        retention: Retention {
+            term: config.policy.remember,
+            vips: vips(config).collect(),
+        },
+        firewall: config.firewall.clone(),
     }
 }
 
@@ -107,6 +113,15 @@ pub(super) fn sweep(report: &SweepReport) -> Sweep {
         started: Some(report.started),
         flows: report.flows_by_backend.clone(),
     }
+}
+
+/// Every address of every VIP.
+pub(super) fn vips(config: &Config) -> impl Iterator<Item = IpAddr> {
+    config
+        .policy
+        .vips
+        .iter()
+        .flat_map(|vip| vip.addresses.iter().copied())
 }
 
 /// VIPs that the node puts on its interfaces.

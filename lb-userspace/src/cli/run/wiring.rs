@@ -93,6 +93,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let (places_to, places) = watch::channel(Default::default());
     let (report_to, report) = watch::channel(net::NetReport::default());
     let (commands_to, commands) = mpsc::channel(16);
+    let (announce_to, requests) = mpsc::channel(16);
     let (swept_to, swept) = watch::channel(None);
     let (events, _) = broadcast::channel(EVENTS);
     let first = config.borrow().clone();
@@ -102,6 +103,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         status,
         readings: Arc::new(Kernel::open(pins.clone(), maps.capacities())?),
         commands: commands_to.clone(),
+        announce: announce_to,
         shims: shims::Connected::default(),
         events: events.clone(),
         started: Instant::now(),
@@ -125,6 +127,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         state,
         config: derived(&mut tasks, &stop, config.clone(), |c| translate::network(c)),
         wanted: places,
+        requests,
         topology: topology_to,
         report: report_to,
     };

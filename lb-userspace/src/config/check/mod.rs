@@ -40,6 +40,7 @@ pub(super) fn check(path: &Path, text: &str, shared: Arc<Shared>) -> Result<Conf
         },
         limits: sections::limits(&mut check, &raw.limits),
         snat: sections::snat(&mut check, &raw.snat, &own.vips),
+        firewall: &sections::firewall(&mut check, &raw.firewall) | &shared.firewall,
         docker: docker::engines(&mut check, &raw.docker, &policy),
         swarm: swarm::swarms(&mut check, raw.swarm.as_ref(), &policy),
         etcd: raw.etcd.as_ref().map(|given| etcd::etcd(&mut check, given)),

@@ -1,13 +1,14 @@
 //! Every section but the services.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::SocketAddr,
     ops::RangeInclusive,
     path::{Path, PathBuf},
     time::Duration,
 };
 
+use ipnet::IpNet;
 use lb_common::limits as common;
 use toml::Spanned;
 
@@ -15,15 +16,16 @@ use super::{
     super::{
         Admin, Announce, Bpf, CheckPolicy, DEFAULT_ADMIN_SOCKET, DEFAULT_METRICS, DEFAULT_PIN_PATH,
         Interface, Limits, Policy, Snat, Vip, XdpMode, health as value_health,
-        raw::{Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawLimits, RawSnat, RawTimeouts, Strings},
+        raw::{
+            Given, RawAdmin, RawBpf, RawConfig, RawDefaults, RawFirewall, RawLimits, RawSnat, RawTimeouts,
+            Strings,
+        },
         value,
     },
     Check, health,
 };
 use crate::model::{FlowTimeouts, TlsFiles};
 
-/// The flow clock ticks in jiffies and is compared coarsely: a shorter timeout could end a flow that is alive.
-const SHORTEST_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest interface name: `IFNAMSIZ` with its final zero.
 const MAX_INTERFACE_NAME: usize = 15;
 /// Rings and services of more entries than this are a slip of the pen, not a machine.
@@ -196,6 +198,7 @@ pub(super) fn policy(
         vips,
         defaults,
         drain: check.text_or("defaults.drain", &raw.drain, base.drain, value::duration),
+        remember: check.text_or("defaults.remember", &raw.remember, base.remember, value::duration),
         checks,
     }
 }
@@ -207,12 +210,7 @@ pub(super) fn timeouts(
     base: FlowTimeouts,
 ) -> FlowTimeouts {
     let mut one = |name: &str, given: &Given<String>, base: Duration| {
-        check.text_or(
-            &format!("{key}.{name}"),
-            given,
-            base,
-            value::duration_from(SHORTEST_TIMEOUT),
-        )
+        check.text_or(&format!("{key}.{name}"), given, base, value::timeout)
     };
     FlowTimeouts {
         tcp_established: one("tcp-established", &raw.tcp_established, base.tcp_established),
@@ -289,6 +287,29 @@ pub(super) fn snat(check: &mut Check<'_>, raw: &RawSnat, vips: &[Vip]) -> Snat {
         }
     }
     Snat { addresses, ports }
+}
+
+/// The deny list for all services.
+pub(super) fn firewall(check: &mut Check<'_>, raw: &RawFirewall) -> BTreeSet<IpNet> {
+    // An empty list is the same as none: it is what remains when the last prefix is deleted.
+    let given = raw.deny.as_ref().filter(|list| !list.get_ref().0.is_empty());
+    let mut deny = BTreeSet::new();
+    for (text, list) in given
+        .iter()
+        .flat_map(|list| list.get_ref().0.iter().map(move |text| (text, list)))
+    {
+        let prefix = value::prefix(text).and_then(|prefix| match deny.contains(&prefix) {
+            false => Ok(prefix),
+            true => Err(value::ValueError::Twice(text.clone())),
+        });
+        deny.extend(check.keep("firewall.deny", list.span(), prefix));
+    }
+    if deny.len() > common::MAX_FIREWALL_PREFIXES as usize {
+        let fault = format!("{} prefixes are too many", deny.len());
+        let remedy = format!("name at most {}: join neighbours", common::MAX_FIREWALL_PREFIXES);
+        check.fault("firewall.deny", given.map(Spanned::span), fault, remedy);
+    }
+    deny
 }
 
 fn port_range(text: &str) -> Option<RangeInclusive<u16>> {

@@ -16,7 +16,9 @@ use super::{
     },
     Check, health, sections,
 };
-use crate::model::{Backend, BackendState, Protocol, ServiceAddress, ServiceSettings, ServiceWish};
+use crate::model::{
+    Attachment, Backend, BackendState, Protocol, ServiceAddress, ServiceSettings, ServiceWish,
+};
 
 pub(super) fn services(
     check: &mut Check<'_>,
@@ -274,6 +276,7 @@ fn backends(
                 .as_ref()
                 .map_or_else(|| address.to_string(), |name| name.get_ref().clone()),
             check: None,
+            attachment: Attachment::Address,
         });
     }
     found

@@ -24,6 +24,7 @@ pub(in super::super) fn shared(key: &Path, text: &str, node: &Config) -> Result<
         interfaces: Some(Spanned::new(0..0, Strings(names.collect()))),
         vips: raw.vips,
         defaults: raw.defaults,
+        firewall: raw.firewall,
         events: raw.events,
         ..RawConfig::default()
     };
@@ -36,6 +37,7 @@ pub(in super::super) fn shared(key: &Path, text: &str, node: &Config) -> Result<
             node.policy.checks.tls.clone(),
             &Policy::built_in(),
         ),
+        firewall: sections::firewall(&mut check, &raw.firewall),
         event_sample: raw.events.sample.as_ref().map(|sample| *sample.get_ref()),
     };
     check.end(key, shared)

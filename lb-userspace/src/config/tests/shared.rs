@@ -175,3 +175,32 @@ fn nodes_publish_and_balancers_read() {
         assert!(errors.contains(": 1 fault\n"), "{text}: {errors}");
     }
 }
+
+#[test]
+fn the_firewall_denies_what_the_file_and_etcd_name() {
+    let file = "interfaces = [\"eth0\"]\n[firewall]\ndeny = [\"192.0.2.0/24\", \"2001:db8::7\"]\n";
+    let config = Config::parse(Path::new("weir.toml"), file).unwrap();
+    let key = "[firewall]\ndeny = [\"198.51.100.0/24\", \"192.0.2.0/24\"]\n";
+    let shared = Shared::parse("/weir/config", key, &config).unwrap();
+    let both = config.with_shared(&Arc::new(shared)).unwrap();
+    let all: Vec<String> = both.firewall.iter().map(ToString::to_string).collect();
+    assert_eq!(all, ["192.0.2.0/24", "198.51.100.0/24", "2001:db8::7/128"]);
+    let bad = file.replace("192.0.2.0/24", "192.0.2.1/24");
+    let errors = Config::parse(Path::new("weir.toml"), &bad).unwrap_err();
+    assert!(errors.to_string().contains("write `192.0.2.0/24`"), "{errors}");
+}
+
+#[test]
+fn default_timeouts_outlive_what_the_standards_ask_for() {
+    let t = parse(NODE).unwrap().policy.defaults.timeouts;
+    let (minutes, hours) = (
+        |n: u64| Duration::from_secs(60 * n),
+        |n: u64| Duration::from_secs(3600 * n),
+    );
+    // RFC 5382, REQ-5.
+    assert!(t.tcp_established >= hours(2) + minutes(4), "{t:?}");
+    // Linux keeps TIME-WAIT for 60 s: before that a source port must not come back.
+    assert!(t.tcp_closing >= minutes(1), "{t:?}");
+    // RFC 4787, REQ-5.
+    assert!(t.udp >= minutes(5), "{t:?}");
+}

@@ -2,22 +2,27 @@
 //! VIPs, and publishes what the plan needs as one value.
 
 mod places;
+mod topology;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
     ops::RangeInclusive,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use lb_common::maps::{Device, device_flags};
 use rtnetlink::Handle;
-use tokio::{sync::watch, time};
+use tokio::{
+    sync::{mpsc, watch},
+    time,
+};
 
 use super::{
-    DeviceInfo, Place, Topology, XdpSend, announce,
+    Topology, announce,
+    announcements::{AnnounceRequest, Announcements, Presence},
     attach::{Attacher, DeviceWish, XdpChoice},
-    features::{self, Features},
+    features::Features,
     netlink::{self, Change, Link, Neighbour, NetlinkError, OwnAddress, Route},
     slots::{self, Slots},
     state::StateFile,
@@ -73,6 +78,8 @@ pub struct NetTask {
     pub config: watch::Receiver<NetConfig>,
     /// Addresses of backends.
     pub wanted: watch::Receiver<BTreeSet<IpAddr>>,
+    /// What the operator wants to be announced again.
+    pub requests: mpsc::Receiver<AnnounceRequest>,
     /// Where the network goes.
     pub topology: watch::Sender<Topology>,
     /// Where the report goes.
@@ -127,6 +134,7 @@ struct Follower {
     features: Option<Features>,
     routes: HashMap<IpAddr, Option<Route>>,
     managed: BTreeSet<(u32, IpAddr)>,
+    announcements: Announcements,
 }
 
 /// Runs until the channels close. The first [`Topology`] is published after the first look. Works in the network
@@ -150,10 +158,13 @@ pub async fn run(task: NetTask) -> std::io::Result<()> {
         features,
         routes: HashMap::new(),
         managed: BTreeSet::new(),
+        announcements: Announcements::default(),
     };
     let mut resync = time::interval(RESYNC);
     resync.set_missed_tick_behavior(time::MissedTickBehavior::Delay);
     loop {
+        let mut request = None;
+        let due = follower.announcements.next_due();
         tokio::select! {
             _ = resync.tick() => follower.forget_failures(),
             changed = config.changed() => match changed {
@@ -161,6 +172,8 @@ pub async fn run(task: NetTask) -> std::io::Result<()> {
                 Err(_) => return Ok(()),
             },
             changed = wanted.changed() => if changed.is_err() { return Ok(()) },
+            Some(asked) = follower.task.requests.recv() => request = Some(asked),
+            () = time::sleep_until(due.unwrap_or_else(Instant::now).into()), if due.is_some() => {}
             change = changes.recv() => {
                 let Some(change) = change else {
                     return Err(std::io::Error::other("the kernel closed the netlink socket"));
@@ -182,6 +195,9 @@ pub async fn run(task: NetTask) -> std::io::Result<()> {
                 .task
                 .report
                 .send_modify(|report| report.faults = vec![e.to_string()]);
+        }
+        if let Some(request) = request {
+            follower.announce_again(request);
         }
     }
 }
@@ -247,6 +263,9 @@ impl Follower {
             )
             .await,
         );
+        let present = announce::present(&view.links, &view.addresses, &config.announce);
+        self.announcements.observe(present, Instant::now());
+        faults.extend(self.announce_due());
         let decision = self.decide(config, &view).await?;
         self.attach(&view, &decision);
         let mut attached = !view.uplinks.incomplete;
@@ -292,6 +311,29 @@ impl Follower {
             replace(current, report)
         });
         Ok(())
+    }
+
+    /// Tells the neighbours what they are due to be told.
+    fn announce_due(&mut self) -> Vec<String> {
+        let due = self.announcements.take_due(Instant::now());
+        let tell = |presence: &Presence| {
+            let fault = announce::tell_neighbours(presence).err()?;
+            Some(format!(
+                "VIP {}: its neighbours could not be told: {fault}",
+                presence.address
+            ))
+        };
+        due.iter().filter_map(tell).collect()
+    }
+
+    /// Tells the neighbours again what the operator asks for.
+    fn announce_again(&mut self, request: AnnounceRequest) {
+        let announce = &self.task.config.borrow().announce;
+        let again = self.announcements.repeat(request.vip, Instant::now());
+        let told = |(_, vip): &&(String, IpAddr)| again.iter().any(|presence| presence.address == *vip);
+        let told = announce.iter().filter(told).cloned().collect();
+        // A caller that has gone away needs no answer.
+        let _ = request.reply.send(told);
     }
 
     /// Brings the programs to where they are wanted and takes them away from where they are not.
@@ -423,64 +465,6 @@ impl Follower {
         })
         .collect()
     }
-
-    fn topology(&self, view: &View, config: &NetConfig, places: BTreeMap<IpAddr, Place>) -> Topology {
-        let features = self.features.as_ref().map(|features| {
-            features.read().unwrap_or_else(|e| {
-                tracing::warn!(error = %e, "the kernel does not tell what drivers can do for XDP: frames go by TC");
-                BTreeMap::new()
-            })
-        });
-        let announced = self.task.state.get().addresses;
-        // A VIP that we announce is no address of the node's own.
-        let own: Vec<&OwnAddress> = view
-            .addresses
-            .iter()
-            .filter(|own| !announced.iter().any(|(_, vip)| *vip == own.address))
-            .collect();
-        let devices = view
-            .links
-            .iter()
-            .filter_map(|link| {
-                let slot = self.slots.get(link.ifindex)?;
-                let mode = self.task.attacher.attached().get(&link.ifindex);
-                let mode = mode.map_or("-", |status| status.xdp.as_str());
-                let info = DeviceInfo {
-                    name: link.name.clone(),
-                    ifindex: link.ifindex,
-                    mac: link.mac,
-                    mtu: link.mtu,
-                    xdp: xdp_send(
-                        mode,
-                        link.veth,
-                        features.as_ref().map(|all| all.get(&link.ifindex).copied()),
-                    ),
-                    bridge: link.bridge,
-                    addresses: own
-                        .iter()
-                        .filter(|own| {
-                            own.ifindex == link.ifindex
-                                && !own.unusable
-                                && !link_local(own.address)
-                                && !config.vips.contains(&own.address)
-                        })
-                        .map(|own| own.address)
-                        .collect(),
-                };
-                Some((slot, info))
-            })
-            .collect();
-        let mut node_addresses: Vec<IpAddr> = own.iter().map(|own| own.address).collect();
-        node_addresses.sort_unstable();
-        node_addresses.dedup();
-        let loopback = view.links.iter().find(|link| link.loopback);
-        Topology {
-            devices,
-            places,
-            node_addresses,
-            loopback_ifindex: loopback.map_or(0, |link| link.ifindex),
-        }
-    }
 }
 
 /// What interfaces were when an agent last knew it. Without a record, `auto` may be any of the devices that it left programs on.
@@ -499,33 +483,6 @@ fn last_answers(task: &NetTask) -> Answers {
     [(InterfaceName::Auto, answer)].into()
 }
 
-/// What XDP may send through a device: `mode` is how our program is on it, `features` are its driver's bits (`None`: the kernel
-/// tells of no device, `Some(None)`: not of this one). Of old kernels it is known that a driver which takes our program natively
-/// takes redirected frames as well. A veth takes frames only while somebody at its other end looks for them, and loses all others,
-/// those sent back too; the kernel knows which.
-fn xdp_send(mode: &str, veth: bool, features: Option<Option<u64>>) -> XdpSend {
-    let has = |bit: u64| features.flatten().unwrap_or(0) & bit != 0;
-    XdpSend {
-        back: match mode {
-            "native" => !veth || has(features::XMIT),
-            mode => mode == "generic",
-        },
-        redirect: match features {
-            Some(_) => has(features::XMIT),
-            None => mode == "native" && !veth,
-        },
-        frags: has(features::XMIT_FRAGS),
-    }
-}
-
-/// Of one link only: no source for packets that are routed.
-fn link_local(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    }
-}
-
 /// Replaces a value; whether it changed.
 fn replace<T: PartialEq>(current: &mut T, next: T) -> bool {
     let changed = *current != next;
@@ -533,39 +490,4 @@ fn replace<T: PartialEq>(current: &mut T, next: T) -> bool {
         *current = next;
     }
     changed
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn xdp_sends_through_drivers_that_take_it() {
-        let send = |mode, features| {
-            let send = xdp_send(mode, false, features);
-            (send.back, send.redirect, send.frags)
-        };
-        let all = features::XMIT | features::XMIT_FRAGS;
-        assert_eq!(send("native", Some(Some(all))), (true, true, true));
-        assert_eq!(send("native", Some(Some(features::XMIT))), (true, true, false));
-        assert_eq!(send("native", Some(Some(0))), (true, false, false));
-        assert_eq!(send("generic", Some(None)), (true, false, false));
-        assert_eq!(send("-", Some(Some(all))), (false, true, true));
-        // Before 6.3.
-        assert_eq!(send("native", None), (true, true, false));
-        assert_eq!(send("generic", None), (true, false, false));
-        assert_eq!(send("-", None), (false, false, false));
-    }
-
-    #[test]
-    fn a_veth_takes_frames_when_the_kernel_says_so() {
-        let send = |mode, features| {
-            let send = xdp_send(mode, true, features);
-            (send.back, send.redirect)
-        };
-        assert_eq!(send("native", Some(Some(features::XMIT))), (true, true));
-        assert_eq!(send("native", Some(Some(0))), (false, false));
-        assert_eq!(send("generic", Some(Some(0))), (true, false));
-        assert_eq!(send("native", None), (false, false));
-    }
 }

@@ -52,7 +52,11 @@ impl Follower {
         // backend is treated as remote, so that source translation brings its replies here.
         let hop = (route.ifindex, route.gateway.unwrap_or(address));
         let mac = view.neighbours.get(&hop).and_then(|neighbour| neighbour.mac);
-        Ok((Place::Remote { slot, mac }, Some(hop)))
+        // On its own device of such a kind the node reaches its macvlan and ipvlan containers; on the parent it never does.
+        let own_link = device.bridge || device.vlan_port;
+        let beyond = view.uplinks.devices.contains(&route.ifindex);
+        let uplink = beyond && (route.gateway.is_some() || !own_link);
+        Ok((Place::Remote { slot, mac, uplink }, Some(hop)))
     }
 
     /// Has the kernel keep the entries of `hops` fresh, and no others of ours. Packets that XDP sends do not

@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use super::super::*;
 use crate::{
     health::{Before, By, Targets, Verdict, WHOLE},
-    model::{Check, CheckKind, Passive, Protocol, ServiceSettings, UnhealthyPolicy},
+    model::{Attachment, Check, CheckKind, Passive, Protocol, ServiceSettings, UnhealthyPolicy},
     route::{RouteAddress, RouteSettings, RouteWish},
 };
 
@@ -60,6 +60,7 @@ impl Rig {
             drain: Duration::from_secs(30),
             name: format!("web-{i}"),
             check: Some(Arc::new(Check::of(vec![CheckKind::Http]))),
+            attachment: Attachment::Address,
         }
     }
 

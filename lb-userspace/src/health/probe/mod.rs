@@ -7,6 +7,7 @@ mod tls;
 
 use std::{io, net::SocketAddr, sync::Arc};
 
+use nix::sys::socket::{setsockopt, sockopt};
 use tokio::{
     net::{TcpSocket, TcpStream},
     time::timeout,
@@ -94,12 +95,12 @@ impl Probe for Network {
 impl Network {
     async fn try_kind(&self, kind: CheckKind, to: SocketAddr, check: &Check) -> Result<String, Fault> {
         match kind {
-            CheckKind::Tcp => connect(to).await.map(|_| "connected".into()),
-            CheckKind::Http => http::exchange(connect(to).await?, to, &check.http).await,
+            CheckKind::Tcp => connect(to, check.on_link).await.map(|_| "connected".into()),
+            CheckKind::Http => http::exchange(connect(to, check.on_link).await?, to, &check.http).await,
             CheckKind::Https => {
                 let name = tls::server_name(&check.tls, to)?;
                 let client = self.clients.client(check.tls.files.as_ref())?;
-                let stream = connect(to).await?;
+                let stream = connect(to, check.on_link).await?;
                 let stream = tokio_rustls::TlsConnector::from(client)
                     .connect(name, stream)
                     .await
@@ -110,8 +111,9 @@ impl Network {
     }
 }
 
-/// A connection that is reset when it is done with: thousands of checks leave no sockets in TIME-WAIT.
-async fn connect(to: SocketAddr) -> Result<TcpStream, Fault> {
+/// A connection that is reset when it is done with: thousands of checks leave no sockets in TIME-WAIT. `on_link`: never by a
+/// gateway, so that an address of this node's networks does not leave the node when its network is not there.
+async fn connect(to: SocketAddr, on_link: bool) -> Result<TcpStream, Fault> {
     let socket = if to.is_ipv4() {
         TcpSocket::new_v4()
     } else {
@@ -119,6 +121,9 @@ async fn connect(to: SocketAddr) -> Result<TcpStream, Fault> {
     };
     let socket = socket.map_err(Fault::Socket)?;
     socket.set_zero_linger().map_err(Fault::Socket)?;
+    if on_link {
+        setsockopt(&socket, sockopt::DontRoute, &true).map_err(|fault| Fault::Socket(fault.into()))?;
+    }
     socket.connect(to).await.map_err(|error| match error.kind() {
         // The node has run out of ports or memory: nothing that the backend could help.
         io::ErrorKind::AddrNotAvailable | io::ErrorKind::OutOfMemory => Fault::Socket(error),

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, time::Instant};
 
-use lb_common::maps::{NO_RING, backend_state};
+use lb_common::maps::{ACL_DENY, EVERY_SERVICE, NO_RING, backend_state};
 
 use super::{Note, Programmed, ROW_QUARANTINE, Ring, address_of, key_of};
 use crate::datapath::Dump;
@@ -43,6 +43,10 @@ impl Programmed {
         for ((service, prefix), action) in &dump.acl {
             match this.entry_by_id(*service) {
                 Some(entry) => entry.acl.insert(*prefix, *action),
+                None if *service == EVERY_SERVICE => {
+                    this.firewall.insert(*prefix);
+                    None
+                }
                 None => this.stray_acl.insert((*service, *prefix), *action),
             };
             this.acl_entries += 1;
@@ -128,6 +132,9 @@ impl Programmed {
         };
         dump.backends
             .extend(self.slots.iter().map(|(id, slot)| (*id, slot.record)));
+        let firewall = self.firewall.iter();
+        dump.acl
+            .extend(firewall.map(|prefix| ((EVERY_SERVICE, *prefix), ACL_DENY)));
         for (address, entry) in &self.services {
             dump.acl.extend(
                 entry

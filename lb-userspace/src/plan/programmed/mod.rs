@@ -11,7 +11,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use lb_common::maps::{self, NO_RING, backend_flags, backend_state};
+use lb_common::maps::{self, EVERY_SERVICE, NO_RING, backend_flags, backend_state};
 
 use crate::{
     datapath::{Filter, MapOp},
@@ -45,6 +45,8 @@ pub struct Programmed {
     written: HashMap<u32, Ring>,
     /// Allow and deny entries of services that are not known any more.
     pub(super) stray_acl: BTreeMap<(u32, IpNet), u32>,
+    /// The deny list for all services, in `ACL`.
+    pub(super) firewall: BTreeSet<IpNet>,
     pub(super) vips: BTreeMap<IpAddr, maps::Vip>,
     pub(super) devices: BTreeMap<u16, maps::Device>,
     pub(super) snat: BTreeMap<u16, IpAddr>,
@@ -159,6 +161,15 @@ impl Programmed {
                     entry.timeouts = Some(*timeouts);
                 }
             }
+            MapOp::PutAcl {
+                service: EVERY_SERVICE,
+                prefix,
+                ..
+            } => self.acl_entries += usize::from(self.firewall.insert(*prefix)),
+            MapOp::DelAcl {
+                service: EVERY_SERVICE,
+                prefix,
+            } => self.acl_entries -= usize::from(self.firewall.remove(prefix)),
             MapOp::PutAcl {
                 service,
                 prefix,
@@ -373,6 +384,11 @@ impl Programmed {
 // === impl Entry ===
 
 impl Entry {
+    /// Whether rows of `RINGS` are its own.
+    pub(super) fn has_ring(&self) -> bool {
+        self.value.is_some_and(|value| value.ring_row != NO_RING)
+    }
+
     pub(super) fn new(id: u32) -> Self {
         Self {
             id,

@@ -10,8 +10,9 @@ use tokio_util::sync::CancellationToken;
 use super::*;
 use crate::{
     datapath::{Capacities, MapOp, Place, fake::FakeMaps},
+    desired::Retention,
     health::{Before, By, Verdict},
-    model::{Backend, BackendState, Check, CheckKind, Protocol, ServiceSettings, ServiceWish},
+    model::{Attachment, Backend, BackendState, Check, CheckKind, Protocol, ServiceSettings, ServiceWish},
     route::{RouteAddress, RouteSettings, RouteWish, WHOLE_HOST},
     source::{Object, Update},
     status::Status,
@@ -58,6 +59,8 @@ fn policy() -> Policy {
         event_sample: 0,
         hz: 250,
         default_drain: Duration::ZERO,
+        retention: Retention::default(),
+        firewall: BTreeSet::new(),
     }
 }
 
@@ -133,6 +136,7 @@ fn backend(address: u32) -> Backend {
         drain: Duration::from_secs(30),
         name: format!("web-{address}"),
         check: None,
+        attachment: Attachment::Address,
     }
 }
 
@@ -158,7 +162,11 @@ fn container(service: u16, backend: Backend) -> Object {
     }
 }
 
-const REMOTE: Place = Place::Remote { slot: 1, mac: None };
+const REMOTE: Place = Place::Remote {
+    slot: 1,
+    mac: None,
+    uplink: true,
+};
 
 #[tokio::test(start_paused = true)]
 async fn the_loop_reads_its_sources_and_stops() {

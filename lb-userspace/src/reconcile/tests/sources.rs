@@ -209,3 +209,50 @@ async fn the_operator_drains_upstreams() {
     agent.stop.cancel();
     agent.task.await.unwrap().unwrap();
 }
+
+/// The answer that `when-empty` promises holds after the last container, and after a restart of the agent.
+#[tokio::test(start_paused = true)]
+async fn a_service_without_containers_is_kept_over_a_restart() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        sources: vec![SourceId(SOURCE.into())],
+        wishes: Some(dir.path().join("wishes")),
+        ..Options::default()
+    };
+    let keep = |agent: &Agent| {
+        agent._others.1.send_modify(|policy| {
+            policy.retention.term = Duration::from_secs(600);
+            policy.retention.vips = [IpAddr::from([203, 0, 113, 1])].into();
+        });
+        agent
+            .topology
+            .send_modify(|t| t.places.extend([(IpAddr::from(5u32.to_be_bytes()), REMOTE)]));
+    };
+    let mut first = start(options.clone());
+    keep(&first);
+    let all = Update::Reset(vec![container(1, backend(5))]);
+    first.inbox.send(message(all)).await.unwrap();
+    first.status.wait_for(|s| s.ready && s.commits > 0).await.unwrap();
+    first
+        .inbox
+        .send(message(Update::Remove("web-5".into())))
+        .await
+        .unwrap();
+    let kept = |s: &Status| {
+        s.services
+            .iter()
+            .any(|s| s.kept_until.is_some() && s.name == "service-1")
+    };
+    first.status.wait_for(kept).await.unwrap();
+    first.stop.cancel();
+    first.task.await.unwrap().unwrap();
+
+    let mut next = start_on(first.maps.clone(), options);
+    keep(&next);
+    next.inbox.send(message(Update::Reset(Vec::new()))).await.unwrap();
+    next.status.wait_for(|s| s.ready && kept(s)).await.unwrap();
+    let dump = next.maps.contents();
+    assert_eq!(dump.services.len(), 1, "clients are still answered");
+    next.stop.cancel();
+    next.task.await.unwrap().unwrap();
+}

@@ -7,11 +7,14 @@ use std::{
 };
 
 use bollard::models::{
-    ContainerInspectResponse, ContainerStateStatusEnum as Status, HealthStatusEnum, PortMap,
+    ContainerInspectResponse, ContainerStateStatusEnum as Status, EndpointSettings, HealthStatusEnum, PortMap,
 };
 
 use super::signal;
 use crate::model::Protocol;
+
+/// `rp_filter`: the source must be reached by the interface that a packet came in by.
+const STRICT: u8 = 1;
 
 /// One container.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,10 +41,34 @@ pub struct Container {
     pub network_mode: NetworkMode,
     /// Addresses by network name.
     pub networks: BTreeMap<String, Vec<IpAddr>>,
+    /// What else decides where its replies go.
+    pub routing: Routing,
     /// Ports that its image or its creator names.
     pub exposed: BTreeSet<(u16, Protocol)>,
     /// Where its ports are published on the engine's node.
     pub published: BTreeMap<(u16, Protocol), Vec<SocketAddr>>,
+}
+
+/// What decides where a container's replies go.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Routing {
+    /// Its networks by name; empty where the source does not tell.
+    pub networks: BTreeMap<String, NetworkAttachment>,
+    /// `rp_filter` of the container's own `--sysctl`, for all interfaces and for new ones.
+    pub rp_filter: [Option<u8>; 2],
+}
+
+/// One network of a container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct NetworkAttachment {
+    /// Docker's id of the network.
+    pub id: String,
+    /// Its driver, once the engine has told.
+    pub driver: Option<String>,
+    /// Whether it gives the container a gateway, IPv4 and IPv6. An internal network gives none (Docker 25 and newer).
+    pub gateway: [bool; 2],
+    /// The gateway of the network with the highest priority becomes the default route (Docker 28 and newer).
+    pub priority: i64,
 }
 
 /// What a container does.
@@ -121,7 +148,20 @@ impl TryFrom<ContainerInspectResponse> for Container {
         let config = answer.config.unwrap_or_default();
         let state = answer.state.unwrap_or_default();
         let settings = answer.network_settings.unwrap_or_default();
-        let network_mode = answer.host_config.and_then(|host| host.network_mode);
+        let host = answer.host_config.unwrap_or_default();
+        let sysctls = host.sysctls.unwrap_or_default();
+        let rp_filter = |which: &str| {
+            let name = format!("net.ipv4.conf.{which}.rp_filter");
+            sysctls.get(&name)?.trim().parse().ok()
+        };
+        let endpoints = settings.networks.unwrap_or_default();
+        let routing = Routing {
+            networks: endpoints
+                .iter()
+                .map(|(name, endpoint)| (name.clone(), endpoint.into()))
+                .collect(),
+            rp_filter: [rp_filter("all"), rp_filter("default")],
+        };
         let published = published(settings.ports.unwrap_or_default());
         let mut exposed: BTreeSet<_> = config
             .exposed_ports
@@ -153,10 +193,9 @@ impl TryFrom<ContainerInspectResponse> for Container {
                 .and_then(signal::number)
                 .unwrap_or(signal::TERM),
             stopping: state.status == Some(Status::STOPPING),
-            network_mode: mode(network_mode.as_deref()),
-            networks: settings
-                .networks
-                .unwrap_or_default()
+            network_mode: mode(host.network_mode.as_deref()),
+            routing,
+            networks: endpoints
                 .into_iter()
                 .map(|(name, endpoint)| {
                     let texts = [endpoint.ip_address, endpoint.global_ipv6_address];
@@ -168,6 +207,39 @@ impl TryFrom<ContainerInspectResponse> for Container {
             published,
             id,
         })
+    }
+}
+
+impl From<&EndpointSettings> for NetworkAttachment {
+    fn from(endpoint: &EndpointSettings) -> Self {
+        let given = |gateway: &Option<String>| gateway.as_ref().is_some_and(|text| !text.is_empty());
+        Self {
+            id: endpoint.network_id.clone().unwrap_or_default(),
+            driver: None,
+            gateway: [given(&endpoint.gateway), given(&endpoint.ipv6_gateway)],
+            priority: endpoint.gw_priority.unwrap_or_default(),
+        }
+    }
+}
+
+// === impl Routing ===
+
+impl Routing {
+    /// The network whose gateway is the container's default route: the one of the highest priority, then the first by name,
+    /// as Docker orders them.
+    pub fn default_network(&self, v6: bool) -> Option<(&str, &NetworkAttachment)> {
+        let networks = self.networks.iter();
+        networks
+            .filter(|(_, network)| network.gateway[usize::from(v6)])
+            .min_by_key(|(name, network)| (std::cmp::Reverse(network.priority), *name))
+            .map(|(name, network)| (name.as_str(), network))
+    }
+
+    /// Whether the container drops packets that come by another interface than its default route's. `node` is what the
+    /// node gives its containers.
+    pub fn is_strict(&self, node: [u8; 2]) -> bool {
+        let [all, new] = [0, 1].map(|i| self.rp_filter[i].unwrap_or(node[i]));
+        all.max(new) == STRICT
     }
 }
 

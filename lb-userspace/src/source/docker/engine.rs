@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -9,7 +10,9 @@ use bollard::{
     API_DEFAULT_VERSION, Docker,
     errors::Error,
     models::EventMessage,
-    query_parameters::{EventsOptionsBuilder, InspectContainerOptions, ListContainersOptionsBuilder},
+    query_parameters::{
+        EventsOptionsBuilder, InspectContainerOptions, InspectNetworkOptions, ListContainersOptionsBuilder,
+    },
 };
 use futures_util::{Stream, StreamExt as _, TryStreamExt as _, stream};
 
@@ -122,6 +125,8 @@ pub struct Listing {
 #[derive(Clone, Debug)]
 pub struct Engine {
     docker: Docker,
+    /// Drivers of networks by id: they never change. `None`: the engine does not know the network any more.
+    drivers: Arc<Mutex<HashMap<String, Option<String>>>>,
     /// The engine's clock at the time of connection.
     pub connected_at: SystemTime,
 }
@@ -135,6 +140,7 @@ impl Engine {
         let time: jiff::Timestamp = text.parse().map_err(|_| EngineError::Clock(text))?;
         Ok(Self {
             docker,
+            drivers: Arc::default(),
             connected_at: time.into(),
         })
     }
@@ -195,13 +201,44 @@ impl Engine {
             .inspect_container(id, None::<InspectContainerOptions>)
             .await
         {
-            Ok(answer) => Ok(Some(answer.try_into()?)),
+            Ok(answer) => {
+                let mut container: Container = answer.try_into()?;
+                if is_ours(container.labels.keys().map(String::as_str)) {
+                    for network in container.routing.networks.values_mut() {
+                        network.driver = self.driver(&network.id).await?;
+                    }
+                }
+                Ok(Some(container))
+            }
             Err(Error::DockerResponseServerError {
                 status_code: NOT_FOUND,
                 ..
             }) => Ok(None),
             Err(error) => Err(asking("inspect")(error)),
         }
+    }
+
+    /// The driver of a network; `None` when the engine cannot tell.
+    async fn driver(&self, network: &str) -> Result<Option<String>, EngineError> {
+        let known = || self.drivers.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(driver) = known().get(network) {
+            return Ok(driver.clone());
+        }
+        // An attachment without a network: the container does not run yet.
+        if network.is_empty() {
+            return Ok(None);
+        }
+        let answer = self
+            .docker
+            .inspect_network(network, None::<InspectNetworkOptions>)
+            .await;
+        let driver = match answer.map_err(asking("network")) {
+            Ok(answer) => answer.driver,
+            Err(error) if error.is_answer() => None,
+            Err(error) => return Err(error),
+        };
+        known().insert(network.to_owned(), driver.clone());
+        Ok(driver)
     }
 
     /// Asks for a sign of life.

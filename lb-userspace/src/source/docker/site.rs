@@ -6,6 +6,7 @@ use nix::{ifaddrs::getifaddrs, net::if_::InterfaceFlags};
 
 use crate::{
     config::{Config, DockerConfig, value},
+    datapath::sysctl,
     source::labels::Site,
 };
 
@@ -22,7 +23,17 @@ pub fn site(config: &Config, docker: &DockerConfig) -> Site {
         remote: docker.remote,
         node,
         allow: docker.allow.clone(),
+        rp_filter: ["all", "default"].map(rp_filter),
     }
+}
+
+/// Containers begin with the values of the node's first namespace. What cannot be read is taken for off.
+fn rp_filter(which: &str) -> u8 {
+    let value = sysctl::read(&format!("net.ipv4.conf.{which}.rp_filter"));
+    value
+        .ok()
+        .and_then(|text| text.trim().parse().ok())
+        .unwrap_or_default()
 }
 
 fn local_addresses(config: &Config) -> Vec<IpAddr> {

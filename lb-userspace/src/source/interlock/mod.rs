@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     config::{Policy, value::DEFAULT_WEIGHT, value::Listen},
-    model::{Backend, Check, Protocol},
+    model::{Attachment, Backend, Check, Protocol, SnatMode},
     route::{RouteAddress, RouteSettings, RouteWish},
 };
 
@@ -133,6 +133,9 @@ fn upstream(
     let places = labels::places(listen, port, spec.network.as_deref(), container, site)?;
     let place = places.iter().find(|place| place.is_ipv4()).or(places.first());
     let address: SocketAddr = *place.ok_or(("network", Refusal::NoAddress))?;
+    // The shim connects by the node's own routes: it needs no source, but overlay networks it does not reach either.
+    labels::attachment(address.ip(), SnatMode::Auto, container, site)
+        .map_err(|refusal| (refusal.setting(), refusal))?;
     let (state, reason) = labels::state(container);
     let mut check = Arc::clone(&spec.check);
     let slow_start = policy.checks.check.timing.slow_start;
@@ -148,6 +151,7 @@ fn upstream(
         drain: policy.drain,
         name: container.name.clone(),
         check: Some(check),
+        attachment: Attachment::Address,
     })
 }
 

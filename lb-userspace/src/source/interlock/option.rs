@@ -252,6 +252,7 @@ impl Lines {
                 server_name: host.filter(|_| kind == CheckKind::Https).map(Into::into),
                 files: None,
             },
+            on_link: false,
             timing: CheckTiming {
                 interval,
                 fast_interval: plain.fast_interval.min(interval),

@@ -9,7 +9,7 @@ use crate::{
     route::{ANY_HOST, Balance, UpstreamTls},
     source::{
         Object,
-        docker::container::{Health, NetworkMode, RunState},
+        docker::container::{Health, NetworkAttachment, NetworkMode, Routing, RunState},
     },
 };
 
@@ -35,6 +35,7 @@ fn container(labels: Given<'_>) -> Container {
         stop_signal: 15,
         stopping: false,
         network_mode: NetworkMode::Network("voting_voteapp".into()),
+        routing: Routing::default(),
         networks: [("voting_voteapp".into(), vec!["172.18.0.2".parse().unwrap()])].into(),
         exposed: [(80, Protocol::Tcp)].into(),
         published: [((80, Protocol::Tcp), vec!["0.0.0.0:32768".parse().unwrap()])].into(),
@@ -54,6 +55,7 @@ fn policy() -> Policy {
             ..ServiceSettings::default()
         },
         drain: Duration::from_secs(30),
+        remember: Duration::from_secs(600),
         checks: CheckPolicy::default(),
     }
 }
@@ -551,4 +553,21 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn an_upstream_on_an_overlay_network_is_refused() {
+    let mut container = container(&[HOST, DOMAIN]);
+    let overlay = NetworkAttachment {
+        driver: Some("overlay".into()),
+        ..NetworkAttachment::default()
+    };
+    container.routing.networks = [("voting_voteapp".into(), overlay)].into();
+    let object = object(&container, &Site::default()).unwrap();
+    assert_eq!(object.routes, []);
+    let text = object.rejections[0].to_string();
+    assert!(
+        text.contains("overlay network") && text.contains("bridge network as well"),
+        "{text}"
+    );
 }

@@ -53,6 +53,7 @@ pub(super) fn check(
     let check = Check {
         kinds,
         port: labels.get("check-port", base.port, some(value::port))?,
+        on_link: base.on_link,
         timing: CheckTiming {
             interval: labels.get("check-interval", t.interval, &interval)?,
             fast_interval: labels.get("check-fast-interval", t.fast_interval, &interval)?,
@@ -143,7 +144,11 @@ mod tests {
     fn every_setting_has_its_label() {
         assert_eq!(check(&[]), None);
         assert_eq!(check(&[("check", "none")]), None);
-        assert_eq!(check(&[("check", "tcp")]), Some(Check::of(vec![CheckKind::Tcp])));
+        let on_link = Check {
+            on_link: true,
+            ..Check::of(vec![CheckKind::Tcp])
+        };
+        assert_eq!(check(&[("check", "tcp")]), Some(on_link));
         let all = check(&[
             ("check", "tcp, https"),
             ("check-port", "9443"),

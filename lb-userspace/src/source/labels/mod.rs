@@ -12,9 +12,10 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
     net::{IpAddr, SocketAddr},
+    sync::Arc,
 };
 
-pub(super) use reach::places;
+pub(super) use reach::{attachment, places};
 pub use refusal::Refusal;
 
 use super::{
@@ -27,7 +28,10 @@ use crate::{
         Allowed, Policy, health,
         value::{self, Listen, ValueError},
     },
-    model::{Backend, BackendState, Protocol, Rejection, ServiceAddress, ServiceSettings, ServiceWish},
+    model::{
+        Backend, BackendState, FlowTimeouts, Protocol, Rejection, ServiceAddress, ServiceSettings,
+        ServiceWish,
+    },
     route::RouteWish,
 };
 
@@ -71,6 +75,10 @@ pub const SETTINGS: &[&str] = &[
     "check-server-name",
     "when-unhealthy",
     "passive",
+    "timeout-established",
+    "timeout-syn",
+    "timeout-closing",
+    "timeout-udp",
 ];
 
 /// Where the engine's containers are, seen from this node.
@@ -84,6 +92,8 @@ pub struct Site {
     pub node: Vec<IpAddr>,
     /// What its containers may claim.
     pub allow: Allowed,
+    /// `rp_filter` of this node for all interfaces and for new ones: what its containers begin with.
+    pub rp_filter: [u8; 2],
 }
 
 /// Whether one of the labels is ours.
@@ -205,7 +215,7 @@ fn service(
         snat: labels.get("snat", policy.defaults.snat, value::snat)?,
         allow: labels.get("allow", Vec::new(), value::prefixes)?,
         deny: labels.get("deny", Vec::new(), value::prefixes)?,
-        timeouts: policy.defaults.timeouts,
+        timeouts: timeouts(&labels, policy.defaults.timeouts)?,
         when_empty: labels.get("when-empty", policy.defaults.when_empty, value::when_empty)?,
         reset_unknown: labels.get("reset-unknown", policy.defaults.reset_unknown, value::boolean)?,
         when_unhealthy: labels.get(
@@ -228,7 +238,12 @@ fn service(
 
     // What all services get are checks by TCP: a service of UDP is checked so only where it says so itself.
     let named = labels.0.contains_key("check");
-    let check = check::check(&labels, container, &policy.checks)?;
+    let mut check = check::check(&labels, container, &policy.checks)?;
+    if let Some(check) = &mut check {
+        // Traffic to a container of this node never leaves by a gateway: a check that did would tell nothing.
+        Arc::make_mut(check).on_link =
+            !site.remote && matches!(container.network_mode, NetworkMode::Network(_));
+    }
     allowed(name, &listens, &vips, site)?;
 
     let (state, reason) = state(container);
@@ -246,6 +261,8 @@ fn service(
             let Some(address) = places.iter().find(|place| place.is_ipv4() == vip.is_ipv4()) else {
                 continue;
             };
+            let attachment = attachment(address.ip(), settings.snat, container, site)
+                .map_err(|refusal| (refusal.setting(), refusal))?;
             wishes.push(ServiceWish {
                 name: name.into(),
                 address: ServiceAddress {
@@ -264,6 +281,7 @@ fn service(
                     check: check
                         .clone()
                         .filter(|_| named || listen.protocol == Protocol::Tcp),
+                    attachment,
                 }],
             });
         }
@@ -272,6 +290,16 @@ fn service(
         return Err(("vip", Refusal::Family(reachable.into_iter().collect())));
     }
     Ok(wishes)
+}
+
+/// The idle timeouts of the service's flows.
+fn timeouts(labels: &Labels<'_>, base: FlowTimeouts) -> Result<FlowTimeouts, (&'static str, Refusal)> {
+    Ok(FlowTimeouts {
+        tcp_established: labels.get("timeout-established", base.tcp_established, value::timeout)?,
+        tcp_syn: labels.get("timeout-syn", base.tcp_syn, value::timeout)?,
+        tcp_closing: labels.get("timeout-closing", base.tcp_closing, value::timeout)?,
+        udp: labels.get("timeout-udp", base.udp, value::timeout)?,
+    })
 }
 
 /// Refuses what the containers of this engine may not claim.

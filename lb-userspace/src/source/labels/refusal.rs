@@ -51,6 +51,12 @@ pub enum Refusal {
     NetworkChoice(Vec<String>),
     #[error("the container is not on network `{network}`")]
     NoNetwork { network: String, known: Vec<String> },
+    #[error("network `{network}` is an overlay network, which is not entered")]
+    Overlay { network: String, bridges: Vec<String> },
+    #[error(
+        "network `{0}` gives the container no gateway, and `snat` is never: its replies would not come back"
+    )]
+    NoGateway(String),
     #[error("the container shares the network of container {0}")]
     SharedNetwork(String),
     #[error("the container has no network")]
@@ -66,6 +72,14 @@ pub enum Refusal {
 }
 
 impl Refusal {
+    /// The setting that the remedy begins with, of a refusal of the way to a container.
+    pub fn setting(&self) -> &'static str {
+        match self {
+            Self::NoGateway(_) => "snat",
+            _ => "network",
+        }
+    }
+
     /// What to do; `prefix` is what the labels of this service or route begin with.
     pub fn remedy(&self, prefix: &str) -> String {
         match self {
@@ -104,6 +118,15 @@ impl Refusal {
             }
             Self::NoNetwork { known, .. } if known.is_empty() => "connect the container to it".into(),
             Self::NoNetwork { known, .. } => format!("name one of: {}", known.join(", ")),
+            Self::Overlay { bridges, .. } if bridges.is_empty() => {
+                "connect the container to a bridge network as well, and name that one".into()
+            }
+            Self::Overlay { bridges, .. } => {
+                format!("set {prefix}network to one of: {}", bridges.join(", "))
+            }
+            Self::NoGateway(_) => format!(
+                "set {prefix}snat to auto, or connect the container to a network that is not internal"
+            ),
             Self::SharedNetwork(_) => "put the labels on that container".into(),
             Self::NoAddress => "connect the container to a network".into(),
             Self::NoNodeAddress => "set docker.node-address in the agent's configuration".into(),

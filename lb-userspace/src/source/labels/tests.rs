@@ -6,7 +6,7 @@ use super::*;
 use crate::{
     config::{Announce, Vip},
     model::{EmptyPolicy, SnatMode},
-    source::docker::signal,
+    source::docker::{container::Routing, signal},
 };
 
 pub(crate) fn policy() -> Policy {
@@ -23,6 +23,7 @@ pub(crate) fn policy() -> Policy {
         ],
         defaults: ServiceSettings::default(),
         drain: Duration::from_secs(30),
+        remember: Duration::from_secs(600),
         checks: crate::config::CheckPolicy::default(),
     }
 }
@@ -42,6 +43,7 @@ pub(crate) fn container(labels: &[(&str, &str)]) -> Container {
         stop_signal: signal::TERM,
         stopping: false,
         network_mode: NetworkMode::Network("bridge".into()),
+        routing: Routing::default(),
         networks: BTreeMap::from([("bridge".into(), vec!["172.17.0.2".parse().unwrap()])]),
         exposed: BTreeSet::from([(8080, Protocol::Tcp)]),
         published: BTreeMap::new(),
@@ -560,4 +562,34 @@ proptest! {
             prop_assert!(!rejection.fault.is_empty() && !rejection.remedy.is_empty());
         }
     }
+}
+
+#[test]
+fn timeouts_have_labels_with_the_limits_of_the_file() {
+    let given = |labels: &[(&str, &str)]| {
+        let mut all = vec![(L, "80/tcp"), VIP];
+        all.extend_from_slice(labels);
+        object(&container(&all), &local(), &policy()).unwrap()
+    };
+    let made = given(&[
+        ("weir.service.web.timeout-established", "4h"),
+        ("weir.service.web.timeout-syn", "20s"),
+        ("weir.service.web.timeout-closing", "90s"),
+        ("weir.service.web.timeout-udp", "10m"),
+    ]);
+    assert_eq!(made.rejections, []);
+    let t = made.services[0].settings.timeouts;
+    assert_eq!(
+        [t.tcp_established, t.tcp_syn, t.tcp_closing, t.udp].map(|time| time.as_secs()),
+        [4 * 3600, 20, 90, 600]
+    );
+    let defaults = given(&[]).services[0].settings.timeouts;
+    let one = given(&[("weir.service.web.timeout-udp", "1h")]);
+    assert_eq!(one.services[0].settings.timeouts.tcp_syn, defaults.tcp_syn);
+    let bad = given(&[("weir.service.web.timeout-syn", "10ms")]);
+    let text = bad.rejections[0].to_string();
+    assert!(
+        text.contains("timeout-syn") && text.contains("write at least `1s`"),
+        "{text}"
+    );
 }

@@ -49,6 +49,7 @@ impl<'n> View<'n> {
                 remote: true,
                 node: Vec::new(),
                 allow: Allowed::default(),
+                rp_filter: [0; 2],
             },
             rejections: Vec::new(),
             serves: false,

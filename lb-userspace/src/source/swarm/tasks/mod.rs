@@ -24,7 +24,7 @@ use crate::{
     source::{
         Object,
         docker::{
-            container::{Container, Elsewhere, Health, NetworkMode, RunState, time},
+            container::{Container, Elsewhere, Health, NetworkMode, Routing, RunState, time},
             signal,
         },
         labels::{self, Site, is_ours},
@@ -205,6 +205,7 @@ fn container(service: &Service, task: &Task, node: &[IpAddr]) -> Container {
         health: checked.then_some(Health::Healthy),
         stop_signal: signal::TERM,
         stopping: false,
+        routing: Routing::default(),
         networks: BTreeMap::new(),
         exposed: match published.is_empty() {
             true => elsewhere.keys().copied().collect(),
@@ -287,6 +288,7 @@ fn place(node: &Node, source: &str, allow: &Allowed) -> Result<Place, Box<Object
             remote: true,
             node: addresses,
             allow: allow.clone(),
+            rp_filter: [0; 2],
         },
         leaving,
     })
