@@ -30,6 +30,8 @@ fn node_and_peer() -> (Netns, Netns) {
         ns.ip(&format!("link set {device} up"));
     }
     node.ip("route add 10.20.0.0/16 via 10.9.0.2");
+    // A veth takes frames from XDP while its other end looks for them.
+    run(&format!("ip netns exec {} ethtool -K p0 gro on", peer.name));
     (node, peer)
 }
 
