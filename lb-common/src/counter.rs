@@ -121,5 +121,8 @@ indexed! {
         UnusedPort = "unused_port",
         /// A later fragment for a VIP whose first did not come in time.
         FragmentEarly = "fragment_early",
+        /// XDP sent it to another device, which could not take it. Counted for all XDP programs of the machine, besides the
+        /// verdict, by a program on the kernel's tracepoint.
+        RedirectFailed = "redirect_failed",
     }
 }

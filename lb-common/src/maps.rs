@@ -194,6 +194,8 @@ pub struct Device {
     /// Further MACs whose frames are for this node: those of its master (bridge, bond) and its further unicast addresses.
     /// Zero: unused.
     pub macs: [DeviceMac; DEVICE_MACS],
+    /// Its name, zeros behind it. It stays when the device goes: one that comes under this name gets the slot again.
+    pub name: [u8; DEVICE_NAME],
 }
 
 /// A MAC in [`Device::macs`].
@@ -208,9 +210,12 @@ pub struct DeviceMac {
     pub _pad: u16,
 }
 
+/// Bytes of a device's name and its zeros (IFNAMSIZ).
+pub const DEVICE_NAME: usize = 16;
+
 /// Bits of [`Device::flags`].
 pub mod device_flags {
-    /// An XDP program may send through this device.
+    /// An XDP program of another device may redirect frames to this one: its driver takes them.
     pub const XDP: u16 = 1 << 0;
     /// A bridge: containers on it reach each other without passing our programs.
     pub const BRIDGE: u16 = 1 << 1;
@@ -218,6 +223,10 @@ pub mod device_flags {
     pub const UPLINK: u16 = 1 << 2;
     /// It carries VLANs and takes their tags off before XDP sees a frame: XDP leaves all frames to TC, which is told.
     pub const VLAN_OFFLOAD: u16 = 1 << 3;
+    /// Our XDP program is on this device and may send frames back out of it.
+    pub const XDP_TX: u16 = 1 << 4;
+    /// With [`XDP`]: frames of several buffers, too.
+    pub const XDP_FRAGS: u16 = 1 << 5;
 }
 
 /// Value of `VIPS`: an address that belongs to services.
@@ -528,7 +537,7 @@ const _: () = {
     assert!(size_of::<ServiceKey>() == 20);
     assert!(size_of::<Service>() == 36);
     assert!(size_of::<Backend>() == 48);
-    assert!(size_of::<Device>() == 64);
+    assert!(size_of::<Device>() == 80);
     assert!(size_of::<AffinityKey>() == 20);
     assert!(size_of::<FragmentKey>() == 40);
     assert!(size_of::<FragmentPorts>() == 8);

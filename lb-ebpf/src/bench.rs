@@ -32,7 +32,7 @@ pub static TC_PROGRAMS: ProgramArray<2> = ProgramArray::new();
 const TC_NEXT: i32 = -1;
 
 /// Restores the frame and runs a program of [`XDP_PROGRAMS`].
-#[xdp]
+#[xdp(frags)]
 pub fn bench_xdp(ctx: XdpContext) -> u32 {
     // SAFETY: the kernel's context of this program run.
     let bounds = unsafe { (&raw const (*ctx.ctx).data, &raw const (*ctx.ctx).data_end) };
@@ -44,7 +44,7 @@ pub fn bench_xdp(ctx: XdpContext) -> u32 {
 }
 
 /// What a run costs without a body.
-#[xdp]
+#[xdp(frags)]
 pub fn empty_xdp(_ctx: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }

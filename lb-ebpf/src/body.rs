@@ -108,6 +108,15 @@ impl Packet for Xdp {
     }
 
     #[inline(always)]
+    fn is_multi_buffer(&self) -> bool {
+        // SAFETY: the kernel's context of this program run.
+        unsafe {
+            let (data, end) = bounds(&raw const (*self.ctx).data, &raw const (*self.ctx).data_end);
+            bpf_xdp_get_buff_len(self.ctx) != end.wrapping_sub(data) as u64
+        }
+    }
+
+    #[inline(always)]
     fn device(&self) -> u32 {
         // SAFETY: the kernel's context of this program run.
         unsafe { (*self.ctx).ingress_ifindex }

@@ -15,9 +15,10 @@ mod maps;
 use aya_ebpf::{
     bindings::{__sk_buff, xdp_action, xdp_md},
     helpers::{bpf_redirect, bpf_redirect_neigh},
-    macros::{classifier, xdp},
-    programs::{TcContext, XdpContext},
+    macros::{classifier, raw_tracepoint, xdp},
+    programs::{RawTracePointContext, TcContext, XdpContext},
 };
+use lb_common::counter::DropReason;
 use lb_ebpf::{packet::Packet, pipeline, tables::Tables as _, verdict::Action};
 
 use body::{Skb, Xdp};
@@ -32,8 +33,8 @@ const TC_DROP: i32 = 2;
 /// `bpf_redirect` to the receiving side of a device.
 const INGRESS: u64 = 1;
 
-/// The fast path on a NIC: flows between remote parties.
-#[xdp]
+/// The fast path on a NIC: flows between remote parties. It reads headers only, which lie in a frame's first buffer.
+#[xdp(frags)]
 pub fn weir_xdp(ctx: XdpContext) -> u32 {
     xdp(ctx.ctx)
 }
@@ -60,6 +61,14 @@ pub fn weir_sweep(_ctx: XdpContext) -> u32 {
 #[xdp]
 pub fn weir_heartbeat(_ctx: XdpContext) -> u32 {
     kernel::heartbeat()
+}
+
+/// Counts the frames that the kernel could not redirect: it says so after the verdict, and to tracepoints alone. It
+/// sees those of all XDP programs of the machine.
+#[raw_tracepoint(tracepoint = "xdp_redirect_err")]
+pub fn weir_redirect_err(_ctx: RawTracePointContext) -> i32 {
+    Kernel.count_drop(DropReason::RedirectFailed as u32);
+    0
 }
 
 #[inline(always)]

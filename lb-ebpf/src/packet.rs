@@ -39,6 +39,11 @@ pub trait Packet {
     /// TC: whether the kernel takes the frame for one of this device: its MAC (ingress), and no VLAN tag, which it keeps
     /// beside the frame. XDP has to look by itself ([`crate::ingress`]).
     fn is_for_device(&self) -> bool;
+    /// Whether parts of the frame lie in further buffers, where programs cannot read them.
+    #[inline(always)]
+    fn is_multi_buffer(&self) -> bool {
+        false
+    }
 
     /// Interface index of the device the frame is met at.
     fn device(&self) -> u32;

@@ -88,7 +88,7 @@ pub fn to_backend<P: Packet, T: Tables, A: Ip>(packet: &P, tables: T, backend: &
     }
     match tables.device(backend.hop.slot() as u32) {
         Some(device) => {
-            let way = by_device::<P>(device, backend.hop);
+            let way = by_device(packet, device, backend.hop);
             if way.kind == Kind::Device && is_agent_silent(tables) {
                 ask_kernel::<P, A>(packet, way, backend)
             } else {
@@ -142,17 +142,17 @@ pub fn to_client<P: Packet, T: Tables>(packet: &P, tables: T, hop: Hop, translat
         };
     }
     match tables.device(hop.slot() as u32) {
-        Some(device) => by_device::<P>(device, hop),
+        Some(device) => by_device(packet, device, hop),
         None => Way::plain(Kind::Nowhere),
     }
 }
 
 #[inline(always)]
-fn by_device<P: Packet>(device: &Device, hop: Hop) -> Way {
+fn by_device<P: Packet>(packet: &P, device: &Device, hop: Hop) -> Way {
     if device.ifindex == 0 {
         return Way::plain(Kind::Nowhere);
     }
-    if P::HOOK == Hook::Xdp && (!hop.has_mac() || device.flags & device_flags::XDP == 0) {
+    if P::HOOK == Hook::Xdp && !(hop.has_mac() && takes_from_xdp(packet, device)) {
         return Way::plain(Kind::NeedTc);
     }
     let kind = if hop.has_mac() {
@@ -168,6 +168,16 @@ fn by_device<P: Packet>(device: &Device, hop: Hop) -> Way {
         hop,
         from,
     }
+}
+
+/// Whether XDP can send this frame out of a device. The kernel says no only after the verdict, when the frame is lost.
+#[inline(always)]
+fn takes_from_xdp<P: Packet>(packet: &P, device: &Device) -> bool {
+    if device.ifindex == packet.device() {
+        return device.flags & device_flags::XDP_TX != 0;
+    }
+    device.flags & device_flags::XDP != 0
+        && (device.flags & device_flags::XDP_FRAGS != 0 || !packet.is_multi_buffer())
 }
 
 /// Checks before anything is changed: body, device, time to live, size. `Some` is the end of the packet.

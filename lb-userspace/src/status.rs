@@ -26,7 +26,8 @@ pub struct Status {
     pub attachments: Vec<AttachmentStatus>,
     /// Faults of the agent itself: a failing map write, a missing sysctl.
     pub faults: Vec<String>,
-    /// Every source has been read once (or its waiting time is over) and the maps hold the desired state.
+    /// Every source has been read once (or its waiting time is over), the maps hold the desired state, and every interface of the
+    /// configuration has its programs.
     pub ready: bool,
     /// When the maps last changed.
     pub last_commit: Option<SystemTime>,
@@ -144,4 +145,7 @@ pub struct AttachmentStatus {
     pub xdp: String,
     /// `tcx`, `clsact`, or `-`.
     pub tc: String,
+    /// Why XDP is on or off there; empty where it never is (bridges, `lo`).
+    #[serde(default)]
+    pub why: String,
 }

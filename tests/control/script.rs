@@ -28,7 +28,7 @@ use lb_common::maps::{NO_RING, backend_flags, backend_state, service_flags, vip_
 use tokio::sync::oneshot;
 use weir::{
     datapath::{
-        Capacities, DeviceInfo, Dump, Place, Topology,
+        Capacities, DeviceInfo, Dump, Place, Topology, XdpSend,
         fake::{FakeMaps, Fault},
     },
     desired::Retention,
@@ -176,7 +176,11 @@ impl World {
                     ifindex: 10 + u32::from(slot),
                     mac: [2, 0, 0, 0, 0, slot as u8],
                     mtu: 1500,
-                    xdp: true,
+                    xdp: XdpSend {
+                        back: true,
+                        redirect: true,
+                        frags: true,
+                    },
                     bridge: addresses.contains(&"bridge"),
                     uplink: !addresses.contains(&"bridge"),
                     vlan_offload: false,

@@ -13,7 +13,8 @@ use tokio::sync::oneshot;
 use weir::datapath::{
     announcements::AnnounceRequest,
     attach::{TcChoice, XdpChoice},
-    net::{InterfaceName, NetConfig},
+    net::NetConfig,
+    uplinks::InterfaceName,
 };
 
 use crate::{
@@ -120,7 +121,8 @@ fn neighbours_are_told_of_vips_again_and_again() {
         interfaces: vec![InterfaceName::Named("up0".into())],
         xdp: XdpChoice::Off,
         announce: vips.iter().map(|vip| ("up0".to_owned(), *vip)).collect(),
-        snat_ports: None,
+        vips: vips.into(),
+        ..NetConfig::default()
     };
     let (pin, state, peer_name) = (node.pin.clone(), node.state.clone(), peer.name.clone());
     node.block_on(async move {

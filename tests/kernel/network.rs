@@ -7,7 +7,9 @@ use weir::datapath::{
     attach::{TcChoice, XdpChoice},
     bpf::KernelMaps,
     detach::detach,
-    net::{InterfaceName, NetConfig},
+    net::NetConfig,
+    uplinks::InterfaceName,
+    xdp::RemoteBackends,
 };
 
 use crate::{
@@ -28,6 +30,8 @@ fn node_and_peer() -> (Netns, Netns) {
         ns.ip(&format!("link set {device} up"));
     }
     node.ip("route add 10.20.0.0/16 via 10.9.0.2");
+    // A veth takes frames from XDP while its other end looks for them.
+    run(&format!("ip netns exec {} ethtool -K p0 gro on", peer.name));
     (node, peer)
 }
 
@@ -35,10 +39,15 @@ fn config(announce: &[(&str, &str)]) -> NetConfig {
     NetConfig {
         interfaces: vec![InterfaceName::Named("up0".into())],
         xdp: XdpChoice::Auto,
+        remote: RemoteBackends {
+            source: Some("a test".into()),
+            ..RemoteBackends::default()
+        },
         announce: announce
             .iter()
             .map(|(device, vip)| ((*device).into(), vip.parse().unwrap()))
             .collect(),
+        vips: announce.iter().map(|(_, vip)| vip.parse().unwrap()).collect(),
         snat_ports: Some(16384..=32767),
     }
 }
@@ -100,7 +109,7 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
             assert_eq!(topology.places[&ip("198.51.100.1")], Place::Unroutable);
             assert_eq!(topology.places[&ip("172.30.0.5")], Place::Unroutable);
             let up0 = &topology.devices[&slot(&topology, "up0").unwrap()];
-            assert!(up0.xdp && !up0.bridge && up0.mtu == 1500);
+            assert!(up0.xdp.back && !up0.bridge && up0.mtu == 1500);
             assert_eq!(
                 BTreeSet::from_iter(up0.addresses.clone()),
                 [ip("10.9.0.1"), ip("fd09::1")].into()
@@ -115,7 +124,7 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
                 })
                 .await;
             let bridge = slot(&topology, "docker9").unwrap();
-            assert!(topology.devices[&bridge].bridge && !topology.devices[&bridge].xdp);
+            assert!(topology.devices[&bridge].bridge && !topology.devices[&bridge].xdp.back);
             let report = agent
                 .until_report("three devices", |r| r.attachments.len() == 3)
                 .await;
@@ -150,7 +159,8 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
             .contains("16384-32767")
     );
     let links = || std::fs::read_dir(pin.join("v1/links")).unwrap().count();
-    assert_eq!(links(), 3 + 2 + 1);
+    // And the tracepoint's.
+    assert_eq!(links(), 3 + 2 + 1 + 1);
     let program_before = node.output("ip -d link show up0");
     // The next one takes over, in place; one VIP is no longer wanted, the bridge goes.
     {
@@ -181,7 +191,7 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
         program_before,
         "the program was replaced"
     );
-    assert_eq!(links(), 3 + 1);
+    assert_eq!(links(), 3 + 1 + 1);
     let addresses = node.output("ip -o addr");
     assert!(
         addresses.contains("192.0.2.80/32") && !addresses.contains("2001:db8::80"),

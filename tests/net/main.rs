@@ -3,6 +3,7 @@
 #![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
 mod changes;
+mod devices;
 mod errors;
 mod events;
 mod frames;
@@ -10,6 +11,7 @@ mod health;
 mod lab;
 mod load;
 mod local;
+mod pins;
 mod pmtu;
 mod policy;
 mod talk;

@@ -115,10 +115,20 @@ impl Talk {
 
     /// Sends so many bytes and takes them back. Fails if one differs.
     pub fn say(&mut self, length: usize) -> Result<()> {
-        let data = bytes(length as u64, length);
+        self.tell(length)?;
+        self.hear(length)
+    }
+
+    /// Sends so many bytes, which come back to [`Talk::hear`].
+    pub fn tell(&mut self, length: usize) -> Result<()> {
         let mut message = (length as u64).to_be_bytes().to_vec();
-        message.extend(&data);
-        self.stream.write_all(&message).context("write")?;
+        message.extend(bytes(length as u64, length));
+        self.stream.write_all(&message).context("write")
+    }
+
+    /// Takes back what [`Talk::tell`] has sent. Fails if one byte differs.
+    pub fn hear(&mut self, length: usize) -> Result<()> {
+        let data = bytes(length as u64, length);
         let mut back = vec![0; length];
         self.stream.read_exact(&mut back).context("read")?;
         anyhow::ensure!(back == data, "the transfer came back changed");

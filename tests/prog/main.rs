@@ -1,6 +1,7 @@
 //! Packet rows: each runs one or more frames through the real programs by `BPF_PROG_TEST_RUN`, as XDP with TC behind
 //! it and as TC alone, and leaves nothing unchecked: verdict, bytes, all counters, all flows.
 
+mod devices;
 mod errors;
 mod flows;
 mod foreign;
@@ -29,6 +30,7 @@ groups!(
 fn rows_are_many_and_of_different_names() {
     let groups = [
         errors::rows(),
+        devices::rows(),
         flows::rows(),
         foreign::rows(),
         fragments::rows(),

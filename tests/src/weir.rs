@@ -63,6 +63,14 @@ impl<'n> Weir<'n> {
         Ok(weir)
     }
 
+    /// As [`Weir::start_with`], without waiting for more than an answer: the agent need not become ready.
+    pub fn launch(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
+        let mut weir = Self::new(namespace, xdp, config)?;
+        weir.spawn()?;
+        weir.await_status("answering", |_| true)?;
+        Ok(weir)
+    }
+
     /// As [`Weir::start_with`], with no other capabilities than these (`CAP_BPF CAP_NET_ADMIN …`).
     pub fn start_confined(
         namespace: &'n Namespace,
@@ -140,8 +148,18 @@ impl<'n> Weir<'n> {
         Ok(std::fs::rename(next, self.config_path())?)
     }
 
+    /// Changes `bpf.xdp` of the configurations that follow.
+    pub fn set_xdp(&mut self, xdp: &'static str) {
+        self.xdp = xdp;
+    }
+
     /// Starts the agent (again) and waits until it is ready.
     pub fn run(&mut self) -> Result<()> {
+        self.spawn()?;
+        self.await_ready()
+    }
+
+    fn spawn(&mut self) -> Result<()> {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
@@ -162,7 +180,26 @@ impl<'n> Weir<'n> {
             confine(&mut command, kept);
         }
         self.agent = Some(Guard::spawn(&mut command)?);
-        self.await_ready()
+        Ok(())
+    }
+
+    /// `weir <words>` in the same namespace with these settings of `[admin]` and `[bpf]`, but a socket of its own: what another
+    /// agent would be that uses the same pins. It has a mount namespace of its own, as containers have.
+    pub fn beside(&self, words: &[&str]) -> Result<Command> {
+        let text = std::fs::read_to_string(self.config_path())?;
+        let other = self.directory.path().join("other");
+        std::fs::create_dir_all(&other)?;
+        let socket = self.socket().display().to_string();
+        let config = other.join("weir.toml");
+        std::fs::write(
+            &config,
+            text.replace(&socket, &other.join("weir.sock").display().to_string()),
+        )?;
+        let mut command = self.namespace.command("unshare");
+        command.args(["--mount", "--"]).arg(&self.binary).args(words);
+        command.arg("--config").arg(config);
+        command.env("WEIR_BPF_OBJECT", object_path());
+        Ok(command)
     }
 
     fn log_path(&self) -> PathBuf {
@@ -255,14 +292,18 @@ impl<'n> Weir<'n> {
         format!("counters {moved}\nstatus {status}\nlog\n{}", self.log())
     }
 
-    /// Tags (digests of the instructions) of the programs in the pinned links, in the order of the links' names.
+    /// Tags (digests of the instructions) of the programs in the pinned links of devices, in the order of the links' names.
     pub fn programs(&self) -> Result<Vec<u64>> {
         use aya::programs::links::{FdLink, PinnedLink};
         let mut paths = Vec::new();
         for version in std::fs::read_dir(&self.pins)? {
             let links = version?.path().join("links");
             for link in std::fs::read_dir(&links).with_context(|| links.display().to_string())? {
-                paths.push(link?.path());
+                let link = link?;
+                let name = link.file_name().to_string_lossy().into_owned();
+                if ["xdp_", "tc_"].iter().any(|kind| name.starts_with(kind)) {
+                    paths.push(link.path());
+                }
             }
         }
         paths.sort();
@@ -307,6 +348,11 @@ impl<'n> Weir<'n> {
     pub fn cli(&self, words: &[&str]) -> Result<Output> {
         let mut command = self.namespace.command(&self.binary);
         Ok(command.args(words).arg("--socket").arg(self.socket()).output()?)
+    }
+
+    /// Runs another command of the binary in the agent's namespace.
+    pub fn plain(&self, words: &[&str]) -> Result<Output> {
+        Ok(self.namespace.command(&self.binary).args(words).output()?)
     }
 
     /// Starts the L7 shim of this agent as its unit file does: the command line, a user of its own whose directories nobody

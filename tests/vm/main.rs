@@ -18,7 +18,7 @@ use std::{
 
 use aya::{
     Btf, Ebpf, EbpfLoader,
-    programs::{Program, ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
+    programs::{Program, ProgramError, RawTracePoint, SchedClassifier, TcAttachType, Xdp, XdpMode, tc},
     util::KernelVersion,
 };
 use nix::sched::{CloneFlags, unshare};
@@ -89,6 +89,7 @@ fn load() -> Loaded {
         let result = match program {
             Program::Xdp(program) => program.load(),
             Program::SchedClassifier(program) => program.load(),
+            Program::RawTracePoint(program) => program.load(),
             other => panic!(
                 "{name} is of a kind that this test does not know: {:?}",
                 other.prog_type()
@@ -196,6 +197,21 @@ fn the_xdp_body_attaches_natively_and_passes_foreign_traffic() {
         .attach(DEVICE, XdpMode::Driver)
         .expect("veth has native XDP");
     assert_foreign_traffic_passes();
+    program.detach(link).unwrap();
+}
+
+#[test]
+fn failed_redirects_can_be_counted() {
+    let mut loaded = loaded();
+    let program: &mut RawTracePoint = loaded
+        .object
+        .program_mut("weir_redirect_err")
+        .expect("the object has the program")
+        .try_into()
+        .unwrap();
+    let link = program
+        .attach("xdp_redirect_err")
+        .expect("the tracepoint is there");
     program.detach(link).unwrap();
 }
 

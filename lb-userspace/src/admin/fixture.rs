@@ -183,6 +183,7 @@ pub fn status() -> Status {
             device: "eth1".into(),
             xdp: "native".into(),
             tc: "tcx".into(),
+            why: "[nodes] can bring remote backends".into(),
         }],
         faults: vec!["sysctl net.ipv4.ip_forward is 0: set it to 1".into()],
         ready: true,

@@ -2,13 +2,23 @@
 
 use std::{io::Write, path::Path};
 
-use super::Exit;
-use crate::config::Config;
+use super::{Exit, run::translate};
+use crate::{
+    config::Config,
+    datapath::{netlink, uplinks},
+};
 
-/// Reads and checks `path` without touching anything else.
+/// Reads and checks `path`, and looks at the interfaces that it names, as far as this machine has them. Touches nothing.
 pub(super) fn check(path: &Path, out: &mut impl Write, err: &mut impl Write) -> anyhow::Result<Exit> {
     match Config::load(path) {
         Ok(config) => {
+            let refusals = refused_interfaces(&config);
+            if !refusals.is_empty() {
+                for refusal in refusals {
+                    writeln!(err, "{}: {refusal}", path.display())?;
+                }
+                return Ok(Exit::BadConfig);
+            }
             let (vips, services) = (config.policy.vips.len(), config.services.len());
             writeln!(
                 out,
@@ -22,6 +32,24 @@ pub(super) fn check(path: &Path, out: &mut impl Write, err: &mut impl Write) -> 
             Ok(Exit::BadConfig)
         }
     }
+}
+
+/// Interfaces of the configuration that are there and cannot be served. A file may be checked on another machine than its own, and
+/// by anybody: what cannot be read is no fault.
+fn refused_interfaces(config: &Config) -> Vec<String> {
+    let look = async {
+        let handle = netlink::connect().ok()?;
+        let links = netlink::links(&handle).await.ok()?;
+        let default = netlink::default_devices(&handle).await.unwrap_or_default();
+        Some(uplinks::refusals(
+            &translate::interfaces(config),
+            &links,
+            &default,
+        ))
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let found = runtime.ok().and_then(|runtime| runtime.block_on(look));
+    found.unwrap_or_default()
 }
 
 #[cfg(test)]

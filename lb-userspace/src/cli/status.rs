@@ -40,7 +40,12 @@ const SOURCES: &[Column] = &[
     Column::words("FAULT"),
 ];
 
-const DEVICES: &[Column] = &[Column::words("DEVICE"), Column::words("XDP"), Column::words("TC")];
+const DEVICES: &[Column] = &[
+    Column::words("DEVICE"),
+    Column::words("XDP"),
+    Column::words("TC"),
+    Column::words("WHY").expendable(1),
+];
 
 /// Everything, as of `now`. `counters` are two readings some time apart; without them there are no rates.
 pub fn render(
@@ -227,6 +232,7 @@ fn devices(status: &Status) -> Table {
             device.device.clone().into(),
             device.xdp.clone().into(),
             device.tc.clone().into(),
+            Cell::new(device.why.clone(), Tone::Faint),
         ]);
     }
     table

@@ -18,7 +18,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
@@ -302,16 +302,16 @@ impl Config {
             .collect()
     }
 
-    /// Names of the devices to attach to, `auto` resolved, none twice.
+    /// Names of the devices to attach to, `auto` resolved, none twice. Without a default route `auto` is what it was before.
     ///
     /// # Errors
-    /// `auto`, and the kernel's routes cannot be read or name no default route.
+    /// `auto`, and the kernel's routes cannot be read or have never named a default route.
     pub fn interface_names(&self) -> io::Result<Vec<String>> {
         let mut names = Vec::new();
         for interface in &self.interfaces {
             let name = match interface {
                 Interface::Named(name) => name.clone(),
-                Interface::Auto => default_route_device(&fs::read_to_string("/proc/net/route")?)
+                Interface::Auto => last_answer(default_route_device(&fs::read_to_string("/proc/net/route")?))
                     .ok_or_else(|| {
                         io::Error::other(
                             "interfaces: `auto` needs an IPv4 default route and there is none; name the interface",
@@ -324,6 +324,18 @@ impl Config {
         }
         Ok(names)
     }
+}
+
+/// An answer, or the last one while there is none: a default route goes for a moment when an address is renewed, and containers of
+/// the node's own network must not go with it.
+fn last_answer(now: Option<String>) -> Option<String> {
+    static LAST: Mutex<Option<String>> = Mutex::new(None);
+    // One assignment: nothing half-made is left behind by a panic elsewhere.
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if now.is_some() {
+        *last = now;
+    }
+    last.clone()
 }
 
 /// The device of the default route with the least metric, from the text of `/proc/net/route`.

@@ -10,7 +10,7 @@ use std::{
 use aya::{
     Ebpf,
     programs::{
-        LinkOrder, ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode,
+        LinkOrder, ProgramError, RawTracePoint, SchedClassifier, TcAttachType, Xdp, XdpMode,
         links::{FdLink, LinkError, PinnedLink},
         tc::{self, NlOptions, SchedClassifierLink, TcAttachOptions, TcError, TcHandle},
         xdp::XdpLink,
@@ -19,13 +19,15 @@ use aya::{
 };
 
 use super::{
-    load::{Loaded, Pins, TC_EGRESS_PROGRAM, TC_INGRESS_PROGRAM, XDP_PROGRAM},
+    load::{Loaded, Pins, REDIRECT_ERR_PROGRAM, TC_EGRESS_PROGRAM, TC_INGRESS_PROGRAM, XDP_PROGRAM},
     state::StateFile,
 };
 use crate::status::AttachmentStatus;
 
 /// Priority of our filters where TCX does not exist: before everybody else's.
 const FILTER_PRIORITY: u16 = 1;
+/// Where the kernel tells of frames that XDP could not redirect.
+const REDIRECT_ERR: &str = "xdp_redirect_err";
 /// Handle of our filters: fixed, so that a restarted agent replaces its own in place.
 const FILTER_HANDLE: TcHandle = TcHandle::new(0, 0x5745);
 
@@ -35,7 +37,7 @@ pub enum XdpChoice {
     /// In the driver, or else generic with a warning.
     #[default]
     Auto,
-    /// In the driver or not at all.
+    /// In the driver alone.
     Native,
     /// In the stack, on any device.
     Generic,
@@ -93,6 +95,15 @@ pub enum AttachError {
     },
 }
 
+/// What came of attaching.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Attached {
+    /// What people should know.
+    pub warnings: Vec<String>,
+    /// Everything is as wished.
+    pub complete: bool,
+}
+
 /// Owns the loaded programs and their places.
 #[derive(Debug)]
 pub struct Attacher {
@@ -127,25 +138,58 @@ impl Attacher {
         &self.attached
     }
 
-    /// Puts the programs on a device, in place of those of an earlier agent. Returns warnings.
-    pub fn attach(&mut self, wish: &DeviceWish) -> Result<Vec<String>, AttachError> {
+    /// Puts the programs on a device, in place of those of an earlier agent. TC serves by itself where XDP is refused, whatever
+    /// was wished. `program` is the XDP program that the device had before.
+    pub fn attach(&mut self, wish: &DeviceWish, program: Option<u32>) -> Result<Attached, AttachError> {
         let mut warnings = Vec::new();
-        let xdp = self.attach_xdp(wish, &mut warnings)?;
         self.attach_tc(wish, TcAttachType::Ingress)?;
         if wish.egress {
             self.attach_tc(wish, TcAttachType::Egress)?;
         }
+        let (xdp, complete) = match self.attach_xdp(wish, &mut warnings) {
+            Ok(mode) => (mode, true),
+            Err(e) => {
+                warnings = vec![xdp_refused(wish, &e, program)];
+                ("-", false)
+            }
+        };
         let status = AttachmentStatus {
             device: wish.name.clone(),
             xdp: xdp.to_owned(),
             tc: if self.tcx { "tcx" } else { "clsact" }.to_owned(),
+            why: String::new(),
         };
         self.attached.insert(wish.ifindex, status);
-        Ok(warnings)
+        Ok(Attached { warnings, complete })
     }
 
-    /// Forgets a device: takes our programs off it if it still exists, and removes the pins.
-    pub fn forget(&mut self, ifindex: u32) {
+    /// Counts the frames that XDP could not redirect, or ceases to. The fault, if they cannot be counted.
+    pub fn count_failed_redirects(&mut self, wanted: bool) -> Option<String> {
+        let path = self.pins.links().join("redirect_err");
+        // A link to a tracepoint keeps its program: that of an earlier agent goes first, so that nothing is counted twice.
+        let _absent = fs::remove_file(&path);
+        if !wanted {
+            return None;
+        }
+        let program = self.ebpf.program_mut(REDIRECT_ERR_PROGRAM)?;
+        let program: &mut RawTracePoint = program.try_into().ok()?;
+        // It could not be loaded, which has been told.
+        program.fd().ok()?;
+        let attached = program.attach(REDIRECT_ERR).and_then(|id| program.take_link(id));
+        let fault = match attached.map(FdLink::from) {
+            Ok(link) => link.pin(&path).err().map(|e| e.to_string()),
+            Err(e) => Some(root(&e)),
+        };
+        fault.map(|e| {
+            format!(
+                "frames that XDP cannot redirect are not counted: tracepoint {REDIRECT_ERR}: {e}: use a kernel with \
+                 CONFIG_BPF_EVENTS, or look at `ethtool -S` of the devices"
+            )
+        })
+    }
+
+    /// Forgets a device: takes our programs off it if it still exists under this name, and removes the pins.
+    pub fn forget(&mut self, ifindex: u32, name: Option<&str>) {
         let status = self.attached.remove(&ifindex);
         for path in self.link_pins(ifindex) {
             if let Err(e) = fs::remove_file(&path)
@@ -155,13 +199,14 @@ impl Attacher {
             }
         }
         // Filters are gone with their device; on a device that stays they are taken off by name.
-        if let Some(status) = status.filter(|_| !self.tcx) {
+        if let (Some(_), Some(name), false) = (status, name, self.tcx) {
+            let device = name;
             for (direction, name) in [
                 (TcAttachType::Ingress, TC_INGRESS_PROGRAM),
                 (TcAttachType::Egress, TC_EGRESS_PROGRAM),
             ] {
-                if let Err(e) = tc::qdisc_detach_program(&status.device, direction, name) {
-                    tracing::debug!(device = %status.device, error = %e, "no filter to remove");
+                if let Err(e) = tc::qdisc_detach_program(device, direction, name) {
+                    tracing::debug!(device, error = %e, "no filter to remove");
                 }
             }
         }
@@ -220,22 +265,30 @@ impl Attacher {
             // The link of a device that is gone, or none at all.
             let _absent = fs::remove_file(path);
         }
+        let mut first = None;
         if wish.xdp != XdpChoice::Generic {
             match new_xdp(program, wish.ifindex, XdpMode::Driver) {
                 Ok(link) => return pin(link, &native, wish).map(|()| "native"),
                 Err(source) if wish.xdp == XdpChoice::Native => {
                     return Err(refused(wish, "native XDP", source));
                 }
-                Err(e) => warnings.push(format!(
-                    "device {}: native XDP is not possible ({}): generic XDP is used, which is slower",
-                    wish.name,
-                    root(&e)
-                )),
+                Err(e) => first = Some(e),
             }
         }
-        let link =
-            new_xdp(program, wish.ifindex, XdpMode::Skb).map_err(|e| refused(wish, "generic XDP", e))?;
-        pin(link, &generic, wish).map(|()| "generic")
+        match (new_xdp(program, wish.ifindex, XdpMode::Skb), first) {
+            (Ok(link), first) => {
+                warnings.extend(first.map(|e| {
+                    format!(
+                        "device {}: native XDP is not possible ({}): generic XDP is used, which is slower",
+                        wish.name,
+                        root(&e)
+                    )
+                }));
+                pin(link, &generic, wish).map(|()| "generic")
+            }
+            (Err(_), Some(native)) => Err(refused(wish, "XDP", native)),
+            (Err(e), None) => Err(refused(wish, "generic XDP", e)),
+        }
     }
 
     fn attach_tc(&mut self, wish: &DeviceWish, direction: TcAttachType) -> Result<(), AttachError> {
@@ -277,7 +330,11 @@ impl Attacher {
         let own_qdisc = match tc::qdisc_add_clsact(&wish.name) {
             Ok(()) => true,
             Err(TcError::NetlinkError(e)) if e.raw_os_error() == Some(libc::EEXIST) => {
-                self.state.get().clsact.get(&wish.name).copied().unwrap_or(false)
+                let known = self.state.get().clsact;
+                // A device that has been renamed keeps its qdisc.
+                let before = self.attached.get(&wish.ifindex).map(|status| &status.device);
+                let own = known.get(&wish.name).or_else(|| known.get(before?));
+                own.copied().unwrap_or(false)
             }
             Err(e) => return Err(refused(wish, what, e.into())),
         };
@@ -316,6 +373,49 @@ impl Attacher {
 /// The interface index in the name of a link pin.
 pub(super) fn ifindex_of(path: &Path) -> Option<u32> {
     path.file_name()?.to_str()?.rsplit_once('_')?.1.parse().ok()
+}
+
+/// Why TC serves alone on a device where XDP was wished, and what to do. `program` is the one that was there before.
+fn xdp_refused(wish: &DeviceWish, error: &AttachError, program: Option<u32>) -> String {
+    let taken = match error {
+        AttachError::Program { source, .. } => errno(source),
+        AttachError::Pin { .. } => None,
+    };
+    let device = &wish.name;
+    match (taken, program) {
+        (Some(libc::EBUSY | libc::EEXIST), program) => format!(
+            "device {device}: another XDP program{} is attached: TC alone serves, which is slower; take it off (`ip link set dev \
+             {device} xdp off`) and Weir takes its place, or set `bpf.xdp = \"off\"`",
+            program.map_or(String::new(), describe)
+        ),
+        _ => format!(
+            "{error} ({}): TC alone serves, which is slower; set `bpf.xdp = \"off\"` to leave it at that",
+            root(error)
+        ),
+    }
+}
+
+/// Number and name of a program.
+fn describe(id: u32) -> String {
+    let mut loaded = aya::programs::loaded_programs().flatten();
+    let name = loaded
+        .find(|program| program.id() == id)
+        .and_then(|program| Some(format!(" `{}`", program.name_as_str()?)));
+    format!(" (id {id}{})", name.unwrap_or_default())
+}
+
+/// The kernel's error number behind an error.
+fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(io) = error.downcast_ref::<io::Error>()
+            && let Some(number) = io.raw_os_error()
+        {
+            return Some(number);
+        }
+        next = error.source();
+    }
+    None
 }
 
 fn refused(wish: &DeviceWish, what: &'static str, source: ProgramError) -> AttachError {

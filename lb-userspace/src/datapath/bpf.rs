@@ -57,13 +57,13 @@ impl KernelMaps {
         })
     }
 
-    /// `DEVICES` in use, by slot: what a new agent needs to keep slots stable.
+    /// `DEVICES` in use or kept for a device that may come back, by slot: what a new agent needs to keep slots stable.
     pub fn devices(&self) -> Result<BTreeMap<u16, Device>, MapError> {
         let all = self.devices.range(0, self.devices.capacity)?;
         Ok(all
             .into_iter()
             .zip(0_u16..)
-            .filter(|(d, _)| d.ifindex != 0)
+            .filter(|(d, _)| *d != Device::default())
             .map(|(d, slot)| (slot, d))
             .collect())
     }
@@ -212,7 +212,11 @@ impl Maps for KernelMaps {
                 .into_iter()
                 .map(|(vip, value)| (vip.into(), value))
                 .collect(),
-            devices: self.devices()?,
+            devices: self
+                .devices()?
+                .into_iter()
+                .filter(|(_, d)| d.ifindex != 0)
+                .collect(),
             snat_addresses: self
                 .snat_addresses
                 .range(0, self.snat_addresses.capacity)?

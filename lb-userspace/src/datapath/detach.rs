@@ -9,6 +9,7 @@ use rtnetlink::Handle;
 use super::{
     batch::Table,
     load::{LoadError, TC_EGRESS_PROGRAM, TC_INGRESS_PROGRAM, entries},
+    lock::PinLock,
     netlink,
     state::StateFile,
     sysctl,
@@ -48,6 +49,11 @@ pub async fn detach(pin: &Path, state: &Path, vips: &BTreeSet<IpAddr>) -> io::Re
     let mut report = DetachReport {
         routed: vips.clone(),
         ..DetachReport::default()
+    };
+    // An agent with another socket would lose what it serves by, and put back half of it.
+    let _alone = match pin.exists() {
+        true => Some(PinLock::take(pin).map_err(io::Error::other)?),
+        false => None,
     };
     let state = StateFile::open(state)?;
     let handle = netlink::connect()?;

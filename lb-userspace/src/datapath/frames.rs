@@ -103,10 +103,16 @@ mod tests {
             mac: [2, 0, 0, 0, 0, last],
             mtu: 1500,
             bridge: false,
+            veth: false,
+            vlan_port: false,
             loopback: false,
+            up: true,
+            carrier_ups: 1,
             master: None,
             lower: None,
             vlan: false,
+            ethernet: true,
+            xdp_program: None,
         }
     }
 

@@ -32,6 +32,8 @@ pub const TC_EGRESS_PROGRAM: &str = "weir_tc_egress";
 pub const SWEEP_PROGRAM: &str = "weir_sweep";
 /// The program by which the agent says that it is alive.
 pub const HEARTBEAT_PROGRAM: &str = "weir_heartbeat";
+/// The program on the tracepoint of failed redirects.
+pub const REDIRECT_ERR_PROGRAM: &str = "weir_redirect_err";
 const PROGRAMS: [&str; 5] = [
     XDP_PROGRAM,
     TC_INGRESS_PROGRAM,
@@ -183,6 +185,10 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
         load_program(&mut ebpf, name, &pins)?;
     }
     seed_table(&maps)?;
+    // Nothing is forwarded by it: a kernel without tracepoints serves all the same.
+    if let Err(e) = load_program(&mut ebpf, REDIRECT_ERR_PROGRAM, &pins) {
+        warnings.push(format!("frames that XDP cannot redirect are not counted: {e}"));
+    }
     let meta: Table<u32, Meta> = Table::open(&maps, "META")?;
     let hz = meta.get(&0)?.map_or(0, |m| m.hz);
     // Last of all: a set of maps without this stamp is known to be incomplete.
@@ -312,6 +318,7 @@ fn load_program(ebpf: &mut Ebpf, name: &'static str, pins: &Pins) -> Result<(), 
         let result = match program {
             Program::Xdp(xdp) => xdp.load(),
             Program::SchedClassifier(tc) => tc.load(),
+            Program::RawTracePoint(tracepoint) => tracepoint.load(),
             _ => return Err(missing()),
         };
         match result {

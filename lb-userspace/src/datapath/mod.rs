@@ -9,12 +9,14 @@ pub mod counters;
 pub mod detach;
 #[cfg(any(test, feature = "fake"))]
 pub mod fake;
+pub mod features;
 pub mod filter;
 pub mod flow_table;
 pub mod flows;
 pub mod frames;
 pub mod heartbeat;
 pub mod load;
+pub mod lock;
 pub mod net;
 pub mod netlink;
 pub mod object;
@@ -24,6 +26,8 @@ pub mod slots;
 pub mod state;
 pub mod sweep;
 pub mod sysctl;
+pub mod uplinks;
+pub mod xdp;
 
 use std::{collections::BTreeMap, net::IpAddr};
 
@@ -170,6 +174,17 @@ pub struct Topology {
     pub loopback_ifindex: u32,
 }
 
+/// What XDP may send through a device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct XdpSend {
+    /// Our program is on it and may send frames back.
+    pub back: bool,
+    /// Programs of other devices may redirect frames to it.
+    pub redirect: bool,
+    /// Those may consist of several buffers.
+    pub frags: bool,
+}
+
 /// One device of [`Topology`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeviceInfo {
@@ -181,8 +196,8 @@ pub struct DeviceInfo {
     pub mac: [u8; 6],
     /// MTU, bytes.
     pub mtu: u32,
-    /// XDP may send through it.
-    pub xdp: bool,
+    /// What XDP may send through it.
+    pub xdp: XdpSend,
     /// It is a bridge.
     pub bridge: bool,
     /// It is named in `interfaces`.

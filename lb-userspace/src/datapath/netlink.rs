@@ -12,7 +12,7 @@ use rtnetlink::{
     packet_route::{
         AddressFamily, RouteNetlinkMessage,
         address::{AddressAttribute, AddressFlags},
-        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo},
+        link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkXdp},
         neighbour::{
             NeighbourAddress, NeighbourAttribute, NeighbourExtFlags, NeighbourFlags, NeighbourMessage,
             NeighbourState,
@@ -57,6 +57,8 @@ pub struct Link {
     pub mtu: u32,
     /// A bridge.
     pub bridge: bool,
+    /// One end of a virtual cable.
+    pub veth: bool,
     /// A macvlan or ipvlan device.
     pub vlan_port: bool,
     /// The loopback device.
@@ -71,6 +73,17 @@ pub struct Link {
     pub lower: Option<u32>,
     /// A VLAN of its lower device.
     pub vlan: bool,
+    /// Its frames begin with an Ethernet header.
+    pub ethernet: bool,
+    /// The XDP program on it, whoever's it is.
+    pub xdp_program: Option<u32>,
+}
+
+impl Link {
+    /// Whether our programs can read its frames.
+    pub fn serves(&self) -> bool {
+        self.ethernet || self.loopback
+    }
 }
 
 /// One of the node's addresses.
@@ -80,7 +93,7 @@ pub struct OwnAddress {
     pub ifindex: u32,
     /// Address.
     pub address: IpAddr,
-    /// Not usable as a source (duplicate detection runs, or it is deprecated).
+    /// Not a source for connections that last: duplicate detection runs, it is deprecated, or (IPv6) temporary.
     pub unusable: bool,
 }
 
@@ -111,8 +124,12 @@ pub struct Route {
 pub enum Change {
     /// Links, addresses or routes.
     Routes,
+    /// A device is gone; another one may have its number by now.
+    Gone(u32),
     /// Neighbours only.
     Neighbours,
+    /// What drivers can do for XDP.
+    Features,
 }
 
 /// A connection for requests in the namespace of the calling thread; its task runs on the current runtime.
@@ -122,8 +139,9 @@ pub fn connect() -> io::Result<Handle> {
     Ok(handle)
 }
 
-/// Listens in the namespace of the calling thread. The channel closes when the kernel's socket does.
-pub fn monitor() -> io::Result<mpsc::UnboundedReceiver<Change>> {
+/// Listens in the namespace of the calling thread. The channel closes when the kernel's socket does; others may tell of changes
+/// by it while it is open.
+pub fn monitor() -> io::Result<(mpsc::UnboundedReceiver<Change>, mpsc::WeakUnboundedSender<Change>)> {
     let (connection, _handle, mut messages) = rtnetlink::new_multicast_connection(&[
         MulticastGroup::Link,
         MulticastGroup::Neigh,
@@ -134,6 +152,7 @@ pub fn monitor() -> io::Result<mpsc::UnboundedReceiver<Change>> {
     ])?;
     tokio::spawn(connection);
     let (changes, receiver) = mpsc::unbounded_channel();
+    let others = changes.downgrade();
     tokio::spawn(async move {
         // The handle must live: the connection ends with its last one.
         let _handle = _handle;
@@ -147,6 +166,11 @@ pub fn monitor() -> io::Result<mpsc::UnboundedReceiver<Change>> {
                     }
                     Change::Neighbours
                 }
+                InnerMessage(RouteNetlinkMessage::DelLink(link))
+                    if link.header.interface_family != AddressFamily::Bridge =>
+                {
+                    Change::Gone(link.header.index)
+                }
                 // An overrun of the socket included: anything may have changed.
                 _ => Change::Routes,
             };
@@ -155,7 +179,7 @@ pub fn monitor() -> io::Result<mpsc::UnboundedReceiver<Change>> {
             }
         }
     });
-    Ok(receiver)
+    Ok((receiver, others))
 }
 
 /// Every device of the namespace.
@@ -176,8 +200,11 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
                 mac: [0; 6],
                 mtu: 0,
                 bridge: false,
+                veth: false,
                 vlan_port: false,
                 loopback: message.header.flags.contains(LinkFlags::Loopback),
+                ethernet: message.header.link_layer_type == LinkLayerType::Ether,
+                xdp_program: None,
                 carrier_ups: 0,
                 up: message.header.flags.contains(LinkFlags::Up | LinkFlags::LowerUp),
                 master: None,
@@ -190,6 +217,15 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
                     LinkAttribute::Mtu(mtu) => link.mtu = mtu,
                     LinkAttribute::CarrierUpCount(count) => link.carrier_ups = count,
                     LinkAttribute::Address(bytes) => link.mac = bytes.try_into().unwrap_or_default(),
+                    LinkAttribute::Xdp(parts) => {
+                        link.xdp_program = parts.iter().find_map(|part| match part {
+                            LinkXdp::ProgId(id)
+                            | LinkXdp::DrvProgId(id)
+                            | LinkXdp::SkbProgId(id)
+                            | LinkXdp::HwProgId(id) => Some(*id).filter(|id| *id != 0),
+                            _ => None,
+                        });
+                    }
                     LinkAttribute::LinkInfo(infos) => {
                         let is = |kinds: &[InfoKind]| {
                             infos
@@ -198,6 +234,7 @@ pub async fn links(handle: &Handle) -> Result<Vec<Link>, NetlinkError> {
                         };
                         link.bridge = is(&[InfoKind::Bridge]);
                         link.vlan = is(&[InfoKind::Vlan]);
+                        link.veth = is(&[InfoKind::Veth]);
                         link.vlan_port = is(&[InfoKind::MacVlan, InfoKind::MacVtap, InfoKind::IpVlan]);
                     }
                     LinkAttribute::Controller(master) => link.master = Some(master),
@@ -232,12 +269,16 @@ pub async fn addresses(handle: &Handle) -> Result<Vec<OwnAddress>, NetlinkError>
                     _ => {}
                 }
             }
+            let mut unfit = AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated;
+            if message.header.family == AddressFamily::Inet6 {
+                // Of IPv6 this bit says "temporary" (RFC 8981), of IPv4 "not the first of its subnet".
+                unfit |= AddressFlags::Secondary | AddressFlags::Optimistic;
+            }
             Some(OwnAddress {
                 ifindex: message.header.index,
                 // On point-to-point links the plain attribute is the peer's.
                 address: local.or(other)?,
-                unusable: flags
-                    .intersects(AddressFlags::Tentative | AddressFlags::Dadfailed | AddressFlags::Deprecated),
+                unusable: flags.intersects(unfit),
             })
         })
         .collect())
@@ -417,8 +458,8 @@ fn read_route(message: &RouteMessage) -> Option<Route> {
     })
 }
 
-/// The device of the IPv4 default route with the lowest metric.
-pub async fn default_device(handle: &Handle) -> Result<Option<u32>, NetlinkError> {
+/// The devices of the IPv4 default route with the lowest metric: several where it has several next hops.
+pub async fn default_devices(handle: &Handle) -> Result<Vec<u32>, NetlinkError> {
     let all = RouteMessageBuilder::<Ipv4Addr>::new().build();
     let routes: Vec<_> = handle
         .route()
@@ -427,7 +468,7 @@ pub async fn default_device(handle: &Handle) -> Result<Option<u32>, NetlinkError
         .try_collect()
         .await
         .map_err(failed("list routes"))?;
-    Ok(routes
+    let best = routes
         .iter()
         .filter(|r| r.header.destination_prefix_length == 0 && r.header.table == RouteHeader::RT_TABLE_MAIN)
         .filter_map(|r| {
@@ -435,10 +476,25 @@ pub async fn default_device(handle: &Handle) -> Result<Option<u32>, NetlinkError
                 RouteAttribute::Priority(metric) => Some(*metric),
                 _ => None,
             });
-            Some((metric.unwrap_or(0), read_route(r)?.ifindex))
+            let devices = route_devices(r);
+            (!devices.is_empty()).then(|| (metric.unwrap_or(0), devices))
         })
-        .min()
-        .map(|(_, ifindex)| ifindex))
+        .min();
+    Ok(best.map_or_else(Vec::new, |(_, devices)| devices))
+}
+
+/// The devices that a route leaves by.
+fn route_devices(message: &RouteMessage) -> Vec<u32> {
+    if let Some(route) = read_route(message) {
+        return vec![route.ifindex];
+    }
+    let several = message.attributes.iter().find_map(|attribute| match attribute {
+        RouteAttribute::MultiPath(hops) if message.header.kind == RouteType::Unicast => {
+            Some(hops.iter().map(|hop| hop.interface_index).collect())
+        }
+        _ => None,
+    });
+    several.unwrap_or_default()
 }
 
 /// Puts a host address (/32, /128) on a device, without a route and without duplicate detection; false: it was there.

@@ -22,6 +22,8 @@ pub struct Changes {
     pub neighbours: BTreeSet<(String, IpAddr)>,
     /// Devices with filters of ours → whether the clsact qdisc is ours too.
     pub clsact: BTreeMap<String, bool>,
+    /// Nothing to undo: the devices of the default route when there last was one, for an agent that starts while there is none.
+    pub default_devices: BTreeSet<String>,
 }
 
 /// The file that holds [`Changes`], outside bpffs, which stores no files.

@@ -198,7 +198,7 @@ const METRICS: &[Definition] = &[
     gauge(
         "weir_ready",
         &[],
-        "1 once every source has been read and the maps hold the desired state.",
+        "1 once every source has been read, the maps hold the desired state and every interface has its programs.",
     ),
     counter(
         "weir_commits_total",

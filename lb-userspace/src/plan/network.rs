@@ -11,7 +11,7 @@ use lb_common::{
 
 use super::{Inputs, Policy};
 use crate::{
-    datapath::{DeviceInfo, MapOp, Place, Topology},
+    datapath::{DeviceInfo, MapOp, Place, Topology, slots::name_bytes},
     model::{Attachment, SnatMode},
     plan::programmed::Programmed,
 };
@@ -93,11 +93,15 @@ pub(super) fn gone_devices(programmed: &Programmed, topology: &Topology) -> Vec<
     }
     let gone = programmed
         .devices
-        .keys()
-        .filter(|slot| !topology.devices.contains_key(slot));
-    gone.map(|slot| MapOp::PutDevice {
+        .iter()
+        .filter(|(slot, _)| !topology.devices.contains_key(slot));
+    gone.map(|(slot, device)| MapOp::PutDevice {
         slot: *slot,
-        device: maps::Device::default(),
+        // The name stays: the slot is its own when it comes back.
+        device: maps::Device {
+            name: device.name,
+            ..maps::Device::default()
+        },
     })
     .collect()
 }
@@ -248,7 +252,9 @@ pub(super) fn routed_vip_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Ve
 fn record(info: &DeviceInfo) -> maps::Device {
     let [a, b, c, d, e, f] = info.mac;
     let on = [
-        (info.xdp, device_flags::XDP),
+        (info.xdp.back, device_flags::XDP_TX),
+        (info.xdp.redirect, device_flags::XDP),
+        (info.xdp.frags, device_flags::XDP_FRAGS),
         (info.bridge, device_flags::BRIDGE),
         (info.uplink, device_flags::UPLINK),
         (info.vlan_offload, device_flags::VLAN_OFFLOAD),
@@ -269,5 +275,6 @@ fn record(info: &DeviceInfo) -> maps::Device {
         mac_low: u16::from_ne_bytes([e, f]),
         flags,
         macs,
+        name: name_bytes(&info.name),
     }
 }

@@ -324,8 +324,11 @@ fn a_container_is_reached_on_its_bridge_or_not_at_all() {
                 ifindex: 7,
                 mac: [2; 6],
                 mtu: 1500,
-                xdp: false,
+                xdp: crate::datapath::XdpSend::default(),
                 bridge: true,
+                uplink: false,
+                vlan_offload: false,
+                further_macs: Vec::new(),
                 addresses: vec![[172, 17, 0, 1].into()],
             },
         )]

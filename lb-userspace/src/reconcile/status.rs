@@ -26,6 +26,8 @@ pub struct Surroundings {
     pub attachments: Vec<AttachmentStatus>,
     /// Faults of those parts: a missing sysctl, a failing sweep.
     pub faults: Vec<String>,
+    /// Every interface of the configuration has its programs.
+    pub attached: bool,
 }
 
 impl Reconciler {
@@ -89,7 +91,7 @@ impl Reconciler {
                 .chain(&checks.faults)
                 .cloned()
                 .collect(),
-            ready: self.settled && self.faults.is_empty(),
+            ready: self.settled && self.faults.is_empty() && surroundings.attached,
             last_commit: self.last_commit,
             last_commit_us: self.last_commit_us,
             commits: self.programmed.commits,

@@ -1,6 +1,6 @@
 //! `weir run` and `weir detach`.
 
-mod translate;
+pub(super) mod translate;
 mod wiring;
 
 use std::{

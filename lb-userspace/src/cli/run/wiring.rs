@@ -25,7 +25,9 @@ use crate::{
         bpf::KernelMaps,
         counters::Counters,
         heartbeat::Heartbeat,
-        load, net, object, preflight,
+        load,
+        lock::PinLock,
+        net, object, preflight,
         state::StateFile,
         sweep::{self, Sweeper},
         sysctl,
@@ -54,7 +56,7 @@ type Tasks = JoinSet<anyhow::Result<()>>;
 /// Loads or adopts the datapath, runs until SIGTERM or SIGINT, and leaves the datapath working.
 pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let files = Files::beside(&config.admin.socket);
-    // First of all: whoever has the socket is the only agent.
+    // First of all: whoever has the socket is the only one who answers.
     let admin = Admin::bind(&AdminOptions {
         socket: config.admin.socket.clone(),
         group: socket_group(),
@@ -63,6 +65,8 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     .await?;
     let shim_socket = Shims::bind(&config.admin.socket).context("socket of the L7 shims")?;
     preflight::preflight(&config.bpf.pin_path)?;
+    // Held until the process ends. Nothing of the pins is touched before.
+    let _only_agent_of_these_pins = PinLock::take(&config.bpf.pin_path)?;
     let mut warnings: Vec<String> = port_overlap(&config).into_iter().collect();
     let state = StateFile::open(&files.state)?;
     let loaded = load::load(
@@ -302,6 +306,7 @@ fn surroundings(report: &net::NetReport, warnings: &[String]) -> Surroundings {
     Surroundings {
         attachments: report.attachments.clone(),
         faults: warnings.iter().chain(&report.faults).cloned().collect(),
+        attached: report.attached,
     }
 }
 

@@ -39,7 +39,7 @@ pub(super) fn check(path: &Path, text: &str, shared: Arc<Shared>) -> Result<Conf
             (given, _) => sections::interfaces(&mut check, given.as_ref()),
         },
         limits: sections::limits(&mut check, &raw.limits),
-        snat: sections::snat(&mut check, &raw.snat),
+        snat: sections::snat(&mut check, &raw.snat, &own.vips),
         firewall: &sections::firewall(&mut check, &raw.firewall) | &shared.firewall,
         docker: docker::engines(&mut check, &raw.docker, &policy),
         swarm: swarm::swarms(&mut check, raw.swarm.as_ref(), &policy),

@@ -272,12 +272,24 @@ pub(super) fn limits(check: &mut Check<'_>, raw: &RawLimits) -> Limits {
     limits
 }
 
-pub(super) fn snat(check: &mut Check<'_>, raw: &RawSnat) -> Snat {
+pub(super) fn snat(check: &mut Check<'_>, raw: &RawSnat, vips: &[Vip]) -> Snat {
     let given = raw.addresses.as_ref().filter(|list| !list.get_ref().0.is_empty());
     let addresses = check.list("snat.addresses", given, value::address);
     if addresses.len() > common::MAX_SNAT_ADDRESSES as usize {
         let fault = format!("{} addresses are too many", addresses.len());
         let remedy = format!("name at most {}", common::MAX_SNAT_ADDRESSES);
+        check.fault("snat.addresses", given.map(Spanned::span), fault, remedy);
+    }
+    let floating = |address| {
+        let of = |vip: &&Vip| !vip.node_address && vip.addresses.contains(address);
+        vips.iter().find(of)
+    };
+    for (address, vip) in addresses.iter().filter_map(|a| Some((a, floating(a)?))) {
+        let fault = format!(
+            "{address} is the VIP `{}`, which another node may hold in a second",
+            vip.name
+        );
+        let remedy = "name addresses that stay on this node";
         check.fault("snat.addresses", given.map(Spanned::span), fault, remedy);
     }
     let mut ports = common::DEFAULT_SNAT_PORT_MIN..=common::DEFAULT_SNAT_PORT_MAX;

@@ -78,7 +78,10 @@ fn start_on(maps: FakeMaps, options: Options) -> Agent {
     });
     let (sweeps_to, sweeps) = watch::channel(Sweep::default());
     let (policy_to, policy) = watch::channel(policy());
-    let (surroundings_to, surroundings) = watch::channel(Surroundings::default());
+    let (surroundings_to, surroundings) = watch::channel(Surroundings {
+        attached: true,
+        ..Surroundings::default()
+    });
     let (commands_to, commands) = mpsc::channel(8);
     let (status_to, status) = watch::channel(Status::default());
     let (places_to, places) = watch::channel(BTreeSet::new());
