@@ -1,10 +1,10 @@
 //! Installing Debian packages: nothing recommended, nothing removed, no service started.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command, sync::Once};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{process, workspace};
+use crate::{process, progress, workspace};
 
 /// A package and why it is installed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +23,7 @@ pub fn install(packages: &[Package]) -> Result<()> {
     }
     let names: Vec<&str> = packages.iter().map(|package| package.name.as_str()).collect();
     require_apt(&names)?;
-    process::run(apt_get().args(["-qq", "update"]))?;
+    update();
     let arguments = ["install", "--yes", "--no-install-recommends"];
     let simulation = process::capture(apt_get().arg("--simulate").args(arguments).args(&names))?;
     let removed = removals(&simulation);
@@ -37,12 +37,28 @@ pub fn install(packages: &[Package]) -> Result<()> {
         );
     }
     let _quiet = NoServices::new()?;
-    process::run(
+    progress::quiet(
+        "setup: installing packages",
         apt_get()
             .args(["-qq", "-o", "Dpkg::Use-Pty=0", "--no-remove"])
             .args(arguments)
             .args(&names),
     )
+}
+
+/// Brings apt's lists up to date, once in a run and if this user may. A source that fails is reported and is no failure: the
+/// packages may come from another one, or be in the lists already.
+pub fn update() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if !workspace::is_root() {
+            return;
+        }
+        let updated = progress::quiet("setup: apt-get update", apt_get().args(["-qq", "update"]));
+        if let Err(fault) = updated {
+            eprintln!("setup: {fault:#}; going on with the lists that are there");
+        }
+    });
 }
 
 /// Fails with what the user has to do where there is no apt, or no right to use it.
@@ -63,7 +79,9 @@ pub fn apt_get() -> Command {
     // RUNLEVEL=1 makes invoke-rc.d leave services stopped, also where policy-rc.d is not asked.
     command
         .env("DEBIAN_FRONTEND", "noninteractive")
-        .env("RUNLEVEL", "1");
+        .env("RUNLEVEL", "1")
+        // A machine that has just started may be installing upgrades.
+        .args(["-o", "DPkg::Lock::Timeout=300"]);
     command
 }
 

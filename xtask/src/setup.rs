@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 use crate::{
     apt::{self, Package},
     needs::{self, Group},
-    process,
+    process, progress,
     toolchain::{Compiler, Route, Toolchain, find_linker},
     vm, workspace,
 };
@@ -97,7 +97,7 @@ fn install_linker(compiler: &Compiler) -> Result<()> {
         .env("PATH", format!("{prefix}/bin:{path}"))
         .args(["install", "--force", "--locked", "--no-default-features"])
         .args(["--features", &format!("llvm-{llvm}"), BPF_LINKER]);
-    process::run(&mut command).context("building bpf-linker failed")
+    progress::cargo("setup: bpf-linker", &mut command).context("building bpf-linker failed")
 }
 
 /// clippy that belongs to the BPF compiler.
@@ -112,7 +112,10 @@ fn ensure_clippy() -> Result<()> {
         Route::Nightly => {
             println!("setup: nightly's clippy is missing: lints the BPF programs");
             let mut rustup = Command::new("rustup");
-            process::run(rustup.args(["component", "add", "--toolchain", "nightly", "clippy"]))
+            progress::quiet(
+                "setup: nightly's clippy",
+                rustup.args(["component", "add", "--toolchain", "nightly", "clippy"]),
+            )
         }
     }?;
     if !workspace::is_executable(&toolchain.clippy()) {
