@@ -51,7 +51,7 @@ pub fn ensure(groups: &[Group]) -> Result<()> {
         ensure_clippy()?;
     }
     if groups.contains(&Group::Vm) {
-        vm::kernel::ensure_all()?;
+        vm::ensure()?;
     }
     Ok(())
 }
