@@ -462,7 +462,7 @@ fn moved(value: &serde_json::Value) -> serde_json::Value {
 /// `GET` over a Unix socket; the body.
 fn get(socket: &Path, path: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(READY))?;
     write!(
         stream,
         "GET {path} HTTP/1.1\r\nHost: weir\r\nConnection: close\r\n\r\n"
