@@ -15,6 +15,10 @@ use crate::{
 /// The linker that was tried with the compilers that `toolchain` accepts.
 const BPF_LINKER: &str = "bpf-linker@0.13.0";
 
+/// What to do where Debian's compiler cannot be installed, for example because an older one is there.
+const NO_DEBIAN_COMPILER: &str = "Debian's compiler for the BPF programs cannot be installed; instead of it, `rustup \
+    toolchain install nightly --component rust-src` will do";
+
 /// Options of `setup`.
 #[derive(clap::Args)]
 pub struct Options {
@@ -70,7 +74,8 @@ fn ensure_bpf_toolchain() -> Result<()> {
             apt::install(&packages(
                 &["rustc-web", "cargo-web", "rust-web-src"],
                 "compiles the BPF programs",
-            ))?;
+            ))
+            .context(NO_DEBIAN_COMPILER)?;
             Compiler::find(Route::Debian)
                 .context("the packages rustc-web, cargo-web and rust-web-src did not help")?
         }
