@@ -10,7 +10,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{guard::Guard, kernel::object_path, netns::Namespace};
+use crate::{
+    guard::Guard,
+    kernel::object_path,
+    netns::{Namespace, bpffs},
+};
 
 /// How long an agent may take to be ready: it loads three programs.
 const READY: Duration = Duration::from_secs(60);
@@ -99,7 +103,7 @@ impl<'n> Weir<'n> {
 
     fn new(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
-        let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
+        let pins = bpffs()?.join(namespace.name());
         let weir = Self {
             namespace,
             directory,
