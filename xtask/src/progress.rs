@@ -131,7 +131,7 @@ fn read_lines(reader: PipeReader) -> Receiver<String> {
 fn read_all(mut stdout: ChildStdout) -> JoinHandle<Vec<u8>> {
     thread::spawn(move || {
         let mut bytes = Vec::new();
-        // What cannot be read is missing, and whoever reads the text says so.
+        // After an error the text is cut off, which its reader reports.
         let _ = stdout.read_to_end(&mut bytes);
         bytes
     })
