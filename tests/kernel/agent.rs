@@ -22,6 +22,9 @@ use weir::datapath::{
 
 use crate::{object, sizes};
 
+/// Timeout for a state that the task has to reach. Only a failing test waits so long.
+const PATIENCE: Duration = Duration::from_secs(30);
+
 /// The running task and its channels.
 pub struct Agent {
     pub config: watch::Sender<NetConfig>,
@@ -75,7 +78,7 @@ impl Agent {
     /// Waits until the topology is as wished.
     pub async fn until(&mut self, what: &str, wish: impl FnMut(&Topology) -> bool) -> Topology {
         let mut topology = self.topology.clone();
-        let found = tokio::time::timeout(Duration::from_secs(5), topology.wait_for(wish)).await;
+        let found = tokio::time::timeout(PATIENCE, topology.wait_for(wish)).await;
         match found {
             Ok(topology) => topology.unwrap().clone(),
             Err(_) => {
@@ -88,7 +91,7 @@ impl Agent {
     /// Waits until the report is as wished.
     pub async fn until_report(&mut self, what: &str, wish: impl FnMut(&NetReport) -> bool) -> NetReport {
         let mut report = self.report.clone();
-        let found = tokio::time::timeout(Duration::from_secs(5), report.wait_for(wish)).await;
+        let found = tokio::time::timeout(PATIENCE, report.wait_for(wish)).await;
         match found {
             Ok(report) => report.unwrap().clone(),
             Err(_) => panic!("{what}: {:#?}", self.report.borrow()),

@@ -28,7 +28,7 @@ impl Netns {
             NEXT.fetch_add(1, Ordering::Relaxed)
         );
         let netns = Self {
-            pin: PathBuf::from("/sys/fs/bpf").join(&name),
+            pin: lb_tests::netns::bpffs().unwrap().join(&name),
             state: std::env::temp_dir().join(format!("{name}.json")),
             name,
         };

@@ -117,7 +117,7 @@ fn nobody_waits_for_a_process_that_drains() {
     );
     shim.await_states(1);
     let mut busy = Wire::connect(http.address());
-    busy.send("GET /slow/1500 HTTP/1.1\r\nHost: a\r\n\r\n");
+    busy.send("GET /slow/4000 HTTP/1.1\r\nHost: a\r\n\r\n");
     while origin.requests().is_empty() {
         std::thread::yield_now();
     }

@@ -169,12 +169,10 @@ fn headers_have_an_end() {
 fn silence_ends_connections() {
     let rig = rig(json!({ "timeouts": { "header_ms": 400, "client_ms": 1000, "server_ms": 500 } }));
     let address = rig.shim.address();
-    let closed_after = |mut wire: Wire| {
-        let start = Instant::now();
-        assert!(wire.is_closed());
-        start.elapsed()
-    };
-    let nothing = closed_after(Wire::connect(address));
+    // The clocks start before those of the shim, so that a slow machine only makes the times longer.
+    let start = Instant::now();
+    assert!(Wire::connect(address).is_closed());
+    let nothing = start.elapsed();
     assert!(nothing >= Duration::from_millis(300), "{nothing:?}");
     // A header that comes byte by byte has no more time than one that stops.
     let mut slow = Wire::connect(address);
@@ -182,15 +180,17 @@ fn silence_ends_connections() {
     let start = Instant::now();
     while slow.try_send("x").is_ok() {
         assert!(
-            start.elapsed() < Duration::from_secs(10),
+            start.elapsed() < super::shim::PATIENCE,
             "a slow header is waited for"
         );
         std::thread::yield_now();
     }
     // Between requests there is more time,
     let mut idle = Wire::connect(address);
+    let start = Instant::now();
     assert_eq!(idle.get("a", "/").status, 200);
-    let took = closed_after(idle);
+    assert!(idle.is_closed());
+    let took = start.elapsed();
     assert!(took >= Duration::from_millis(700), "{took:?}");
     // bodies must not stop,
     let mut stopped = Wire::connect(address);
@@ -211,12 +211,13 @@ fn a_silent_connection_rests_serves_again_and_ends_in_time() {
     assert!(wire.is_closed());
 }
 
-/// Two servers that each break off after 0.7 s: one try is in time, both together are not.
+/// Two servers that each break off after 2 s: one try is within the limit of 3 s, both together are not. The answer would be
+/// 502 if each try had a limit of its own.
 #[test]
 fn all_tries_together_have_one_limit() {
     let folder = tempfile::tempdir().unwrap();
     let servers = [Raw::start(), Raw::start()];
-    let settings = json!({ "timeouts": { "request_ms": 1000 } });
+    let settings = json!({ "timeouts": { "request_ms": 3000 } });
     let routes = json!([route("a", &servers.each_ref().map(|server| server.address))]);
     let _agent = Agent::start(folder.path(), &settings, &routes);
     let shim = Shim::start(folder.path());
@@ -224,7 +225,7 @@ fn all_tries_together_have_one_limit() {
         for server in &servers {
             scope.spawn(|| {
                 let (stream, _) = server.accept();
-                std::thread::sleep(Duration::from_millis(700));
+                std::thread::sleep(Duration::from_secs(2));
                 drop(stream);
             });
         }

@@ -7,7 +7,7 @@ use std::{
     path::Path,
     process::Command,
     sync::Arc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use lb_tests::pki::Authority;
@@ -194,7 +194,7 @@ fn secure_server(folder: &Path, file: &str, name: &'static str) -> SocketAddr {
     let address = listener.local_addr().unwrap();
     std::thread::spawn(move || {
         for stream in listener.incoming().map_while(Result::ok) {
-            stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+            stream.set_read_timeout(Some(super::shim::PATIENCE)).unwrap();
             let mut tls = StreamOwned::new(ServerConnection::new(Arc::clone(&config)).unwrap(), stream);
             let mut request = [0; 4096];
             if tls.read(&mut request).is_ok_and(|n| n > 0) {

@@ -177,7 +177,7 @@ fn what_is_under_way_ends_before_the_shim_does() {
     let mut shim = Shim::start(folder.path());
     let (mut busy, mut idle) = (Wire::connect(shim.address()), Wire::connect(shim.address()));
     assert_eq!(idle.get("a", "/").status, 200);
-    busy.send("GET /slow/700 HTTP/1.1\r\nHost: a\r\n\r\n");
+    busy.send("GET /slow/2500 HTTP/1.1\r\nHost: a\r\n\r\n");
     while origin.requests().len() < 2 {
         std::thread::yield_now();
     }

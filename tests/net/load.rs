@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use lb_tests::netns::Namespace;
+use lb_tests::{load::RETRANSMITTED, netns::Namespace};
 
 use crate::talk::Talk;
 
@@ -18,9 +18,6 @@ use crate::talk::Talk;
 pub const LONG_LIVED: usize = 40;
 /// Threads that open one connection after the other.
 const OPENERS: usize = 2;
-/// No connection may take longer.
-pub const SLOWEST: Duration = Duration::from_millis(500);
-
 /// What the clients met.
 #[derive(Debug, Default)]
 pub struct Met {
@@ -114,7 +111,11 @@ impl Met {
             self.failures.len(),
             &self.failures[..self.failures.len().min(10)]
         );
-        ensure!(self.slowest < SLOWEST, "a connection took {:?}", self.slowest);
+        ensure!(
+            self.slowest < RETRANSMITTED,
+            "a connection took {:?}",
+            self.slowest
+        );
         ensure!(
             self.connections > 100 && self.rounds > 5,
             "hardly any load: {} connections, {} rounds",

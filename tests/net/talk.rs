@@ -11,8 +11,8 @@ use lb_tests::netns::Namespace;
 
 /// Bytes of a bulk transfer, each way.
 pub const BULK: usize = 10 << 20;
-/// Longest wait for one read; only a failing test waits so long.
-pub const PATIENCE: Duration = Duration::from_secs(8);
+/// Timeout for a connection and for one read, and for everything else that is waited for. Only a failing test waits so long.
+pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a server says of a conversation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -40,7 +40,8 @@ fn certificate(path: &Path, is_readable: bool) -> Result<()> {
 fn page(client: &Namespace, certificate: &Path) -> Result<String> {
     let output = client
         .command("curl")
-        .args(["-sS", "--fail", "--max-time", "8", "--cacert"])
+        .args(["-sS", "--fail", "--max-time", &PATIENCE.as_secs().to_string()])
+        .arg("--cacert")
         .arg(certificate)
         .args(["--resolve", &format!("{NAME}:443:{VIP4}")])
         .arg(format!("https://{NAME}/weir/json"))

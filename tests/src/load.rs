@@ -19,8 +19,8 @@ use crate::netns::Namespace;
 const PATIENCE: Duration = Duration::from_secs(15);
 /// Pause of a client between two conversations: the pace of the load.
 const PACE: Duration = Duration::from_millis(4);
-/// A handshake that took longer lost a packet and was retransmitted.
-const RETRANSMITTED: Duration = Duration::from_millis(900);
+/// A handshake that took longer lost a packet: a SYN is retransmitted after a second.
+pub const RETRANSMITTED: Duration = Duration::from_millis(900);
 
 /// Who answered, and as whom he saw the client.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,12 +13,26 @@ use anyhow::{Context as _, Result, ensure};
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
 };
 
 /// `linux/ethtool.h`: set transmit checksumming.
 const ETHTOOL_STXCSUM: u32 = 0x17;
 /// `linux/ethtool.h`: set generic receive offload.
 const ETHTOOL_SGRO: u32 = 0x2c;
+
+/// Where pins are. Mounts the BPF file system if it is not mounted. Agents do so themselves, but of two that start at the
+/// same time both would mount one, and the second would hide the pins of the first.
+pub fn bpffs() -> Result<PathBuf> {
+    const AT: &str = "/sys/fs/bpf";
+    // Held until the end of this function, also against other processes.
+    let lock = File::create("/run/weir-tests.lock").context("/run/weir-tests.lock")?;
+    lock.lock()?;
+    if statfs(AT)?.filesystem_type() != BPF_FS_MAGIC {
+        mount(Some("bpf"), AT, Some("bpf"), MsFlags::empty(), Some("mode=0700")).context(AT)?;
+    }
+    Ok(AT.into())
+}
 
 /// A network namespace with `lo` up.
 #[derive(Debug)]

@@ -10,7 +10,11 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use crate::{guard::Guard, kernel::object_path, netns::Namespace};
+use crate::{
+    guard::Guard,
+    kernel::object_path,
+    netns::{Namespace, bpffs},
+};
 
 /// How long an agent may take to be ready: it loads three programs.
 const READY: Duration = Duration::from_secs(60);
@@ -107,7 +111,7 @@ impl<'n> Weir<'n> {
 
     fn new(namespace: &'n Namespace, xdp: &'static str, config: &str) -> Result<Self> {
         let directory = tempfile::tempdir()?;
-        let pins = PathBuf::from("/sys/fs/bpf").join(namespace.name());
+        let pins = bpffs()?.join(namespace.name());
         let weir = Self {
             namespace,
             directory,
@@ -524,7 +528,7 @@ fn moved(value: &serde_json::Value) -> serde_json::Value {
 /// `GET` over a Unix socket; the body.
 fn get(socket: &Path, path: &str) -> Result<String> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.set_read_timeout(Some(READY))?;
     write!(
         stream,
         "GET {path} HTTP/1.1\r\nHost: weir\r\nConnection: close\r\n\r\n"

@@ -1,10 +1,25 @@
-//! Installing Debian packages: nothing recommended, nothing removed, no service started.
+//! Debian packages. Installing: nothing recommended, nothing removed, no service started. Unpacking: into a folder of ours,
+//! whatever is installed.
 
-use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command};
+use std::{
+    fs,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Once,
+};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{process, workspace};
+use crate::{process, progress, workspace};
+
+/// Makes apt see a machine without any package, so that its answer depends on the archive alone.
+const NOTHING_INSTALLED: [&str; 4] = [
+    "-o",
+    "Dir::State::status=/dev/null",
+    "-o",
+    "Dir::Cache::pkgcache=",
+];
 
 /// A package and why it is installed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -23,7 +38,7 @@ pub fn install(packages: &[Package]) -> Result<()> {
     }
     let names: Vec<&str> = packages.iter().map(|package| package.name.as_str()).collect();
     require_apt(&names)?;
-    process::run(apt_get().args(["-qq", "update"]))?;
+    update();
     let arguments = ["install", "--yes", "--no-install-recommends"];
     let simulation = process::capture(apt_get().arg("--simulate").args(arguments).args(&names))?;
     let removed = removals(&simulation);
@@ -37,12 +52,74 @@ pub fn install(packages: &[Package]) -> Result<()> {
         );
     }
     let _quiet = NoServices::new()?;
-    process::run(
+    progress::quiet(
+        "setup: installing packages",
         apt_get()
             .args(["-qq", "-o", "Dpkg::Use-Pty=0", "--no-remove"])
             .args(arguments)
             .args(&names),
     )
+}
+
+/// Brings apt's lists up to date, once in a run and if this user may. A source that fails is reported and is no failure: the
+/// packages may come from another one, or be in the lists already.
+pub fn update() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        if !workspace::is_root() {
+            return;
+        }
+        let updated = progress::quiet("setup: apt-get update", apt_get().args(["-qq", "update"]));
+        if let Err(fault) = updated {
+            eprintln!("setup: {fault:#}; going on with the lists that are there");
+        }
+    });
+}
+
+/// `package` and every package that it depends on, as `name=version`, as if none were installed.
+pub fn closure(package: &str) -> Result<Vec<String>> {
+    let simulation = process::capture(apt_get().args(NOTHING_INSTALLED).args([
+        "--simulate",
+        "install",
+        "--no-install-recommends",
+        package,
+    ]))?;
+    let packages = installations(&simulation);
+    if packages.is_empty() {
+        bail!("apt would install nothing for {package}");
+    }
+    Ok(packages)
+}
+
+/// Downloads `packages` (`name` or `name=version`) and unpacks them in `folder`, which is made anew. No maintainer script runs.
+pub fn unpack(step: &str, packages: &[String], folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    let archives = folder.join("archives");
+    fs::create_dir_all(&archives).with_context(|| format!("cannot make {}", archives.display()))?;
+    let mut download = apt_get();
+    download
+        .args(NOTHING_INSTALLED)
+        // The user that apt would download as may not be able to write here.
+        .args(["-o", "APT::Sandbox::User=root", "-qq", "download"])
+        .args(packages)
+        .current_dir(&archives);
+    progress::quiet(&format!("{step}: download"), &mut download)?;
+    let files = entries(&archives)?;
+    if files.len() != packages.len() {
+        bail!("apt downloaded {} of {} packages", files.len(), packages.len());
+    }
+    for archive in files {
+        process::run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(folder))?;
+    }
+    fs::remove_dir_all(&archives).with_context(|| format!("cannot remove {}", archives.display()))
+}
+
+/// The paths of what is in `folder`.
+pub fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let listing = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    listing.map(|entry| Ok(entry?.path())).collect()
 }
 
 /// Fails with what the user has to do where there is no apt, or no right to use it.
@@ -63,7 +140,9 @@ pub fn apt_get() -> Command {
     // RUNLEVEL=1 makes invoke-rc.d leave services stopped, also where policy-rc.d is not asked.
     command
         .env("DEBIAN_FRONTEND", "noninteractive")
-        .env("RUNLEVEL", "1");
+        .env("RUNLEVEL", "1")
+        // A machine that has just started may be installing upgrades.
+        .args(["-o", "DPkg::Lock::Timeout=300"]);
     command
 }
 
@@ -73,6 +152,17 @@ fn removals(simulation: &str) -> Vec<&str> {
         .lines()
         .filter_map(|line| line.strip_prefix("Remv ")?.split_whitespace().next())
         .collect()
+}
+
+/// The packages that a simulated installation installs, as `name=version`.
+fn installations(simulation: &str) -> Vec<String> {
+    let package = |line: &str| {
+        // `Inst name [installed version] (version source [architecture])`
+        let (name, rest) = line.strip_prefix("Inst ")?.split_once(' ')?;
+        let version = rest.split_once('(')?.1.split_whitespace().next()?;
+        Some(format!("{name}={version}"))
+    };
+    simulation.lines().filter_map(package).collect()
 }
 
 /// Forbids packages to start their services while it lives: the tests start engines of their own.
@@ -117,5 +207,23 @@ mod tests {
         let simulation = "Reading package lists...\nRemv qemu-utils [1:10.0.2]\nInst cpio (2.13 Debian:12.15/oldstable [amd64])\n";
         assert_eq!(removals(simulation), ["qemu-utils"]);
         assert!(removals("Inst cpio (2.13)\nConf cpio (2.13)\n").is_empty());
+    }
+
+    #[test]
+    fn a_closure_is_read_from_a_simulation() {
+        let simulation = "Building dependency tree...\nThe following NEW packages will be installed:\n  libc6\n\
+            Inst libgcc-s1 (12.2.0-14+deb12u1 Debian:12.15/oldstable [amd64]) []\n\
+            Inst libc6 [2.36-9] (2.36-9+deb12u14 Debian:12.15/oldstable [amd64])\n\
+            Inst qemu-system-x86 (1:7.2+dfsg-7 Debian:12.15/oldstable, Debian-Security:12/oldstable-security [amd64])\n\
+            Conf libc6 (2.36-9+deb12u14 Debian:12.15/oldstable [amd64])\nRemv qemu-utils [1:10.0.2]\n";
+        assert_eq!(
+            installations(simulation),
+            [
+                "libgcc-s1=12.2.0-14+deb12u1",
+                "libc6=2.36-9+deb12u14",
+                "qemu-system-x86=1:7.2+dfsg-7"
+            ]
+        );
+        assert!(installations("0 upgraded, 0 newly installed\n").is_empty());
     }
 }

@@ -1,9 +1,11 @@
 //! `bench`: builds the programs and runs the benchmarks of `lb-tests`.
 
+use std::process::Command;
+
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
-use crate::{ebpf, needs::Group, process, release, setup, workspace};
+use crate::{agent, ebpf, needs::Group, process, release, setup, workspace};
 
 /// Options of `bench`.
 #[derive(clap::Args)]
@@ -47,13 +49,14 @@ pub fn run(options: &Options) -> Result<()> {
         setup::ensure(&[Group::E2e])?;
     }
     ebpf::build()?;
+    let bench = agent::build_test_program("weir-bench")?;
     for kind in kinds {
         let name = kind
             .to_possible_value()
             .map_or_else(String::new, |v| v.get_name().to_owned());
         println!("=== bench {name}");
-        let mut command = process::cargo();
-        command.args(["run", "--quiet", "-p", "lb-tests", "--bin", "weir-bench", "--"]);
+        let mut command = Command::new(&bench);
+        command.current_dir(workspace::root());
         match kind {
             Kind::Prog => drop(ebpf::build_bench()?),
             Kind::L7 => {

@@ -4,7 +4,7 @@ use std::{fs, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result};
 
-use crate::{elf, needs::Group, process, setup, toolchain::Toolchain, workspace};
+use crate::{elf, needs::Group, progress, setup, toolchain::Toolchain, workspace};
 
 const TARGET: &str = "bpfel-unknown-none";
 
@@ -25,8 +25,8 @@ fn build_binary(name: &str) -> Result<PathBuf> {
     setup::ensure(&[Group::Build])?;
     let toolchain = Toolchain::find()?;
     let mut command = toolchain.command(&toolchain.cargo);
-    command.args(["build", "--quiet", "--bin", name]);
-    process::run(in_bpf(&mut command, &toolchain))?;
+    command.args(["build", "--bin", name]);
+    progress::cargo("build: BPF programs", in_bpf(&mut command, &toolchain))?;
     let built = build_dir().join(TARGET).join("release").join(name);
     let bytes = fs::read(&built).with_context(|| format!("cannot read {}", built.display()))?;
     elf::check_bpf_object(&bytes).with_context(|| built.display().to_string())?;

@@ -14,6 +14,7 @@ mod elf;
 mod lint;
 mod needs;
 mod process;
+mod progress;
 mod release;
 mod run;
 mod setup;

@@ -9,10 +9,11 @@ use std::{env, fs, path::PathBuf, process::Command};
 use anyhow::{Context, Result};
 
 use crate::{
+    agent,
     apt::{self, Package},
     ebpf,
     needs::Group,
-    process, setup,
+    process, progress, setup,
     toolchain::CompilerVersion,
     workspace,
 };
@@ -121,17 +122,8 @@ impl Build {
         }
         let flags = format!("-C profile-generate={}", counts.display());
         let counting = self.compile("lb-l7", "weir-l7", "profile", &flags, &[])?;
-        let mut serve = process::cargo();
-        serve.args([
-            "run",
-            "--quiet",
-            "-p",
-            "lb-tests",
-            "--bin",
-            "weir-bench",
-            "--",
-            "l7-profile",
-        ]);
+        let mut serve = Command::new(agent::build_test_program("weir-bench")?);
+        serve.arg("l7-profile").current_dir(workspace::root());
         process::run(serve.env("WEIR_L7_BIN", counting))?;
         let stored = self.stored();
         let folder = stored.parent().context("a profile has a folder")?;
@@ -158,11 +150,11 @@ impl Build {
         let mut build = process::cargo();
         build
             .env("RUSTFLAGS", format!("{given} {flags}").trim())
-            .args(["build", "--quiet", "--release", "-p", package, "--bin", program])
+            .args(["build", "--release", "-p", package, "--bin", program])
             .args(words)
             .args(["--target", &self.target, "--target-dir"])
             .arg(&folder);
-        process::run(&mut build)?;
+        progress::cargo(&format!("build: {program}, as released"), &mut build)?;
         Ok(folder.join(&self.target).join("release").join(program))
     }
 

@@ -7,13 +7,17 @@ use anyhow::{Context, Result, bail};
 use crate::{
     apt::{self, Package},
     needs::{self, Group},
-    process,
+    process, progress,
     toolchain::{Compiler, Route, Toolchain, find_linker},
     vm, workspace,
 };
 
 /// The linker that was tried with the compilers that `toolchain` accepts.
 const BPF_LINKER: &str = "bpf-linker@0.13.0";
+
+/// What to do where Debian's compiler cannot be installed, for example because an older one is there.
+const NO_DEBIAN_COMPILER: &str = "Debian's compiler for the BPF programs cannot be installed; instead of it, `rustup \
+    toolchain install nightly --component rust-src` will do";
 
 /// Options of `setup`.
 #[derive(clap::Args)]
@@ -51,7 +55,7 @@ pub fn ensure(groups: &[Group]) -> Result<()> {
         ensure_clippy()?;
     }
     if groups.contains(&Group::Vm) {
-        vm::kernel::ensure_all()?;
+        vm::ensure()?;
     }
     Ok(())
 }
@@ -70,7 +74,8 @@ fn ensure_bpf_toolchain() -> Result<()> {
             apt::install(&packages(
                 &["rustc-web", "cargo-web", "rust-web-src"],
                 "compiles the BPF programs",
-            ))?;
+            ))
+            .context(NO_DEBIAN_COMPILER)?;
             Compiler::find(Route::Debian)
                 .context("the packages rustc-web, cargo-web and rust-web-src did not help")?
         }
@@ -97,7 +102,7 @@ fn install_linker(compiler: &Compiler) -> Result<()> {
         .env("PATH", format!("{prefix}/bin:{path}"))
         .args(["install", "--force", "--locked", "--no-default-features"])
         .args(["--features", &format!("llvm-{llvm}"), BPF_LINKER]);
-    process::run(&mut command).context("building bpf-linker failed")
+    progress::cargo("setup: bpf-linker", &mut command).context("building bpf-linker failed")
 }
 
 /// clippy that belongs to the BPF compiler.
@@ -112,7 +117,10 @@ fn ensure_clippy() -> Result<()> {
         Route::Nightly => {
             println!("setup: nightly's clippy is missing: lints the BPF programs");
             let mut rustup = Command::new("rustup");
-            process::run(rustup.args(["component", "add", "--toolchain", "nightly", "clippy"]))
+            progress::quiet(
+                "setup: nightly's clippy",
+                rustup.args(["component", "add", "--toolchain", "nightly", "clippy"]),
+            )
         }
     }?;
     if !workspace::is_executable(&toolchain.clippy()) {

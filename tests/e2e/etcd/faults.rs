@@ -12,6 +12,10 @@ use super::{Lab, connected, service, serving, source};
 /// One etcd, one node, two servers behind `web`.
 const WEB: &str = "/weir/services/web";
 
+/// Limit for noticing that etcd is silent: 0.5 s of silence, 1 s for an answer, and what a busy machine takes. With the
+/// default deadlines it would be 13 s.
+const NOTICED: Duration = Duration::from_secs(9);
+
 fn fault(status: &Value) -> &str {
     source(status)["fault"].as_str().unwrap_or_default()
 }
@@ -65,12 +69,7 @@ fn a_server_that_stands_still_is_noticed_in_time() -> Result<()> {
     etcd.signal(0, Signal::SIGSTOP)?;
     let stopped = Instant::now();
     weir.await_status("without etcd", |status| !connected(status))?;
-    // 0.5 s of silence, 1 s for an answer.
-    assert!(
-        stopped.elapsed() < Duration::from_secs(5),
-        "{:?}",
-        stopped.elapsed()
-    );
+    assert!(stopped.elapsed() < NOTICED, "{:?}", stopped.elapsed());
     weir.await_status("silent", |status| fault(status).contains("no answer within 1s"))?;
     goes_on(&load)?;
     assert_eq!(serving(&weir.status()?, "web"), 2);
@@ -98,7 +97,7 @@ fn a_path_that_swallows_everything_is_noticed_in_time() -> Result<()> {
     lab.store.ip("link set to-0 nomaster")?;
     let cut = Instant::now();
     weir.await_status("without etcd", |status| !connected(status))?;
-    assert!(cut.elapsed() < Duration::from_secs(5), "{:?}", cut.elapsed());
+    assert!(cut.elapsed() < NOTICED, "{:?}", cut.elapsed());
     assert_eq!(serving(&weir.status()?, "web"), 2);
     etcd.put(WEB, &service("own", 80, [1, 2, 3]))?;
     lab.store.ip("link set to-0 master br0")?;

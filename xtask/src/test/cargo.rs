@@ -9,7 +9,14 @@ use std::{
 use anyhow::{Context, Result};
 
 use super::report::{Count, Summary};
-use crate::process;
+use crate::{process, progress};
+
+/// Builds the tests of `selection`.
+pub fn build(selection: &[String]) -> Result<()> {
+    let mut command = process::cargo();
+    command.args(["test", "--no-run"]).args(selection);
+    progress::cargo("build: tests", &mut command)
+}
 
 /// `cargo test` of `selection`.
 pub fn test(selection: &[String], threads: Option<u32>, filter: Option<&str>) -> Command {
@@ -46,26 +53,12 @@ pub fn run(mut command: Command) -> Result<Count> {
 /// Builds the test targets `names` of `lb-tests` and returns their executables, in the order of `names`.
 pub fn build_tests(names: &[&str]) -> Result<Vec<PathBuf>> {
     let mut command = process::cargo();
-    command.args([
-        "test",
-        "--quiet",
-        "-p",
-        "lb-tests",
-        "--no-run",
-        "--message-format",
-        "json-render-diagnostics",
-    ]);
+    command.args(["test", "-p", "lb-tests", "--no-run"]);
+    command.args(["--message-format", "json-render-diagnostics"]);
     for name in names {
         command.args(["--test", name]);
     }
-    let output = command
-        .stderr(Stdio::inherit())
-        .output()
-        .context("cannot start cargo")?;
-    if !output.status.success() {
-        anyhow::bail!("{} failed: {}", process::show(&command), output.status);
-    }
-    let messages = String::from_utf8_lossy(&output.stdout);
+    let messages = progress::cargo_stdout("build: tests", &mut command)?;
     names
         .iter()
         .map(|name| {

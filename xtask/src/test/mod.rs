@@ -64,7 +64,9 @@ fn run_tier(tier: Tier, filter: Option<&str>) -> Result<Count> {
     if tier == Tier::Vm {
         return vm::run(filter);
     }
-    let mut command = cargo::test(&tier.selection(), tier.threads(), filter);
+    let selection = tier.selection();
+    cargo::build(&selection)?;
+    let mut command = cargo::test(&selection, tier.threads(), filter);
     if tier.needs_agent() {
         command.env("WEIR_BIN", agent::build()?);
     }

@@ -1,5 +1,4 @@
-//! Boots a guest in QEMU and listens to it until it powers off. Software emulation (TCG) works on every machine, also inside
-//! of a virtual one, and takes seconds.
+//! Boots a guest in QEMU and listens to it until it powers off.
 
 use std::{
     io::{self, BufRead, BufReader},
@@ -13,8 +12,8 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::{console::Console, kernel::Kernel};
-use crate::test::report::Count;
+use super::{console::Console, kernel::Kernel, qemu::Qemu};
+use crate::{process, test::report::Count};
 
 /// A guest that says nothing for so long hangs. Loading the programs, all verified by an emulated CPU, is the longest pause.
 const SILENCE: Duration = Duration::from_secs(300);
@@ -22,9 +21,9 @@ const SILENCE: Duration = Duration::from_secs(300);
 /// No guest runs longer, even if all share one processor of this machine.
 const TOTAL: Duration = Duration::from_secs(1800);
 
-/// Boots `kernel` with `image` and returns what `binaries` reported.
-pub fn run(kernel: &Kernel, image: &Path, binaries: &[&str]) -> Result<Count> {
-    let (_machine, lines) = boot(kernel, image)?;
+/// Boots `kernel` with `image` in `qemu` and returns what `binaries` reported.
+pub fn run(qemu: &Qemu, kernel: &Kernel, image: &Path, binaries: &[&str]) -> Result<Count> {
+    let (_machine, lines) = boot(qemu, kernel, image)?;
     let mut console = Console::default();
     let start = Instant::now();
     loop {
@@ -70,23 +69,10 @@ fn die_with_parent(command: &mut Command) {
 }
 
 /// Starts QEMU; the receiver gets the console's lines and is closed when QEMU ends.
-fn boot(kernel: &Kernel, image: &Path) -> Result<(Machine, Receiver<String>)> {
-    let mut command = Command::new("qemu-system-x86_64");
+fn boot(qemu: &Qemu, kernel: &Kernel, image: &Path) -> Result<(Machine, Receiver<String>)> {
+    let mut command = qemu.command();
     command
-        .args([
-            "-M", "q35", "-accel", "tcg", "-cpu", "max", "-smp", "1", "-m", "2048",
-        ])
-        .args([
-            "-display",
-            "none",
-            "-serial",
-            "stdio",
-            "-monitor",
-            "none",
-            "-no-reboot",
-            "-nic",
-            "none",
-        ])
+        .args(["-serial", "stdio", "-monitor", "none"])
         .arg("-kernel")
         .arg(kernel.image())
         .arg("-initrd")
@@ -98,7 +84,7 @@ fn boot(kernel: &Kernel, image: &Path) -> Result<(Machine, Receiver<String>)> {
     die_with_parent(&mut command);
     let mut child = command
         .spawn()
-        .context("cannot start qemu-system-x86_64: run `cargo xtask setup vm`")?;
+        .with_context(|| format!("cannot start {}", process::show(&command)))?;
     let output = child.stdout.take().context("QEMU has an output")?;
     let machine = Machine(child);
     let (sender, lines) = mpsc::channel();

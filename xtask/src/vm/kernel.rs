@@ -42,12 +42,9 @@ pub fn ensure_all() -> Result<Vec<Kernel>> {
     let find = |names: &[String]| SERIES.map(|series| newest(names, series));
     let mut releases = find(&unpacked);
     if releases.iter().any(Option::is_none) {
-        let mut offered = offered_releases()?;
-        if find(&offered).iter().any(Option::is_none) && workspace::is_root() {
-            process::run(apt::apt_get().args(["-qq", "update"]))?;
-            offered = offered_releases()?;
-        }
-        releases = find(&offered);
+        // Old lists name packages that the archive has no more.
+        apt::update();
+        releases = find(&offered_releases()?);
     }
     SERIES
         .into_iter()
@@ -80,21 +77,9 @@ fn ensure(release: String) -> Result<Kernel> {
     );
     // Unpacked beside and renamed, so that a kernel in the store is a whole one.
     let unfinished = store().join("unfinished");
-    if unfinished.exists() {
-        fs::remove_dir_all(&unfinished)?;
-    }
-    fs::create_dir_all(&unfinished).with_context(|| format!("cannot make {}", unfinished.display()))?;
     let package = format!("linux-image-{}", kernel.release);
-    process::run(
-        apt::apt_get()
-            .args(["-qq", "download", &package])
-            .current_dir(&unfinished),
-    )?;
-    let archive = entries(&unfinished)?
-        .pop()
-        .with_context(|| format!("apt downloaded no {package}"))?;
-    process::run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(&unfinished))?;
-    fs::remove_file(&archive)?;
+    let step = format!("setup: kernel {}", kernel.release);
+    apt::unpack(&step, std::slice::from_ref(&package), &unfinished)?;
     process::run(
         Command::new("depmod")
             .arg("-b")
@@ -114,7 +99,7 @@ fn unpacked_releases(store: &Path) -> Result<Vec<String>> {
         return Ok(Vec::new());
     }
     let name = |path: PathBuf| Some(path.file_name()?.to_str()?.to_owned());
-    Ok(entries(store)?.into_iter().filter_map(name).collect())
+    Ok(apt::entries(store)?.into_iter().filter_map(name).collect())
 }
 
 /// Releases that apt could download.
@@ -125,11 +110,6 @@ fn offered_releases() -> Result<Vec<String>> {
         .filter_map(|name| name.strip_prefix("linux-image-"))
         .map(str::to_owned)
         .collect())
-}
-
-fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
-    let listing = fs::read_dir(dir).with_context(|| format!("cannot read {}", dir.display()))?;
-    listing.map(|entry| Ok(entry?.path())).collect()
 }
 
 /// The newest of `releases` that is a signed cloud kernel of `series`.

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 use super::{console, kernel::Kernel};
-use crate::{process, test::cargo, workspace};
+use crate::{test::cargo, workspace};
 
 /// Modules that tests need. They are loaded before the tests, in this order, with what they depend on.
 const MODULES: [&str; 5] = ["veth", "bridge", "sch_ingress", "cls_bpf", "tun"];
@@ -59,6 +59,7 @@ pub fn pack(kernel: &Kernel, binaries: &[(&str, PathBuf)], filter: Option<&str>)
 fn add_programs(root: &Path, binaries: &[(&str, PathBuf)]) -> Result<()> {
     let busybox = program("busybox")?;
     copy(&busybox, &root.join("bin/busybox"))?;
+    add_libraries(root, &busybox)?;
     // The shell is not busybox: its own would run its own `ip` whatever PATH says.
     copy(&program("dash")?, &root.join("bin/sh"))?;
     add_libraries(root, &program("dash")?)?;
@@ -74,11 +75,18 @@ fn add_programs(root: &Path, binaries: &[(&str, PathBuf)]) -> Result<()> {
     Ok(())
 }
 
-/// Copies what `binary` is linked to, to the same paths.
+/// Copies what `binary` is linked to, to the same paths. A static one is linked to nothing, which is an error for ldd.
 fn add_libraries(root: &Path, binary: &Path) -> Result<()> {
-    let listing = process::capture(Command::new("ldd").arg(binary))
-        .with_context(|| format!("cannot list the libraries of {}", binary.display()))?;
-    for library in libraries(&listing) {
+    let output = Command::new("ldd")
+        .env("LC_ALL", "C")
+        .arg(binary)
+        .output()
+        .context("cannot start ldd")?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if !output.status.success() && !errors.contains("not a dynamic executable") {
+        bail!("ldd {} failed: {}", binary.display(), errors.trim());
+    }
+    for library in libraries(&String::from_utf8_lossy(&output.stdout)) {
         let target = root.join(library.strip_prefix("/").unwrap_or(library));
         if !target.exists() {
             copy(library, &target)?;
