@@ -207,6 +207,28 @@ fn early_fragments(body: Body) -> Result<()> {
             .payload(&bytes(id.into(), 2000))
             .id(id)
     };
+    // Fragments are sent once: the way must be there before.
+    let small = eth(client, node)
+        .ip("192.0.2.10", VIP4)
+        .udp(5001, 53)
+        .payload(b"probe")
+        .build();
+    backend.set_read_timeout(Some(Duration::from_millis(100)))?;
+    let begin = Instant::now();
+    let mut probe = [0; 16];
+    loop {
+        lab.client.send_frame("e0", &small)?;
+        if backend.recv(&mut probe).is_ok() {
+            break;
+        }
+        anyhow::ensure!(
+            begin.elapsed() < PATIENCE,
+            "no datagram arrives: {}",
+            weir.explain()
+        );
+    }
+    while backend.recv(&mut probe).is_ok() {}
+    backend.set_read_timeout(Some(PATIENCE))?;
     lab.client
         .send_frame("e0", &whole(9).fragment(800, 1600).build())?;
     for (from, to) in [(0, 800), (1600, 2008), (800, 1600)] {

@@ -52,10 +52,13 @@ pub fn rows() -> Vec<Row> {
     rows
 }
 
-/// A long packet of a known flow, and as it goes to the backend by a device.
-fn long(n: Net, slot: u16) -> (Packet, Packet) {
-    let packet = n.request(flag::ACK).payload(&vec![0x5a; LONG]);
-    let out = n.to_b1(&packet).eth(mac_of(slot), B1_MAC);
+/// A long packet of a known flow that comes in by one device, and as it goes to the backend by another.
+fn long(n: Net, from: u16, to: u16) -> (Packet, Packet) {
+    let packet = n
+        .request(flag::ACK)
+        .eth(crate::net::CLIENT_MAC, mac_of(from))
+        .payload(&vec![0x5a; LONG]);
+    let out = n.to_b1(&packet).eth(mac_of(to), B1_MAC);
     (packet, out)
 }
 
@@ -65,7 +68,7 @@ fn run_long(n: Net, from: u16, to: u16) -> anyhow::Result<(Ran, u64)> {
         .service()
         .remote(n.b1(), BPORT, to, B1_MAC)
         .conn(n.conn().established(), 1);
-    let (packet, _) = long(n, to);
+    let (packet, _) = long(n, from, to);
     let run = |kernel: &mut lb_tests::kernel::Kernel| {
         kernel.set(&world)?;
         let handed = |kernel: &mut lb_tests::kernel::Kernel| {
@@ -85,7 +88,7 @@ fn frames_of_several_buffers_are_forwarded_by_their_headers() -> anyhow::Result<
             let (ran, handed) = run_long(n, from, to)?;
             assert_eq!((ran.action, handed), (action, 0), "{n}: {from} to {to}");
             assert!(
-                ran.frame == long(n, to).1.build(),
+                ran.frame == long(n, from, to).1.build(),
                 "{n}: {from} to {to}: other bytes"
             );
         }
@@ -99,7 +102,7 @@ fn frames_of_several_buffers_are_left_to_tc_where_a_driver_takes_one_only() -> a
         let (ran, handed) = run_long(n, NIC, JUMBO_PLAIN)?;
         assert_eq!((ran.action, handed), (2, 1), "{n}");
         assert!(
-            ran.frame == long(n, JUMBO_PLAIN).0.build(),
+            ran.frame == long(n, NIC, JUMBO_PLAIN).0.build(),
             "{n}: changed on its way to TC"
         );
     }

@@ -38,24 +38,57 @@ impl<A: Address, T: FlowTables> Mapped<A, T> {
     }
 }
 
-/// Idle time that a flow is allowed in a state, ticks.
+/// Idle time that a flow is allowed in a state, ticks. A service that has no idle times is not known to the reader (yet): then
+/// nothing expires.
 #[inline(always)]
 pub const fn timeout(timeouts: &Timeouts, state: u32, ticks_per_second: u32) -> u32 {
-    if state & flow_state::UDP != 0 {
+    let configured = if state & flow_state::UDP != 0 {
         timeouts.udp
     } else if flow_state::is_closed(state) {
         timeouts.closing
     } else if state & flow_state::ESTABLISHED == 0 {
         timeouts.syn
-    } else if state & flow_state::RESET == 0 {
-        timeouts.established
     } else {
-        let after_reset = RESET_IDLE_S * ticks_per_second;
-        if after_reset < timeouts.established {
-            after_reset
-        } else {
-            timeouts.established
-        }
+        timeouts.established
+    };
+    if configured == 0 {
+        return u32::MAX;
+    }
+    let after_reset = RESET_IDLE_S * ticks_per_second;
+    if state & flow_state::RESET != 0 && state & flow_state::ESTABLISHED != 0 && after_reset < configured {
+        after_reset
+    } else {
+        configured
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn idle_times_follow_the_state() {
+        const HZ: u32 = 250;
+        let timeouts = Timeouts {
+            established: 7_800 * HZ,
+            syn: 60 * HZ,
+            closing: 60 * HZ,
+            udp: 300 * HZ,
+        };
+        let of = |state| timeout(&timeouts, state, HZ) / HZ;
+        let established = flow_state::ANSWERED | flow_state::ESTABLISHED;
+        assert_eq!(of(0), 60);
+        assert_eq!(of(flow_state::ANSWERED), 60);
+        assert_eq!(of(established), 7_800);
+        assert_eq!(
+            of(established | flow_state::FIN_CLIENT),
+            7_800,
+            "a forged FIN shortens nothing"
+        );
+        assert_eq!(of(established | flow_state::RESET_CLIENT), 120);
+        assert_eq!(of(established | flow_state::FINS | flow_state::CLOSED), 60);
+        assert_eq!(of(flow_state::UDP), 300);
+        assert_eq!(timeout(&Timeouts::default(), established, HZ), u32::MAX);
     }
 }
 
@@ -195,8 +228,7 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
 
     #[inline(always)]
     fn timeout(self, service: u32, state: u32) -> u32 {
-        // A flow of no service's is nobody's.
-        self.tables.timeouts(service).map_or(0, |timeouts| {
+        self.tables.timeouts(service).map_or(u32::MAX, |timeouts| {
             timeout(timeouts, state, self.tables.ticks_per_second())
         })
     }

@@ -232,6 +232,6 @@ pub fn reading(more: u64) -> Reading {
             );
         }
     }
-    reading.flow_capacity = [262_144, 65_536];
+    reading.flow_capacity = [131_072, 32_768];
     reading
 }

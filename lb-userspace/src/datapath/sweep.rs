@@ -205,7 +205,9 @@ fn judge<A: Address>(flows: &FlowMaps, id: u32, slot: &Slot<A>, now: u32) -> Lif
     let allowed = context
         .timeouts
         .get(usize::from(slot.body.service))
-        .map_or(0, |timeouts| timeout(timeouts, state, context.ticks_per_second));
+        .map_or(u32::MAX, |timeouts| {
+            timeout(timeouts, state, context.ticks_per_second)
+        });
     if idle <= allowed {
         return Life::Lives;
     }
