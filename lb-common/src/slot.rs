@@ -237,8 +237,8 @@ impl TableSettings {
         let buckets = self.buckets::<A>() as u64;
         Home {
             buckets: [
-                ((hash & 0xffff_ffff) * buckets >> 32) as u32,
-                ((hash >> 32) * buckets >> 32) as u32,
+                (((hash & 0xffff_ffff) * buckets) >> 32) as u32,
+                (((hash >> 32) * buckets) >> 32) as u32,
             ],
             tag: hash.wrapping_mul(TAG_FACTOR) & !(u64::MAX >> 16),
             hash,
@@ -249,7 +249,7 @@ impl TableSettings {
     #[inline(always)]
     pub const fn overflow<A: Address>(&self, hash: u64) -> u32 {
         let groups = (self.buckets::<A>() / OVERFLOW_BUCKETS) as u64;
-        ((hash.wrapping_mul(OVERFLOW_FACTOR) >> 32) * groups >> 32) as u32 * OVERFLOW_BUCKETS
+        (((hash.wrapping_mul(OVERFLOW_FACTOR) >> 32) * groups) >> 32) as u32 * OVERFLOW_BUCKETS
     }
 }
 
@@ -261,14 +261,14 @@ const OVERFLOW_FACTOR: u64 = 0xff51_afd7_ed55_8ccd;
 /// and two rounds of mixing.
 #[inline(always)]
 fn hash<A: Address>(secret: &[u64; SECRET_WORDS], key: &FlowKey<A>) -> u64 {
-    let ports = (key.sport.0 as u64) << 16 | key.dport.0 as u64 | (key.proto as u64) << 32;
+    let ports = ((key.sport.0 as u64) << 16) | key.dport.0 as u64 | ((key.proto as u64) << 32);
     let mut sum = nh(ports, secret[0]).wrapping_add(key.src.nh(secret[1], secret[2]));
     sum = sum.wrapping_add(key.dst.nh(secret[3], secret[4]));
     sum ^= sum >> 32;
     sum = sum.wrapping_mul(secret[5] | 1);
     sum ^= sum >> 29;
     sum = sum.wrapping_mul(MIX);
-    sum ^ sum >> 32
+    sum ^ (sum >> 32)
 }
 
 /// Factor of the second round (SplitMix64).
@@ -296,7 +296,7 @@ impl<A: Address> Body<A> {
     /// The word of a backend id and an epoch.
     #[inline(always)]
     pub const fn backend_word(id: u32, epoch: u32) -> u32 {
-        id & ((1 << BACKEND_BITS) - 1) | epoch << BACKEND_BITS
+        (id & ((1 << BACKEND_BITS) - 1)) | (epoch << BACKEND_BITS)
     }
     /// Generation of the other direction.
     #[inline(always)]

@@ -55,7 +55,7 @@ pub fn touch<T: Tables, A: Ip>(tables: T, flow: &Flow<A>) -> bool {
 fn stamp<T: Tables, A: Ip>(tables: T, flow: &Flow<A>, now: u32) {
     if let Some(cell) = Mapped::<A, T>::new(tables).slot(flow.slot) {
         // SAFETY: an aligned word of a slot that is there. If the slot has another flow by now, that one is as young.
-        unsafe { (&raw mut (*cell).seen).write_volatile(now) }
+        unsafe { (&raw mut (*cell.as_ptr()).seen).write_volatile(now) }
     }
 }
 
@@ -141,7 +141,11 @@ pub fn set_hop<T: Tables, A: Ip>(tables: T, flow: &Flow<A>, hop: Hop) -> u32 {
             // SAFETY: an aligned word of a slot that is there. Only the flow's own hop is replaced, or that of a flow by
             // the same way, whose next packet puts it right.
             unsafe {
-                T::compare_exchange((&raw mut (*cell).body.hop).cast::<u64>(), flow.body.hop.0, hop.0);
+                T::compare_exchange(
+                    (&raw mut (*cell.as_ptr()).body.hop).cast::<u64>(),
+                    flow.body.hop.0,
+                    hop.0,
+                );
             }
         }
     }
@@ -165,8 +169,8 @@ pub fn expected<T: Tables, A: Ip>(tables: T, flow: &Flow<A>, which: Expected) ->
     // SAFETY: fields of a slot that is there.
     let number = unsafe {
         match which {
-            Expected::ByClient => (&raw mut (*cell).body.to_dport.0).read_volatile(),
-            Expected::ByBackend => (&raw mut (*cell).body.backend_ack).read_volatile(),
+            Expected::ByClient => (&raw mut (*cell.as_ptr()).body.to_dport.0).read_volatile(),
+            Expected::ByBackend => (&raw mut (*cell.as_ptr()).body.backend_ack).read_volatile(),
         }
     };
     (head::generation(Mapped::<A, T>::head(cell)) == generation).then_some(number)
@@ -183,8 +187,12 @@ pub fn expect<T: Tables, A: Ip>(tables: T, flow: &Flow<A>, which: Expected, numb
         // number that does not come, and so stays half-open for a while.
         unsafe {
             match which {
-                Expected::ByClient => (&raw mut (*cell).body.to_dport.0).write_volatile(number as u16),
-                Expected::ByBackend => (&raw mut (*cell).body.backend_ack).write_volatile(number as u16),
+                Expected::ByClient => {
+                    (&raw mut (*cell.as_ptr()).body.to_dport.0).write_volatile(number as u16)
+                }
+                Expected::ByBackend => {
+                    (&raw mut (*cell.as_ptr()).body.backend_ack).write_volatile(number as u16)
+                }
             }
         }
     }

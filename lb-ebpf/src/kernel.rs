@@ -1,10 +1,5 @@
 //! The maps' kernel body.
 
-#![expect(
-    clippy::needless_borrows_for_generic_args,
-    reason = "a key given by value is copied to the stack, which has 512 bytes"
-)]
-
 use core::intrinsics::{AtomicOrdering, atomic_cxchg, atomic_or, atomic_xadd};
 
 use aya_ebpf::{

@@ -300,7 +300,7 @@ fn connection(n: u32, v6: bool) -> Conn {
 fn set_seen<A: Address>(flows: &FlowMaps, slot: u32, seen: u32) {
     let cell = Mapped::<A, &FlowMaps>::new(flows).slot(slot).unwrap();
     // SAFETY: a slot of the table, which no program uses.
-    unsafe { (&raw mut (*cell).seen).write_volatile(seen) }
+    unsafe { (&raw mut (*cell.as_ptr()).seen).write_volatile(seen) }
 }
 
 fn timeouts(ticks: u32) -> MapOp {

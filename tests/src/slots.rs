@@ -104,7 +104,7 @@ pub fn fill<A: Address, T: FlowTables>(tables: T, seen: u32) -> Result<()> {
         // SAFETY: a slot of the table, which no program uses now.
         unsafe {
             if Mapped::<A, T>::head(cell) & head::KIND != head::LIVE {
-                cell.write_volatile(slot);
+                cell.as_ptr().write_volatile(slot);
             }
         }
     }
@@ -119,7 +119,7 @@ pub fn clear<A: Address, T: FlowTables>(tables: T) {
     for id in 0..buckets * SLOTS as u32 {
         if let Some(cell) = Mapped::<A, T>::new(tables).slot(id) {
             // SAFETY: as in `fill`.
-            unsafe { cell.write_volatile(Slot::default()) }
+            unsafe { cell.as_ptr().write_volatile(Slot::default()) }
         }
     }
 }

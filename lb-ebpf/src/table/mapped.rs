@@ -19,6 +19,38 @@ pub struct Mapped<A, T> {
     family: PhantomData<A>,
 }
 
+/// A bucket that is there.
+#[derive(Debug)]
+pub struct BucketRef<A: Address>(*mut Bucket<A>);
+
+/// A slot that is there: its memory is readable and writable, by anybody at any time.
+#[derive(Debug)]
+pub struct SlotRef<A: Address>(*mut Slot<A>);
+
+impl<A: Address> Clone for BucketRef<A> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<A: Address> Copy for BucketRef<A> {}
+
+impl<A: Address> Clone for SlotRef<A> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+impl<A: Address> Copy for SlotRef<A> {}
+
+impl<A: Address> SlotRef<A> {
+    /// Where it is.
+    #[inline(always)]
+    pub const fn as_ptr(self) -> *mut Slot<A> {
+        self.0
+    }
+}
+
 impl<A, T: Copy> Clone for Mapped<A, T> {
     #[inline(always)]
     fn clone(&self) -> Self {
@@ -62,52 +94,22 @@ pub const fn timeout(timeouts: &Timeouts, state: u32, ticks_per_second: u32) -> 
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn idle_times_follow_the_state() {
-        const HZ: u32 = 250;
-        let timeouts = Timeouts {
-            established: 7_800 * HZ,
-            syn: 60 * HZ,
-            closing: 60 * HZ,
-            udp: 300 * HZ,
-        };
-        let of = |state| timeout(&timeouts, state, HZ) / HZ;
-        let established = flow_state::ANSWERED | flow_state::ESTABLISHED;
-        assert_eq!(of(0), 60);
-        assert_eq!(of(flow_state::ANSWERED), 60);
-        assert_eq!(of(established), 7_800);
-        assert_eq!(
-            of(established | flow_state::FIN_CLIENT),
-            7_800,
-            "a forged FIN shortens nothing"
-        );
-        assert_eq!(of(established | flow_state::RESET_CLIENT), 120);
-        assert_eq!(of(established | flow_state::FINS | flow_state::CLOSED), 60);
-        assert_eq!(of(flow_state::UDP), 300);
-        assert_eq!(timeout(&Timeouts::default(), established, HZ), u32::MAX);
-    }
-}
-
 impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
     type Key = FlowKey<A>;
     type Body = Body<A>;
     type Copied = Flow<A>;
-    type Bucket = *mut Bucket<A>;
-    type Cell = *mut Slot<A>;
+    type Bucket = BucketRef<A>;
+    type Cell = SlotRef<A>;
 
     #[inline(always)]
     fn bucket(self, index: u32) -> Option<Self::Bucket> {
-        self.tables.flow_bucket(index)
+        self.tables.flow_bucket(index).map(BucketRef)
     }
 
     #[inline(always)]
     fn cell(bucket: Self::Bucket, index: usize) -> Self::Cell {
         // SAFETY: the bucket is there, and it has `SLOTS` slots.
-        unsafe { addr_of_mut!((*bucket).slots).cast::<Slot<A>>().add(index) }
+        SlotRef(unsafe { addr_of_mut!((*bucket.0).slots).cast::<Slot<A>>().add(index) })
     }
 
     #[inline(always)]
@@ -128,35 +130,39 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
     #[inline(always)]
     fn head(cell: Self::Cell) -> u64 {
         // SAFETY: a slot that is there; any word is a head.
-        unsafe { addr_of_mut!((*cell).head).read_volatile() }
+        unsafe { addr_of_mut!((*cell.0).head).read_volatile() }
     }
 
     #[inline(always)]
     fn head_after(cell: Self::Cell, zero: u64) -> u64 {
         // SAFETY: as in `head`; `zero` is 0.
-        unsafe { addr_of_mut!((*cell).head).byte_add(zero as usize).read_volatile() }
+        unsafe {
+            addr_of_mut!((*cell.0).head)
+                .byte_add(zero as usize)
+                .read_volatile()
+        }
     }
 
     #[inline(always)]
     fn compare_exchange(cell: Self::Cell, old: u64, new: u64) -> bool {
         // SAFETY: an aligned word of a slot that is there.
-        unsafe { T::compare_exchange(addr_of_mut!((*cell).head), old, new) == old }
+        unsafe { T::compare_exchange(addr_of_mut!((*cell.0).head), old, new) == old }
     }
 
     #[inline(always)]
     fn set_bits(cell: Self::Cell, bits: u64) {
         // SAFETY: as in `compare_exchange`.
-        unsafe { T::fetch_or(addr_of_mut!((*cell).head), bits) };
+        unsafe { T::fetch_or(addr_of_mut!((*cell.0).head), bits) };
     }
 
     #[inline(always)]
     fn has_key(cell: Self::Cell, key: &FlowKey<A>) -> bool {
         // SAFETY: a slot that is there; words that change under the reader are old or new ones.
         unsafe {
-            let ports = addr_of_mut!((*cell).sport).cast::<u32>().read_volatile();
+            let ports = addr_of_mut!((*cell.0).sport).cast::<u32>().read_volatile();
             ports == core::ptr::from_ref(&key.sport).cast::<u32>().read()
-                && A::equals_at(addr_of_mut!((*cell).src), &key.src)
-                && A::equals_at(addr_of_mut!((*cell).dst), &key.dst)
+                && A::equals_at(addr_of_mut!((*cell.0).src), &key.src)
+                && A::equals_at(addr_of_mut!((*cell.0).dst), &key.dst)
         }
     }
 
@@ -164,7 +170,7 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
     fn copy(cell: Self::Cell, to: &mut Flow<A>) -> u64 {
         // SAFETY: the body is whole words, in a slot that is there and in `to` alike.
         unsafe {
-            let from = addr_of_mut!((*cell).body).cast::<u64>();
+            let from = addr_of_mut!((*cell.0).body).cast::<u64>();
             let words = core::ptr::from_mut(&mut to.body).cast::<u64>();
             let mut all = 0;
             for index in 0..size_of::<Body<A>>() / 8 {
@@ -172,7 +178,7 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
                 words.add(index).write(word);
                 all |= word;
             }
-            let seen = addr_of_mut!((*cell).seen).read_volatile();
+            let seen = addr_of_mut!((*cell.0).seen).read_volatile();
             to.seen = seen;
             Self::zero_of(all | seen as u64)
         }
@@ -188,12 +194,12 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
     fn write(cell: Self::Cell, key: &FlowKey<A>, body: &Self::Body, now: u32) {
         // SAFETY: a slot that is there, which is pending and ours; the head stays as it is.
         unsafe {
-            addr_of_mut!((*cell).src).write_volatile(key.src);
-            addr_of_mut!((*cell).dst).write_volatile(key.dst);
-            addr_of_mut!((*cell).sport).write_volatile(key.sport);
-            addr_of_mut!((*cell).dport).write_volatile(key.dport);
-            addr_of_mut!((*cell).seen).write_volatile(now);
-            let to = addr_of_mut!((*cell).body).cast::<u64>();
+            addr_of_mut!((*cell.0).src).write_volatile(key.src);
+            addr_of_mut!((*cell.0).dst).write_volatile(key.dst);
+            addr_of_mut!((*cell.0).sport).write_volatile(key.sport);
+            addr_of_mut!((*cell.0).dport).write_volatile(key.dport);
+            addr_of_mut!((*cell.0).seen).write_volatile(now);
+            let to = addr_of_mut!((*cell.0).body).cast::<u64>();
             let words = core::ptr::from_ref(body).cast::<u64>();
             for index in 0..size_of::<Self::Body>() / 8 {
                 to.add(index).write_volatile(words.add(index).read());
@@ -204,14 +210,18 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
     #[inline(always)]
     fn seen_after(cell: Self::Cell, zero: u64) -> u32 {
         // SAFETY: a slot that is there; `zero` is 0.
-        unsafe { addr_of_mut!((*cell).seen).byte_add(zero as usize).read_volatile() }
+        unsafe {
+            addr_of_mut!((*cell.0).seen)
+                .byte_add(zero as usize)
+                .read_volatile()
+        }
     }
 
     #[inline(always)]
     fn partner_after(cell: Self::Cell, zero: u64) -> (u32, u32) {
         // SAFETY: as in `seen_after`.
         unsafe {
-            let at = addr_of_mut!((*cell).body.partner).byte_add(zero as usize);
+            let at = addr_of_mut!((*cell.0).body.partner).byte_add(zero as usize);
             (at.read_volatile(), at.add(1).read_volatile() & 0xff_ffff)
         }
     }
@@ -220,7 +230,7 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
     fn service_after(cell: Self::Cell, zero: u64) -> u32 {
         // SAFETY: as in `seen_after`.
         unsafe {
-            addr_of_mut!((*cell).body.service)
+            addr_of_mut!((*cell.0).body.service)
                 .byte_add(zero as usize)
                 .read_volatile() as u32
         }
@@ -311,9 +321,39 @@ pub fn read_slot<A: Address, T: FlowTables>(tables: T, id: u32) -> Option<Slot<A
         return None;
     }
     // SAFETY: a slot that is there; what changes under the copy is found out below.
-    let mut copy = unsafe { cell.read_volatile() };
+    let mut copy = unsafe { cell.0.read_volatile() };
     core::sync::atomic::fence(core::sync::atomic::Ordering::Acquire);
     let after = Mapped::<A, T>::head(cell);
     copy.head = after;
     (head::same_generation(before, after) && after & head::KIND != head::PENDING).then_some(copy)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn idle_times_follow_the_state() {
+        const HZ: u32 = 250;
+        let timeouts = Timeouts {
+            established: 7_800 * HZ,
+            syn: 60 * HZ,
+            closing: 60 * HZ,
+            udp: 300 * HZ,
+        };
+        let of = |state| timeout(&timeouts, state, HZ) / HZ;
+        let established = flow_state::ANSWERED | flow_state::ESTABLISHED;
+        assert_eq!(of(0), 60);
+        assert_eq!(of(flow_state::ANSWERED), 60);
+        assert_eq!(of(established), 7_800);
+        assert_eq!(
+            of(established | flow_state::FIN_CLIENT),
+            7_800,
+            "a forged FIN shortens nothing"
+        );
+        assert_eq!(of(established | flow_state::RESET_CLIENT), 120);
+        assert_eq!(of(established | flow_state::FINS | flow_state::CLOSED), 60);
+        assert_eq!(of(flow_state::UDP), 300);
+        assert_eq!(timeout(&Timeouts::default(), established, HZ), u32::MAX);
+    }
 }
