@@ -59,6 +59,7 @@ fn policy() -> Policy {
         snat_port_min: 1,
         snat_port_max: 2,
         event_sample: 0,
+        flow_share: 50,
         hz: 250,
         default_drain: Duration::ZERO,
         retention: Retention::default(),
