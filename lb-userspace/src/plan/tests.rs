@@ -506,3 +506,45 @@ fn one_of_several_services_may_hold_its_share_and_a_single_one_all() {
     // However small, it is a limit: 0 would be none.
     assert_eq!(share_of(2, 1), [10, 1]);
 }
+
+#[test]
+fn every_change_of_access_makes_new_lists() {
+    let client = "10.1.0.7".parse::<IpAddr>().unwrap().into();
+    let (mut programmed, mut maps, now) = (Programmed::default(), FakeMaps::new(CAPACITIES), Instant::now());
+    let mut with = |settings: ServiceSettings| {
+        let mut one = wanted(address(1), 0..1);
+        let mut service = (*one.service).clone();
+        service.settings = settings;
+        one.service = Arc::new(service);
+        let desired = Desired {
+            services: [(address(1), one)].into(),
+            ..Desired::default()
+        };
+        let before = programmed.access_version();
+        let plan = plan_now(&programmed, &desired, &topology(&desired), Scope::All, now);
+        apply(&mut programmed, &mut maps, &plan, now);
+        let lists = programmed.access_lists();
+        let id = programmed.services[&address(1)].id;
+        assert_eq!(lists.version, programmed.access_version());
+        // A new agent judges as this one does.
+        let adopted = Programmed::adopt(&maps.contents(), now).access_lists();
+        assert_eq!(adopted.admits(id, &client), lists.admits(id, &client));
+        let told = (lists.version != before, lists.admits(id, &client));
+        // What was read back may be somebody else's change.
+        let version = programmed.access_version();
+        programmed.resync(&maps.contents(), now);
+        assert!(programmed.access_version() > version);
+        told
+    };
+    let settings = |allow: &[&str], deny: &[&str]| ServiceSettings {
+        allow: allow.iter().map(|p| p.parse().unwrap()).collect(),
+        deny: deny.iter().map(|p| p.parse().unwrap()).collect(),
+        ..ServiceSettings::default()
+    };
+    assert_eq!(with(settings(&[], &[])), (false, true));
+    assert_eq!(with(settings(&[], &["10.1.0.0/16"])), (true, false));
+    assert_eq!(with(settings(&[], &["10.1.0.0/16"])), (false, false));
+    assert_eq!(with(settings(&[], &[])), (true, true));
+    assert_eq!(with(settings(&["10.2.0.0/16"], &[])), (true, false));
+    assert_eq!(with(settings(&["10.2.0.0/16", "10.1.0.7/32"], &[])), (true, true));
+}
