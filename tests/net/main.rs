@@ -15,6 +15,7 @@ mod local;
 mod pins;
 mod pmtu;
 mod policy;
+mod room;
 mod talk;
 mod ucp;
 mod unit;

@@ -118,7 +118,9 @@ pub(super) fn sweep(report: &SweepReport) -> Sweep {
     Sweep {
         started: Some(report.started),
         flows: report.flows_by_backend.clone(),
-        ..Sweep::default()
+        established: report.established,
+        half_open: report.half_open,
+        refused: report.refused.clone(),
     }
 }
 
