@@ -12,6 +12,8 @@ pub const MAX_BACKENDS: u32 = 1 << 17;
 pub const DEFAULT_FLOWS4: u32 = 1 << 18;
 /// IPv6 connections at once.
 pub const DEFAULT_FLOWS6: u32 = DEFAULT_FLOWS4;
+/// Percent of the flows of a table that one service may hold.
+pub const DEFAULT_FLOW_SHARE: u32 = 50;
 /// Largest configurable number of connections of one family.
 pub const MAX_FLOWS: u32 = 1 << 25;
 

@@ -38,6 +38,22 @@ pub struct Status {
     /// How the health checks go.
     #[serde(default)]
     pub checks: crate::health::Report,
+    /// How full the flow tables are; empty before the first sweep.
+    #[serde(default)]
+    pub flow_tables: Vec<FlowTableStatus>,
+}
+
+/// How full one flow table is, as of the last sweep.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowTableStatus {
+    /// `ipv4` or `ipv6`.
+    pub family: String,
+    /// Flows that cannot be evicted.
+    pub established: u64,
+    /// Flows whose handshake is not finished: they give way when their place is needed.
+    pub half_open: u64,
+    /// Flows that the table is made for.
+    pub rated: u64,
 }
 
 /// One service.

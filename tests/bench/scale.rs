@@ -165,7 +165,7 @@ fn sweeps(loaded: &Loaded) -> Result<()> {
         "{CONNECTIONS} connections written in {:.2} s",
         start.elapsed().as_secs_f64()
     );
-    let report = sweeper.sweep()?;
+    let report = sweeper.sweep(None)?;
     ensure!(
         (report.total, report.expired) == (CONNECTIONS.into(), 0),
         "the sweep found {} connections and {} expired ones",
@@ -178,7 +178,7 @@ fn sweeps(loaded: &Loaded) -> Result<()> {
         ensure!(slots::remove(&flows, &connection), "a connection is not there");
         slots::insert(&flows, &connection, now.wrapping_sub(2 * IDLE))?;
     }
-    let report = sweeper.sweep()?;
+    let report = sweeper.sweep(None)?;
     ensure!(
         report.expired == u64::from(CONNECTIONS / 2),
         "the sweep ended {} connections instead of {}",

@@ -132,6 +132,7 @@ fn policy() -> Policy {
         snat_port_min: 16384,
         snat_port_max: 32767,
         event_sample: 0,
+        flow_share: 50,
         hz: 250,
         default_drain: Duration::from_secs(30),
         retention: Retention::default(),
@@ -326,6 +327,7 @@ impl World {
         self.reconciler.set_sweep(Sweep {
             started: Some(self.now),
             flows,
+            ..Sweep::default()
         });
     }
 

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use lb_common::{
     addr::{Addr4, Addr16, Be16, Hop},
-    flow::Address,
+    flow::{Address, FlowKey},
     limits::RING_ROW,
     maps::{self as m, ABI_VERSION, Meta, SCHEMA, flow_state},
     slot::head,
@@ -14,6 +14,7 @@ use lb_tests::{slots, world::Conn};
 use weir::{
     datapath::{
         Dump, Filter, MapError, MapOp, Maps as _,
+        access::AccessLists,
         batch::Table,
         bpf::KernelMaps,
         counters::Counters,
@@ -343,7 +344,7 @@ fn half_a_million_flows_are_swept() {
         }
     }
     let began = std::time::Instant::now();
-    let report = sweeper.sweep().unwrap();
+    let report = sweeper.sweep(None).unwrap();
     eprintln!(
         "sweep of {FLOWS} flows: {:?}, {} expired",
         began.elapsed(),
@@ -361,7 +362,7 @@ fn half_a_million_flows_are_swept() {
     let live = (0..flows.slots::<Addr4>()).filter(|id| flows.head::<Addr4>(*id).is_some_and(head::is_live));
     assert_eq!(live.count(), 2 * (FLOWS - FLOWS / 10) as usize);
     // Nothing more to do the second time.
-    let again = sweeper.sweep().unwrap();
+    let again = sweeper.sweep(None).unwrap();
     assert_eq!((again.expired, again.total), (0, report.total));
     let filter = FlowFilter {
         backend: Some(2),
@@ -400,9 +401,71 @@ fn ipv6_flows_and_orphans_expire() {
             ));
         }
     }
-    let report = sweeper.sweep().unwrap();
+    let report = sweeper.sweep(None).unwrap();
     assert_eq!((report.expired, report.total), (100, 0));
     let mut left =
         (0..flows.slots::<Addr16>()).filter(|id| flows.head::<Addr16>(*id).is_some_and(head::is_live));
     assert_eq!(left.next(), None);
+}
+
+#[test]
+fn flows_of_denied_clients_end_and_no_others() {
+    let ns = Netns::new();
+    preflight(&ns.pin).unwrap();
+    let loaded = load(object(), &ns.pin, &sizes()).unwrap();
+    let sweeper = Sweeper::open(&loaded.pins).unwrap();
+    let mut maps = KernelMaps::open(&loaded.pins.maps()).unwrap();
+    maps.apply(&timeouts(100_000)).unwrap();
+    let flows = FlowMaps::open(&loaded.pins.maps()).unwrap();
+    let now = sweeper.now().unwrap();
+    let of = |n: u32, v6: bool, last: u8| {
+        let conn = connection(n, v6);
+        let address: IpAddr = match v6 {
+            false => [10, 0, 0, last].into(),
+            true => [0x2001, 0xdb8, 0, 0, 0, 0, 1, u16::from(last)].into(),
+        };
+        Conn {
+            client: (address, conn.client.1),
+            source: (address, conn.client.1),
+            ..conn
+        }
+    };
+    for n in 0..60 {
+        slots::insert(&flows, &of(n, n % 2 == 0, (n % 3) as u8), now).unwrap();
+    }
+    let nets = ["10.0.0.1/32", "2001:db8::1:2/128"].map(|net| net.parse().unwrap());
+    let lists = AccessLists::new(1, nets.iter());
+    let report = sweeper.sweep(Some(&lists)).unwrap();
+    assert_eq!((report.denied, report.expired, report.total), (20, 0, 40));
+    assert_eq!(report.established, [20, 20]);
+    for (v6, last, there) in [
+        (false, 1, false),
+        (false, 2, true),
+        (true, 2, false),
+        (true, 1, true),
+    ] {
+        let count = (0..60).filter(|n| (n % 2 == 0) == v6 && (n % 3) as u8 == last);
+        for n in count {
+            let conn = of(n, v6, last);
+            let found = if v6 {
+                found::<Addr16>(&flows, &conn)
+            } else {
+                found::<Addr4>(&flows, &conn)
+            };
+            assert_eq!(found, [there; 2], "{conn:?}");
+        }
+    }
+    assert_eq!(sweeper.sweep(None).unwrap().denied, 0);
+}
+
+/// Whether the slots of both directions are live.
+fn found<A: Address>(flows: &FlowMaps, conn: &Conn) -> [bool; 2] {
+    let key = |(src, sport): (IpAddr, u16), (dst, dport): (IpAddr, u16)| FlowKey {
+        src: A::from_wide(Addr16::from(src)),
+        dst: A::from_wide(Addr16::from(dst)),
+        sport: Be16::new(sport),
+        dport: Be16::new(dport),
+        proto: conn.proto.into(),
+    };
+    [key(conn.client, conn.vip), key(conn.backend, conn.source)].map(|key| flows.find(&key).0.is_live())
 }

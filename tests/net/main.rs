@@ -2,6 +2,7 @@
 
 #![expect(clippy::expect_used, reason = "helpers of tests fail as tests do")]
 
+mod bans;
 mod changes;
 mod devices;
 mod errors;
@@ -14,6 +15,7 @@ mod local;
 mod pins;
 mod pmtu;
 mod policy;
+mod room;
 mod talk;
 mod ucp;
 mod unit;

@@ -11,7 +11,10 @@ use super::api::Reading;
 use crate::{
     model::{Attachment, Backend, BackendState, Protocol, Rejection, ServiceAddress},
     route::{Route, RouteSettings, RouteTls},
-    status::{AttachmentStatus, BackendStatus, Condition, RouteStatus, ServiceStatus, SourceStatus, Status},
+    status::{
+        AttachmentStatus, BackendStatus, Condition, FlowTableStatus, RouteStatus, ServiceStatus,
+        SourceStatus, Status,
+    },
 };
 
 /// The time at which the tests look: 2026-01-01 00:00:00 UTC.
@@ -199,6 +202,14 @@ pub fn status() -> Status {
             ejected: 1,
             faults: Vec::new(),
         },
+        flow_tables: [("ipv4", 120, 12, 262_144), ("ipv6", 0, 0, 65_536)]
+            .map(|(family, established, half_open, rated)| FlowTableStatus {
+                family: family.into(),
+                established,
+                half_open,
+                rated,
+            })
+            .into(),
     }
 }
 

@@ -62,7 +62,7 @@ pub fn render(
         sources(status, now).render(look),
         devices(status).render(look),
         checks(&status.checks).render(look),
-        datapath(counters.map(|(_, after)| after), rates).render(look),
+        datapath(status, counters.map(|(_, after)| after), rates).render(look),
         refused(status).render(look),
         faults(status).render(look),
     ];
@@ -260,18 +260,25 @@ fn checks(checks: &Report) -> Table {
 }
 
 /// How full the flow tables are, and what was dropped since the maps were made.
-fn datapath(counters: Option<&Counters>, rates: Option<Rates<'_>>) -> Table {
+fn datapath(status: &Status, counters: Option<&Counters>, rates: Option<Rates<'_>>) -> Table {
     let mut table = Table::new(&[], 0);
     let Some(counters) = counters else { return table };
     for flows in &counters.flow_tables {
         let (entries, capacity) = (grouped(flows.entries), grouped(flows.capacity));
         let share = 100.0 * flows.entries as f64 / flows.capacity.max(1) as f64;
-        let tone = if share > 80.0 { Tone::Warn } else { Tone::Plain };
-        let text = format!("{entries} of {capacity} entries ({share:.1}%)");
-        table.line(vec![
+        let mut line = vec![
             Cell::new(format!("flow table {}", flows.family), Tone::Head),
-            Cell::new(text, tone),
-        ]);
+            format!("{entries} of {capacity} entries ({share:.1}%)").into(),
+        ];
+        if let Some(swept) = status.flow_tables.iter().find(|t| t.family == flows.family) {
+            let (established, rated) = (grouped(swept.established), grouped(swept.rated));
+            let share = 100.0 * swept.established as f64 / swept.rated.max(1) as f64;
+            let tone = if share >= 80.0 { Tone::Warn } else { Tone::Plain };
+            let text = format!("{established} of {rated} flows established ({share:.1}%)");
+            line.push(Cell::new(text, tone));
+            line.push(format!("{} half-open", grouped(swept.half_open)).into());
+        }
+        table.line(line);
     }
     let mut drops = vec![Cell::new("drops", Tone::Head)];
     for (reason, count) in counters.drops.iter().filter(|(_, count)| **count > 0) {

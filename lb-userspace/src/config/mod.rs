@@ -179,6 +179,9 @@ pub struct Limits {
     pub flows4: u32,
     /// IPv6 connections (two flow entries each).
     pub flows6: u32,
+    /// Percent of the flows of a table that one service may hold, of those that cannot be evicted; of no effect while there
+    /// is no other service.
+    pub flow_share: u32,
     /// Event ring buffer, bytes.
     pub events_bytes: u32,
 }
@@ -448,6 +451,7 @@ impl Default for Limits {
             ring_rows: limits::DEFAULT_RING_ROWS,
             flows4: limits::DEFAULT_FLOWS4,
             flows6: limits::DEFAULT_FLOWS6,
+            flow_share: limits::DEFAULT_FLOW_SHARE,
             events_bytes: limits::EVENTS_BYTES,
         }
     }

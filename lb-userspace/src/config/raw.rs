@@ -158,6 +158,7 @@ pub(super) struct RawLimits {
     pub(super) ring_rows: Given<u32>,
     pub(super) flows4: Given<u32>,
     pub(super) flows6: Given<u32>,
+    pub(super) flow_share: Given<u32>,
     pub(super) events: Given<u32>,
 }
 

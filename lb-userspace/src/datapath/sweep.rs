@@ -6,13 +6,15 @@ use std::{
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use lb_common::{
     addr::{Addr4, Addr16},
+    counter::DropReason,
     flow::Address,
-    maps::{Meta, flow_state},
+    maps::{Meta, ServiceStats, flow_state},
     slot::{SLOTS, Slot, head},
 };
 use lb_ebpf::table::{age, mapped::timeout};
@@ -21,7 +23,9 @@ use tokio::{sync::watch, task::JoinError};
 
 use super::{
     MapError,
+    access::AccessLists,
     batch::{Table, open_program, run_program},
+    counters::Counters,
     flow_table::FlowMaps,
     load::{Pins, SWEEP_PROGRAM},
 };
@@ -32,6 +36,13 @@ const MIN_PACKET: usize = 64;
 const RATES: [u32; 4] = [100, 250, 300, 1000];
 /// Buckets between two looks at the clock and two chances for others to run.
 const CHUNK: u32 = 1 << 16;
+/// Sweeps that ask the lists after these have changed.
+const LOOKS: u32 = 2;
+/// Pause between two sweeps for the sake of the lists, in lengths of the first: lists that change all the time leave most of
+/// the CPU to others.
+const REST: u32 = 3;
+/// The longest such pause.
+const REST_MAX: Duration = Duration::from_millis(500);
 
 /// What a sweep found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -52,6 +63,11 @@ pub struct SweepReport {
     pub half_open: [u64; 2],
     /// Connections ended.
     pub expired: u64,
+    /// Connections ended because their client may not use the service any more.
+    pub denied: u64,
+    /// Packets dropped because their service holds its share, since the maps were made, by service id; those with flows
+    /// alone.
+    pub refused: BTreeMap<u32, u64>,
 }
 
 /// Why a sweep failed.
@@ -82,6 +98,7 @@ pub enum SweepError {
 pub struct Sweeper {
     program: OwnedFd,
     maps: PathBuf,
+    counters: Counters,
 }
 
 impl Sweeper {
@@ -91,6 +108,7 @@ impl Sweeper {
         let sweeper = Self {
             program,
             maps: pins.maps(),
+            counters: Counters::open(&pins.maps())?,
         };
         let table: Table<u32, Meta> = Table::open(&sweeper.maps, "META")?;
         let meta = table.get(&0)?.unwrap_or_default();
@@ -122,8 +140,9 @@ impl Sweeper {
         }
     }
 
-    /// One sweep over both families. Blocks for some milliseconds with a million flows: see [`run`].
-    pub fn sweep(&self) -> Result<SweepReport, SweepError> {
+    /// One sweep over both families, which ends the flows of clients that `access` refuses, too. Blocks for some milliseconds
+    /// with a million flows: see [`run`].
+    pub fn sweep(&self, access: Option<&AccessLists>) -> Result<SweepReport, SweepError> {
         let began = Instant::now();
         let mut report = SweepReport {
             started: began,
@@ -134,16 +153,31 @@ impl Sweeper {
             established: [0; 2],
             half_open: [0; 2],
             expired: 0,
+            denied: 0,
+            refused: BTreeMap::new(),
         };
         // Mapped anew each time: the tables would count as this process's memory for as long as they are.
         let flows = FlowMaps::open(&self.maps)?;
-        self.family::<Addr4>(&flows, &mut report)?;
-        self.family::<Addr16>(&flows, &mut report)?;
+        let access = access.filter(|lists| !lists.is_empty());
+        self.family::<Addr4>(&flows, access, &mut report)?;
+        self.family::<Addr16>(&flows, access, &mut report)?;
+        let services: Vec<u32> = report.flows_by_service.keys().copied().collect();
+        let refused = |stats: &ServiceStats| stats.drops[DropReason::ServiceShare as usize];
+        let counted = self.counters.services(&services)?.into_iter();
+        report.refused = counted
+            .map(|(id, stats)| (id, refused(&stats)))
+            .filter(|(_, refused)| *refused > 0)
+            .collect();
         report.took = began.elapsed();
         Ok(report)
     }
 
-    fn family<A: Address>(&self, flows: &FlowMaps, report: &mut SweepReport) -> Result<(), SweepError> {
+    fn family<A: Address>(
+        &self,
+        flows: &FlowMaps,
+        access: Option<&AccessLists>,
+        report: &mut SweepReport,
+    ) -> Result<(), SweepError> {
         // Ids are small numbers: counting by index is what makes a million flows cheap.
         let (mut by_backend, mut by_service) = (Vec::new(), Vec::new());
         let buckets = flows.buckets::<A>();
@@ -153,6 +187,10 @@ impl Sweeper {
                 let Some(slot) = live::<A>(flows, id) else {
                     continue;
                 };
+                if access.is_some_and(|access| is_denied(access, &slot)) && flows.end::<A>(id, slot.head) {
+                    report.denied += 1;
+                    continue;
+                }
                 match judge(flows, id, &slot, now) {
                     Life::Lives if head::flow_state(slot.head) & flow_state::REVERSE == 0 => {
                         bump(&mut by_backend, slot.body.backend_id());
@@ -187,6 +225,12 @@ fn live<A: Address>(flows: &FlowMaps, id: u32) -> Option<Slot<A>> {
         return None;
     }
     flows.read::<A>(id).filter(|slot| head::is_live(slot.head))
+}
+
+/// Whether a slot is the forward one of a client that may not use the service.
+fn is_denied<A: Address>(access: &AccessLists, slot: &Slot<A>) -> bool {
+    head::flow_state(slot.head) & flow_state::REVERSE == 0
+        && !access.admits(slot.body.service.into(), &slot.src.wide())
 }
 
 /// What a slot's flow is.
@@ -256,20 +300,42 @@ fn rate(tick: Duration) -> Option<u32> {
         .find(|hz| (Duration::from_secs(1) / *hz).abs_diff(tick) < Duration::from_micros(1))
 }
 
-/// Sweeps every `interval` and publishes what it found, until nobody listens any more.
-pub async fn run(sweeper: Sweeper, interval: Duration, reports: watch::Sender<Option<SweepReport>>) {
-    let sweeper = std::sync::Arc::new(sweeper);
+/// Sweeps every `interval` and publishes what it found, until nobody listens any more. When `access` changes it sweeps at once,
+/// for the flows of clients that are refused from now on; and the sweep after that one looks for them again, for the sake of
+/// flows that were being made meanwhile.
+pub async fn run(
+    sweeper: Sweeper,
+    interval: Duration,
+    mut access: watch::Receiver<Arc<AccessLists>>,
+    reports: watch::Sender<Option<SweepReport>>,
+) {
+    let sweeper = Arc::new(sweeper);
     let mut timer = tokio::time::interval(interval);
     timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    // How often the lists are still to be asked, and when the next sweep for their sake may be.
+    let (mut looks, mut free_at) = (0, tokio::time::Instant::now());
     loop {
+        let mut by_change = false;
         tokio::select! {
             _ = timer.tick() => {}
+            Ok(()) = access.changed() => {
+                (looks, by_change) = (LOOKS, true);
+                tokio::time::sleep_until(free_at).await;
+            }
             () = reports.closed() => return,
         }
-        let shared = std::sync::Arc::clone(&sweeper);
-        let result = tokio::task::spawn_blocking(move || shared.sweep()).await;
+        let lists = (looks > 0).then(|| Arc::clone(&access.borrow()));
+        let shared = Arc::clone(&sweeper);
+        let result = tokio::task::spawn_blocking(move || shared.sweep(lists.as_deref())).await;
         match result.map_err(SweepError::from).and_then(|inner| inner) {
             Ok(report) => {
+                looks = looks.saturating_sub(1);
+                if report.denied > 0 {
+                    tracing::info!(flows = report.denied, "ended: their clients are denied now");
+                }
+                if by_change {
+                    free_at = tokio::time::Instant::now() + (report.took * REST).min(REST_MAX);
+                }
                 reports.send_replace(Some(report));
             }
             Err(e) => tracing::warn!(error = %e, "sweep failed; the next one follows in {interval:?}"),

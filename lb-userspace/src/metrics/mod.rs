@@ -222,6 +222,21 @@ const METRICS: &[Definition] = &[
     ),
     gauge("weir_flow_table_capacity", &["family"], "Entries that fit."),
     gauge(
+        "weir_flow_table_established",
+        &["family"],
+        "Flows at the last sweep that cannot be evicted.",
+    ),
+    gauge(
+        "weir_flow_table_half_open",
+        &["family"],
+        "Flows at the last sweep whose handshake is not finished; they give way when their place is needed.",
+    ),
+    gauge(
+        "weir_flow_table_rated",
+        &["family"],
+        "Flows that the table is made for: limits.flows4, limits.flows6.",
+    ),
+    gauge(
         "weir_device_attached",
         &["device", "xdp", "tc"],
         "1 for each device that has programs, with how.",
@@ -540,6 +555,15 @@ fn agent(samples: &mut Samples, status: &Status) {
             &[&device.device, &device.xdp, &device.tc],
             1.0,
         );
+    }
+    for table in &status.flow_tables {
+        for (name, value) in [
+            ("weir_flow_table_established", table.established),
+            ("weir_flow_table_half_open", table.half_open),
+            ("weir_flow_table_rated", table.rated),
+        ] {
+            samples.add(name, &[&table.family], value as f64);
+        }
     }
     samples.add("weir_build_info", &[&status.version], 1.0);
 }

@@ -49,6 +49,9 @@ fn values_are_those_of_status_and_counters() {
         "weir_commit_duration_seconds 0.00125",
         r#"weir_backend_condition{service="web",service_address="10.0.0.1:80/tcp",backend="web-3",address="172.17.0.4:8080",by="check"} 0"#,
         r#"weir_checks_total{result="impossible"} 1"#,
+        r#"weir_flow_table_established{family="ipv4"} 120"#,
+        r#"weir_flow_table_half_open{family="ipv4"} 12"#,
+        r#"weir_flow_table_rated{family="ipv6"} 65536"#,
     ] {
         assert!(text.lines().any(|l| l == line), "{line} is missing of\n{text}");
     }

@@ -50,6 +50,8 @@ pub struct Policy {
     pub snat_port_max: u16,
     /// One of so many new flows is told to the event ring; 0 is off.
     pub event_sample: u32,
+    /// Percent of the flows of a table that one of several services may hold.
+    pub flow_share: u32,
     /// Ticks of the flow clock per second (`META.hz`).
     pub hz: u32,
     /// Drain time of backends of which nothing else is known (found after a restart, wished by nobody).
@@ -67,6 +69,12 @@ pub struct Sweep {
     pub started: Option<Instant>,
     /// Flows by backend id; ids without flows are left out.
     pub flows: BTreeMap<u32, u64>,
+    /// Of IPv4 and IPv6: flows that cannot be evicted.
+    pub established: [u64; 2],
+    /// Of IPv4 and IPv6: flows whose handshake is not finished.
+    pub half_open: [u64; 2],
+    /// Packets that were dropped because their service holds its share, by service id, since the maps were made.
+    pub refused: BTreeMap<u32, u64>,
 }
 
 /// All that a plan depends on beside what is programmed.

@@ -51,13 +51,18 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         0 => programmed.settings.loopback_ifindex,
         ifindex => ifindex,
     };
+    let flow_share = match inputs.may_remove {
+        true => flow_share(inputs),
+        // Not every source has been read: how many services there are is not known.
+        false => programmed.settings.flow_share,
+    };
     let settings = maps::Settings {
         snat_port_min,
         snat_port_max,
         event_sample,
         loopback_ifindex,
         _pad: 0,
-        flow_share: [0; 2],
+        flow_share,
         mark,
         heartbeat: 0,
     };
@@ -65,6 +70,18 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         ops.push(MapOp::PutSettings { settings });
     }
     ops
+}
+
+/// How many flows of IPv4 and IPv6 one service may hold; 0 for any number: a single service takes nothing from others.
+fn flow_share(inputs: &Inputs<'_>) -> [u32; 2] {
+    if inputs.desired.services.len() < 2 {
+        return [0; 2];
+    }
+    let capacities = inputs.capacities;
+    [capacities.flows4, capacities.flows6].map(|flows| {
+        let share = u64::from(flows) * u64::from(inputs.policy.flow_share) / 100;
+        u32::try_from(share).unwrap_or(u32::MAX).max(1)
+    })
 }
 
 /// Writes that bring the deny list for all services up to date: additions, and removals for after the services, which

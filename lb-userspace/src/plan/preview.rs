@@ -133,6 +133,7 @@ impl<'c> Dry<'c> {
             snat_port_min: 1,
             snat_port_max: 1,
             event_sample: 0,
+            flow_share: 50,
             hz: 1,
             default_drain: Duration::ZERO,
             retention: Retention::default(),

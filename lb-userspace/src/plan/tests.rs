@@ -34,6 +34,7 @@ fn policy() -> Policy {
         snat_port_min: 1,
         snat_port_max: 2,
         event_sample: 0,
+        flow_share: 50,
         hz: 250,
         default_drain: Duration::from_secs(30),
         retention: Retention::default(),
@@ -110,7 +111,7 @@ fn plan_now(
         policy: &policy(),
         sweep: &Sweep {
             started: Some(now),
-            flows: BTreeMap::new(),
+            ..Sweep::default()
         },
         asked: &BTreeMap::new(),
         may_remove: true,
@@ -218,7 +219,7 @@ fn settle(programmed: &mut Programmed, desired: &Desired, capacities: &Capacitie
             policy: &policy(),
             sweep: &Sweep {
                 started: Some(now),
-                flows: BTreeMap::new(),
+                ..Sweep::default()
             },
             asked: &BTreeMap::new(),
             may_remove: true,
@@ -454,4 +455,96 @@ fn the_firewall_is_there_before_services_ask_it_and_goes_after() {
         with(BTreeSet::new()),
         ["does not ask", "-10.9.0.0/16", "-fd00::/8"]
     );
+}
+
+/// Flows that one service may hold after the services have come to this number, with this percentage.
+fn share_of(services: u8, flow_share: u32) -> [u32; 2] {
+    let policy = Policy {
+        flow_share,
+        ..policy()
+    };
+    let services = (1..=services).map(|n| (address(n), wanted(address(n), 0..1)));
+    let desired = Desired {
+        services: services.collect(),
+        ..Desired::default()
+    };
+    let capacities = Capacities {
+        flows4: 1000,
+        flows6: 1,
+        ..CAPACITIES
+    };
+    let topology = topology(&desired);
+    let mut inputs = Inputs {
+        desired: &desired,
+        topology: &topology,
+        capacities: &capacities,
+        policy: &policy,
+        sweep: &Sweep::default(),
+        asked: &BTreeMap::new(),
+        may_remove: true,
+        unclaimed: &BTreeSet::new(),
+        now: Instant::now(),
+    };
+    let (mut programmed, mut maps) = (Programmed::default(), FakeMaps::new(CAPACITIES));
+    let first = plan(&programmed, &inputs, Scope::All);
+    apply(&mut programmed, &mut maps, &first, inputs.now);
+    let share = maps.contents().settings.flow_share;
+    // While sources are silent, nobody knows how many services there are.
+    let nothing = Desired::default();
+    (inputs.desired, inputs.may_remove) = (&nothing, false);
+    let second = plan(&programmed, &inputs, Scope::All);
+    apply(&mut programmed, &mut maps, &second, inputs.now);
+    assert_eq!(maps.contents().settings.flow_share, share);
+    share
+}
+
+#[test]
+fn one_of_several_services_may_hold_its_share_and_a_single_one_all() {
+    assert_eq!(share_of(1, 50), [0, 0]);
+    assert_eq!(share_of(2, 50), [500, 1]);
+    assert_eq!(share_of(3, 100), [1000, 1]);
+    // However small, it is a limit: 0 would be none.
+    assert_eq!(share_of(2, 1), [10, 1]);
+}
+
+#[test]
+fn every_change_of_access_makes_new_lists() {
+    let client = "10.1.0.7".parse::<IpAddr>().unwrap().into();
+    let (mut programmed, mut maps, now) = (Programmed::default(), FakeMaps::new(CAPACITIES), Instant::now());
+    let mut with = |settings: ServiceSettings| {
+        let mut one = wanted(address(1), 0..1);
+        let mut service = (*one.service).clone();
+        service.settings = settings;
+        one.service = Arc::new(service);
+        let desired = Desired {
+            services: [(address(1), one)].into(),
+            ..Desired::default()
+        };
+        let before = programmed.access_version();
+        let plan = plan_now(&programmed, &desired, &topology(&desired), Scope::All, now);
+        apply(&mut programmed, &mut maps, &plan, now);
+        let lists = programmed.access_lists();
+        let id = programmed.services[&address(1)].id;
+        assert_eq!(lists.version, programmed.access_version());
+        // A new agent judges as this one does.
+        let adopted = Programmed::adopt(&maps.contents(), now).access_lists();
+        assert_eq!(adopted.admits(id, &client), lists.admits(id, &client));
+        let told = (lists.version != before, lists.admits(id, &client));
+        // What was read back may be somebody else's change.
+        let version = programmed.access_version();
+        programmed.resync(&maps.contents(), now);
+        assert!(programmed.access_version() > version);
+        told
+    };
+    let settings = |allow: &[&str], deny: &[&str]| ServiceSettings {
+        allow: allow.iter().map(|p| p.parse().unwrap()).collect(),
+        deny: deny.iter().map(|p| p.parse().unwrap()).collect(),
+        ..ServiceSettings::default()
+    };
+    assert_eq!(with(settings(&[], &[])), (false, true));
+    assert_eq!(with(settings(&[], &["10.1.0.0/16"])), (true, false));
+    assert_eq!(with(settings(&[], &["10.1.0.0/16"])), (false, false));
+    assert_eq!(with(settings(&[], &[])), (true, true));
+    assert_eq!(with(settings(&["10.2.0.0/16"], &[])), (true, false));
+    assert_eq!(with(settings(&["10.2.0.0/16", "10.1.0.7/32"], &[])), (true, true));
 }

@@ -6,6 +6,7 @@
 mod memory;
 mod operator;
 mod places;
+mod pressure;
 mod recollection;
 mod status;
 mod task;
@@ -24,6 +25,7 @@ use tracing::{error, info, warn};
 
 use memory::Memory;
 pub use operator::{Command, CommandError};
+use pressure::Pressure;
 use recollection::Recollection;
 pub use status::Surroundings;
 pub use task::{Inputs, Outputs, run};
@@ -86,6 +88,7 @@ pub struct Reconciler {
     programmed: Programmed,
     topology: Topology,
     sweep: Sweep,
+    pressure: Pressure,
     /// Addresses without a place: how long their backends wait for one.
     asked: BTreeMap<IpAddr, Instant>,
     /// Addresses of backends that drain or are dead, as last told.
@@ -132,6 +135,7 @@ impl Reconciler {
             programmed,
             topology: Topology::default(),
             sweep: Sweep::default(),
+            pressure: Pressure::default(),
             asked: BTreeMap::new(),
             waiting_places: BTreeSet::new(),
             remembered: Memory::default(),
@@ -222,7 +226,23 @@ impl Reconciler {
 
     /// Takes in what a sweep counted.
     pub fn set_sweep(&mut self, sweep: Sweep) {
+        let limits = pressure::Limits {
+            rated: self.rated_flows(),
+            share: self.programmed.settings().flow_share,
+            percent: self.policy.flow_share,
+        };
+        let (programmed, services) = (&self.programmed, &self.heard.desired().services);
+        self.pressure.judge(&sweep, limits, |id| {
+            let address = programmed.service_address(id)?;
+            Some((services.get(&address)?.service.name.clone(), address))
+        });
         self.sweep = sweep;
+    }
+
+    /// Flows that the tables of IPv4 and IPv6 are made for.
+    fn rated_flows(&self) -> [u32; 2] {
+        let capacities = self.maps.capacities();
+        [capacities.flows4, capacities.flows6]
     }
 
     /// Takes in a changed configuration.

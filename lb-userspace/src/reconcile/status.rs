@@ -7,7 +7,7 @@ use std::{
 
 use lb_common::maps::backend_state;
 
-use super::Reconciler;
+use super::{Reconciler, pressure};
 use crate::{
     datapath::Place,
     health::Report,
@@ -87,6 +87,7 @@ impl Reconciler {
             faults: self
                 .faults
                 .iter()
+                .chain(self.pressure.faults())
                 .chain(&surroundings.faults)
                 .chain(&checks.faults)
                 .cloned()
@@ -96,6 +97,10 @@ impl Reconciler {
             last_commit_us: self.last_commit_us,
             commits: self.programmed.commits,
             checks: checks.clone(),
+            flow_tables: match self.sweep.started {
+                Some(_) => pressure::tables(&self.sweep, self.rated_flows()),
+                None => Vec::new(),
+            },
         }
     }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     net::IpAddr,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -14,7 +15,7 @@ use super::{
     recollection::{Keeper, Recollection},
 };
 use crate::{
-    datapath::{MapError, Maps, Topology},
+    datapath::{MapError, Maps, Topology, access::AccessLists},
     health::{Report, Targets},
     plan::{Policy, Sweep},
     source::Message,
@@ -54,6 +55,8 @@ pub struct Outputs {
     pub places: watch::Sender<BTreeSet<IpAddr>>,
     /// Whom to check.
     pub targets: watch::Sender<Targets>,
+    /// Who may use which service, as it is in the maps.
+    pub access: watch::Sender<Arc<AccessLists>>,
 }
 
 /// Runs until `stop`. The maps stay as they are then: traffic goes on.
@@ -75,6 +78,8 @@ pub async fn run(
     reconciler.set_topology(&inputs.topology.borrow_and_update());
     let mut keeper = Keeper::new(wishes, reconciler.heard.version());
     let (mut pass_at, mut held_until) = (Some(clock()), clock());
+    // The first lists are told whatever they are: the agent before this one may have ended before it acted on them.
+    let mut access = None;
     let (mut status_at, mut status_free) = (None::<Instant>, clock());
     loop {
         let wake = pass_at
@@ -132,6 +137,13 @@ pub async fn run(
             });
             let changes = reconciler.target_changes();
             outputs.targets.send_if_modified(|targets| changes.apply(targets));
+            let version = reconciler.programmed.access_version();
+            if access != Some(version) {
+                access = Some(version);
+                outputs
+                    .access
+                    .send_replace(Arc::new(reconciler.programmed.access_lists()));
+            }
         }
         keeper.keep(reconciler.heard.version(), || Recollection::of(&reconciler.heard));
         // Every wake-up may have changed something to tell.

@@ -48,6 +48,7 @@ pub(super) fn policy(config: &Config, hz: u32) -> Policy {
         snat_port_min: *config.snat.ports.start(),
         snat_port_max: *config.snat.ports.end(),
         event_sample: config.event_sample,
+        flow_share: config.limits.flow_share,
         hz,
         default_drain: config.policy.drain,
         retention: Retention {
@@ -117,6 +118,9 @@ pub(super) fn sweep(report: &SweepReport) -> Sweep {
     Sweep {
         started: Some(report.started),
         flows: report.flows_by_backend.clone(),
+        established: report.established,
+        half_open: report.half_open,
+        refused: report.refused.clone(),
     }
 }
 

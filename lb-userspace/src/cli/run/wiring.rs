@@ -96,6 +96,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let (commands_to, commands) = mpsc::channel(16);
     let (announce_to, requests) = mpsc::channel(16);
     let (swept_to, swept) = watch::channel(None);
+    let (access_to, access) = watch::channel(Arc::default());
     let (events, _) = broadcast::channel(EVENTS);
     let first = config.borrow().clone();
     let mut tasks = Tasks::new();
@@ -137,7 +138,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         net::run(net_task).await.context("network")
     });
     until(&mut tasks, &stop, async {
-        sweep::run(sweeper, SWEEP_EVERY, swept_to).await;
+        sweep::run(sweeper, SWEEP_EVERY, access, swept_to).await;
         Ok(())
     });
     let (targets_to, targets) = watch::channel(health::Targets::default());
@@ -160,6 +161,7 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
         status: status_to,
         places: places_to,
         targets: targets_to,
+        access: access_to,
     };
     let options = reconcile::Options {
         sources: sources(&first),

@@ -258,6 +258,7 @@ pub(super) fn limits(check: &mut Check<'_>, raw: &RawLimits) -> Limits {
         ring_rows: one("ring-rows", &raw.ring_rows, base.ring_rows, least_rows, 1 << 16),
         flows4: one("flows4", &raw.flows4, base.flows4, 1, common::MAX_FLOWS),
         flows6: one("flows6", &raw.flows6, base.flows6, 1, common::MAX_FLOWS),
+        flow_share: one("flow-share", &raw.flow_share, base.flow_share, 1, 100),
         events_bytes: one("events", &raw.events, base.events_bytes, 4096, 1 << 30),
     };
     if let Some(events) = raw

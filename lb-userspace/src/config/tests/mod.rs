@@ -58,6 +58,7 @@ fn the_document_tells_the_defaults_that_the_code_has() {
         ("ring-rows", common::DEFAULT_RING_ROWS),
         ("flows4", common::DEFAULT_FLOWS4),
         ("flows6", common::DEFAULT_FLOWS6),
+        ("flow-share", common::DEFAULT_FLOW_SHARE),
         ("events", common::EVENTS_BYTES),
     ] {
         let line = format!("| `{key}` | `{default}` |");
@@ -311,6 +312,7 @@ address = ["192.0.2.1", "no"]
 [limits]
 backends = 0
 flows4 = "many"
+flow-share = 101
 events = 5000
 [snat]
 ports = "32767-16384"
@@ -339,18 +341,19 @@ weight = 2000
             "6:11 vips.b.address",
             "8:12 limits.backends",
             "9:10 limits.flows4",
-            "10:10 limits.events",
-            "12:9 snat.ports",
-            "14:12 docker.endpoint",
-            "15:10 docker.resync",
-            "17:11 admin.metrics",
-            "19:7 bpf.xdp",
-            "20:1 services[0].name",
-            "20:1 services[0].vip",
-            "21:10 services[0].listen",
-            "22:1 services[0].wieght",
-            "24:11 services[0].backends[0].address",
-            "25:10 services[0].backends[0].weight",
+            "10:14 limits.flow-share",
+            "11:10 limits.events",
+            "13:9 snat.ports",
+            "15:12 docker.endpoint",
+            "16:10 docker.resync",
+            "18:11 admin.metrics",
+            "20:7 bpf.xdp",
+            "21:1 services[0].name",
+            "21:1 services[0].vip",
+            "22:10 services[0].listen",
+            "23:1 services[0].wieght",
+            "25:11 services[0].backends[0].address",
+            "26:10 services[0].backends[0].weight",
         ]
     );
     let errors = parse(text).unwrap_err();
@@ -362,7 +365,7 @@ weight = 2000
     );
     let shown = errors.to_string();
     assert!(
-        shown.starts_with("weir.toml: 20 faults\n  line 1, column 14: interfaces: the list is empty; "),
+        shown.starts_with("weir.toml: 21 faults\n  line 1, column 14: interfaces: the list is empty; "),
         "{shown}"
     );
     assert!(shown.contains("did you mean `address`?"), "{shown}");

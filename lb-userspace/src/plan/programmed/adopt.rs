@@ -62,6 +62,8 @@ impl Programmed {
     pub fn resync(&mut self, dump: &Dump, now: Instant) {
         let mut new = Self::adopt(dump, now);
         new.commits = self.commits;
+        // Somebody else may have changed the lists.
+        new.access = self.access + 1;
         new.epoch = new.epoch.max(self.epoch);
         new.about = std::mem::take(&mut self.about);
         // A replaced row starts its quarantine again only where the commit that replaced it was not known of.

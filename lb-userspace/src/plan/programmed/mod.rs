@@ -11,11 +11,12 @@ use std::{
 };
 
 use ipnet::IpNet;
-use lb_common::maps::{self, EVERY_SERVICE, NO_RING, backend_flags, backend_state};
+use lb_common::maps::{self, EVERY_SERVICE, NO_RING, backend_flags, backend_state, service_flags};
 
 use crate::{
-    datapath::{Filter, MapOp},
+    datapath::{Filter, MapOp, access::AccessLists},
     model::{BackendState, Protocol, ServiceAddress},
+    plan::settings::ACL_FLAGS,
     ring::{self, Member},
 };
 
@@ -59,6 +60,8 @@ pub struct Programmed {
     pub(super) epoch: u32,
     /// `ACL` entries in the map.
     acl_entries: usize,
+    /// Raised with every change of who may use which service.
+    access: u64,
     /// Ring commits so far.
     pub commits: u64,
 }
@@ -151,6 +154,7 @@ pub enum Note {
 impl Programmed {
     /// Records a write that has succeeded.
     pub fn record(&mut self, op: &MapOp, now: Instant) {
+        self.access += u64::from(matches!(op, MapOp::PutAcl { .. } | MapOp::DelAcl { .. }));
         match op {
             MapOp::PutDevice { slot, device } if device.ifindex == 0 => drop(self.devices.remove(slot)),
             MapOp::PutDevice { slot, device } => drop(self.devices.insert(*slot, *device)),
@@ -259,6 +263,29 @@ impl Programmed {
             && !self.stray_acl.keys().any(|(service, _)| *service == id)
     }
 
+    /// `SETTINGS`.
+    pub fn settings(&self) -> &maps::Settings {
+        &self.settings
+    }
+
+    /// The number of the lists that [`Programmed::access_lists`] gives.
+    pub fn access_version(&self) -> u64 {
+        self.access
+    }
+
+    /// Who may use which service. A service that is gone has only those clients left that no service refuses.
+    pub fn access_lists(&self) -> AccessLists {
+        let mut lists = AccessLists::new(self.access, self.firewall.iter());
+        for entry in self.services.values() {
+            let flags = entry.value.map_or(0, |value| value.flags);
+            if flags & service_flags::ACL != 0 {
+                let entries = entry.acl.iter().map(|(prefix, action)| (prefix, *action));
+                lists.insert(entry.id, entries, flags & service_flags::ACL_DEFAULT_DENY != 0);
+            }
+        }
+        lists
+    }
+
     /// Address of a service by its id.
     pub fn service_address(&self, id: u32) -> Option<ServiceAddress> {
         self.service_ids.get(&id).copied()
@@ -363,6 +390,8 @@ impl Programmed {
                 }
             }
         }
+        let asks = |value: Option<maps::Service>| value.map_or(0, |value| value.flags & ACL_FLAGS);
+        self.access += u64::from(asks(entry.value) != asks(value));
         entry.value = value;
         if let Some(value) = value {
             self.commits += u64::from(value.generation != entry.generation);

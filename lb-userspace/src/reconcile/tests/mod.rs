@@ -3,13 +3,15 @@
 
 mod sources;
 
+use std::sync::Arc;
+
 use lb_common::limits::RING_ROWS_BY_BACKENDS;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 use super::*;
 use crate::{
-    datapath::{Capacities, MapOp, Place, fake::FakeMaps},
+    datapath::{Capacities, MapOp, Place, access::AccessLists, fake::FakeMaps},
     desired::Retention,
     health::{Before, By, Verdict},
     model::{Attachment, Backend, BackendState, Check, CheckKind, Protocol, ServiceSettings, ServiceWish},
@@ -29,6 +31,7 @@ struct Agent {
     status: watch::Receiver<Status>,
     places: watch::Receiver<BTreeSet<IpAddr>>,
     targets: watch::Receiver<crate::health::Targets>,
+    access: watch::Receiver<Arc<AccessLists>>,
     /// Senders that only have to stay open.
     _others: (
         watch::Sender<Sweep>,
@@ -59,6 +62,7 @@ fn policy() -> Policy {
         snat_port_min: 1,
         snat_port_max: 2,
         event_sample: 0,
+        flow_share: 50,
         hz: 250,
         default_drain: Duration::ZERO,
         retention: Retention::default(),
@@ -85,6 +89,7 @@ fn start_on(maps: FakeMaps, options: Options) -> Agent {
     let (commands_to, commands) = mpsc::channel(8);
     let (status_to, status) = watch::channel(Status::default());
     let (places_to, places) = watch::channel(BTreeSet::new());
+    let (access_to, access) = watch::channel(Arc::default());
     let (targets_to, targets) = watch::channel(crate::health::Targets::default());
     let stop = CancellationToken::new();
     let inputs = Inputs {
@@ -100,6 +105,7 @@ fn start_on(maps: FakeMaps, options: Options) -> Agent {
         status: status_to,
         places: places_to,
         targets: targets_to,
+        access: access_to,
     };
     let task = tokio::spawn(run(
         Box::new(maps.clone()),
@@ -116,6 +122,7 @@ fn start_on(maps: FakeMaps, options: Options) -> Agent {
         status,
         places,
         targets,
+        access,
         _others: (sweeps_to, policy_to, surroundings_to),
         stop,
         task,
@@ -169,6 +176,21 @@ const REMOTE: Place = Place::Remote {
     mac: None,
     uplink: true,
 };
+
+#[tokio::test(start_paused = true)]
+async fn lists_are_told_at_the_start_and_when_they_have_changed() {
+    let mut agent = start(Options::default());
+    agent.access.changed().await.unwrap();
+    let first = agent.access.borrow_and_update().version;
+    agent._others.1.send_replace(Policy {
+        firewall: ["10.0.0.0/8".parse().unwrap()].into(),
+        ..policy()
+    });
+    agent.access.changed().await.unwrap();
+    let lists = agent.access.borrow_and_update().clone();
+    let client = IpAddr::from([10, 0, 0, 1]).into();
+    assert!(lists.version > first && !lists.admits(1, &client));
+}
 
 #[tokio::test(start_paused = true)]
 async fn the_loop_reads_its_sources_and_stops() {
