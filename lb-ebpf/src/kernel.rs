@@ -27,7 +27,7 @@ use lb_ebpf::{
 
 use crate::maps::{
     ACL, AFFINITY, BACKEND_STATS, BACKENDS, CURSORS, DEVICE_SLOTS, DEVICES, DROPS, EVENTS, FLOWS4, FLOWS6,
-    FRAGMENTS, META, OURS, RATES, RINGS, SCRATCH4, SCRATCH6, SERVICE_FLOWS, SERVICE_STATS, SERVICES,
+    FRAGMENTS, META, OPAQUE, OURS, RATES, RINGS, SCRATCH4, SCRATCH6, SERVICE_FLOWS, SERVICE_STATS, SERVICES,
     SETTINGS, SNAT_ADDRESSES, STATS, TABLE, TIMEOUTS, VIPS,
 };
 
@@ -136,6 +136,18 @@ impl FlowTables for Kernel {
     #[inline(always)]
     fn opaque(self, word: u64) -> u64 {
         weir_opaque(word)
+    }
+
+    #[inline(always)]
+    fn opaque_leaf(self, word: u64) -> u64 {
+        match OPAQUE.get_ptr_mut(0) {
+            // SAFETY: this CPU's own word.
+            Some(place) => unsafe {
+                place.write_volatile(word);
+                place.read_volatile()
+            },
+            None => word,
+        }
     }
 
     #[inline(always)]

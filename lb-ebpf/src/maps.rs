@@ -140,3 +140,7 @@ pub static SCRATCH4: PerCpuArray<Scratch<Addr4>, 1> = PerCpuArray::new();
 /// See [`SCRATCH4`].
 #[btf_map]
 pub static SCRATCH6: PerCpuArray<Scratch<Addr16>, 1> = PerCpuArray::new();
+
+/// Programs' own: what is written here and read back, the verifier takes for any word.
+#[btf_map]
+pub static OPAQUE: PerCpuArray<u64, 1> = PerCpuArray::new();

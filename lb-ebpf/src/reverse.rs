@@ -49,6 +49,10 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
     stats::from_backend(tables, flow.backend(), datagram.length);
     if datagram.proto() == TCP {
         if !tcp::is_steady(datagram.flags, flow.state()) {
+            // Not from within `transition`: the stack would be too deep.
+            if is_refusal(datagram, flow.state()) && refuses(tables, flow) {
+                return nudge(packet, tables, datagram, flow);
+            }
             let change = transition(packet, tables, datagram, flow);
             if change == NUDGE {
                 return nudge(packet, tables, datagram, flow);
@@ -63,6 +67,18 @@ pub fn known<P: Packet, T: Tables, A: Ip>(
 /// Answer of [`transition`] for "make the client send its SYN again".
 const NUDGE: u32 = 1;
 
+/// Whether the backend has not answered yet.
+#[inline(always)]
+const fn is_half_open(state: u32) -> bool {
+    state & (flow_state::ANSWERED | flow_state::ESTABLISHED) == 0
+}
+
+/// Whether a backend answers a SYN by RST.
+#[inline(always)]
+const fn is_refusal<A: Ip>(datagram: &Datagram<A>, state: u32) -> bool {
+    datagram.header != 0 && datagram.flags & TCP_RST != 0 && is_half_open(state)
+}
+
 /// A TCP segment that may change the state of its flow.
 #[inline(never)]
 fn transition<P: Packet, T: Tables, A: Ip>(
@@ -75,11 +91,7 @@ fn transition<P: Packet, T: Tables, A: Ip>(
     if datagram.header == 0 {
         return 0;
     }
-    let half_open = state & (flow_state::ANSWERED | flow_state::ESTABLISHED) == 0;
-    if half_open && datagram.flags & TCP_RST != 0 && refuses(tables, flow) {
-        return NUDGE;
-    }
-    if half_open && datagram.flags & (TCP_SYN | TCP_RST | TCP_FIN | TCP_ACK) == TCP_ACK {
+    if is_half_open(state) && datagram.flags & (TCP_SYN | TCP_RST | TCP_FIN | TCP_ACK) == TCP_ACK {
         // Instead of accepting the SYN the backend speaks of a connection that it still has on this source port.
         let _ = flows::update(tables, flow, flow_state::PORT_BUSY, 0);
         return NUDGE;

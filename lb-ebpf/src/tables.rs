@@ -102,6 +102,11 @@ pub trait FlowTables: Copy {
     fn opaque(self, word: u64) -> u64 {
         word
     }
+    /// The same where the stack is too deep for one more call.
+    #[inline(always)]
+    fn opaque_leaf(self, word: u64) -> u64 {
+        word
+    }
 }
 
 /// The maps.

@@ -270,6 +270,11 @@ impl<A: Address, T: FlowTables> Memory for Mapped<A, T> {
     }
 
     #[inline(always)]
+    fn opaque_leaf(self, word: u64) -> u64 {
+        self.tables.opaque_leaf(word)
+    }
+
+    #[inline(always)]
     fn opaque(self, word: u64) -> u64 {
         self.tables.opaque(word)
     }

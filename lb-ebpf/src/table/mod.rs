@@ -84,6 +84,8 @@ pub trait Memory: Copy {
     fn zero_of(word: u64) -> u64;
     /// The same word, of which the verifier knows nothing any more.
     fn opaque(self, word: u64) -> u64;
+    /// The same where the stack is too deep for one more call.
+    fn opaque_leaf(self, word: u64) -> u64;
 }
 
 /// The bits of a head that a look-up compares.
@@ -312,10 +314,10 @@ fn scan<M: Memory>(memory: M, bucket: u32, want: u64, key: &M::Key, own: u32) ->
         found |= (seen & 1) << index;
         found |= ((seen | seen >> 1) & 1) << (index as u32 + Scan::PRESENT_SHIFT);
         if (seen ^ want) & MATCH & !head::KIND == 0 && bucket * SLOTS as u32 + index as u32 != own {
-            found = memory.opaque(found | twin::<M>(cell, seen, key, index as u64));
+            found = memory.opaque_leaf(found | twin::<M>(cell, seen, key, index as u64));
         }
     }
-    memory.opaque(found)
+    memory.opaque_leaf(found)
 }
 
 /// What a slot of the right tag adds to a [`Scan`].

@@ -168,6 +168,9 @@ impl<'t> Memory for View<'t> {
     fn opaque(self, word: u64) -> u64 {
         word
     }
+    fn opaque_leaf(self, word: u64) -> u64 {
+        word
+    }
     fn zero_of(_word: u64) -> u64 {
         0
     }
