@@ -1,5 +1,6 @@
 //! The kernel side as the reconciler sees it: a few map operations behind a trait.
 
+pub mod adopt;
 pub mod announce;
 pub mod announcements;
 pub mod attach;
