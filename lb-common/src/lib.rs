@@ -7,6 +7,7 @@
 #![deny(missing_docs)]
 
 pub mod addr;
+pub mod adoption;
 pub mod counter;
 pub mod flow;
 pub mod limits;

@@ -10,8 +10,10 @@ use crate::{
     limits::{DEVICE_MACS, OURS_WORDS, PORT_WORDS, RING_ROW, ROUTED_WORDS},
 };
 
+pub use crate::adoption::{adopting, earlier};
+
 /// Version of the set of maps; part of the pin path. Raised when maps cannot be adopted any more.
-pub const SCHEMA: u32 = 1;
+pub const SCHEMA: u32 = 2;
 /// Version of the layouts below, compared before pinned maps are adopted. Raise it with every change here.
 pub const ABI_VERSION: u32 = 3;
 
@@ -41,8 +43,8 @@ pub struct Settings {
     pub event_sample: u32,
     /// Interface index of the loopback device, towards processes of the node.
     pub loopback_ifindex: u32,
-    /// Explicit padding.
-    pub _pad: u32,
+    /// [`adopting`]: whether maps of an earlier layout still have flows that these have not.
+    pub adopting: u32,
     /// Flows of IPv4 and of IPv6 that one service may hold if they cannot be evicted; 0: as many as there is room for.
     pub flow_share: [u32; 2],
     /// Bits of the mark of packets that a TC program has sent on; 0: [`DEFAULT_MARK`](crate::limits::DEFAULT_MARK).
@@ -549,6 +551,7 @@ const _: () = {
 mod pod {
     use super::*;
     use crate::addr::Addr4;
+    use crate::flow::{FlowKey4, FlowKey6};
     use crate::slot::{Bucket4, Bucket6, TableSettings};
 
     macro_rules! pod {
@@ -568,6 +571,8 @@ mod pod {
         Device,
         DeviceMac,
         Vip,
+        FlowKey4,
+        FlowKey6,
         Bucket4,
         Bucket6,
         TableSettings,

@@ -49,7 +49,7 @@ pub fn remember<P: Packet, T: Tables, A: Address>(
     verdict: Verdict,
 ) -> u32 {
     let foreign = verdict == Verdict::PASS;
-    if verdict == Verdict::TO_TC || (foreign && P::HOOK == Hook::Xdp) {
+    if verdict == Verdict::TO_TC || verdict == Verdict::EARLIER || (foreign && P::HOOK == Hook::Xdp) {
         return 0;
     }
     let mut ports = FragmentPorts {

@@ -8,7 +8,7 @@ use lb_common::{
 };
 
 use crate::{
-    csum, flows, forward,
+    csum, earlier, flows, forward,
     headers::{
         ICMP_CODE_TOO_BIG, ICMP_ECHO, ICMP_PARAMETER, ICMP_QUENCH, ICMP_TIME_EXCEEDED, ICMP_UNREACHABLE,
         ICMPV6_ECHO, ICMPV6_PARAMETER, ICMPV6_UNREACHABLE, Icmp, Ports, TCP, UDP,
@@ -113,7 +113,11 @@ fn translate<P: Packet, T: Tables, A: Ip>(
     };
     *key = quote.key.reversed();
     if !flows::find(tables, key).is_live() {
-        return Verdict::PASS;
+        return if earlier::has_flows(tables) {
+            Verdict::EARLIER
+        } else {
+            Verdict::PASS
+        };
     }
     let Some(flow) = tables.found::<A>() else {
         return Verdict::PASS;

@@ -10,6 +10,7 @@
 
 pub mod create;
 pub mod csum;
+pub mod earlier;
 pub mod error;
 pub mod flows;
 pub mod forward;

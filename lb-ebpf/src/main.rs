@@ -18,7 +18,7 @@ use aya_ebpf::{
     macros::{classifier, raw_tracepoint, xdp},
     programs::{RawTracePointContext, TcContext, XdpContext},
 };
-use lb_common::counter::DropReason;
+use lb_common::{counter::DropReason, maps::earlier};
 use lb_ebpf::{packet::Packet, pipeline, tables::Tables as _, verdict::Action};
 
 use body::{Skb, Xdp};
@@ -92,6 +92,12 @@ fn tc<const EGRESS: bool>(skb: *mut __sk_buff) -> i32 {
     let action = pipeline::process(&mut packet, Kernel).action();
     match action {
         Action::Pass | Action::ToTc => return TC_NEXT,
+        Action::Earlier => {
+            let index = if EGRESS { earlier::EGRESS } else { earlier::INGRESS };
+            // SAFETY: nothing here has to be dropped. Where there is no such program, the packet goes on as a foreign one.
+            unsafe { maps::EARLIER.tail_call(&TcContext::new(skb), index) };
+            return TC_NEXT;
+        }
         Action::Drop(..) => return TC_DROP,
         Action::ToNode => return TC_OK,
         Action::Again => {

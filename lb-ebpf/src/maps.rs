@@ -4,7 +4,7 @@
 
 use aya_ebpf::{
     bindings::BPF_F_MMAPABLE,
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, ProgramArray, RingBuf},
     macros::btf_map,
 };
 use lb_common::{
@@ -132,6 +132,10 @@ pub static SERVICE_STATS: PerCpuArray<ServiceStats, { limits::DEFAULT_SERVICES a
 /// Programs write, agent reads. Full: the event is lost, the packet is not.
 #[btf_map]
 pub static EVENTS: RingBuf<Event, { limits::EVENTS_BYTES as usize }> = RingBuf::new();
+
+/// Agent writes: the TC programs of the maps that are being adopted, by `maps::earlier`; empty at other times.
+#[btf_map]
+pub static EARLIER: ProgramArray<2> = ProgramArray::new();
 
 /// Programs' own: the packet at hand and the entries of a new flow, off the stack.
 #[btf_map]

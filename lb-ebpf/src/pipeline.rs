@@ -7,7 +7,7 @@ use lb_common::{
 };
 
 use crate::{
-    create, flows, forward, fragment,
+    create, earlier, flows, forward, fragment,
     headers::{ETH_IPV4, ETH_IPV6, ICMP, ICMPV6, TCP, Tcp, UDP, Udp},
     icmp,
     packet::Packet,
@@ -107,6 +107,7 @@ fn transport<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &
         match fragment::recall(tables, datagram) {
             fragment::OURS => {}
             fragment::FOREIGN => return Verdict::PASS,
+            _ if earlier::has_flows(tables) => return Verdict::EARLIER,
             _ => return fragment::wait(packet, tables, datagram),
         }
     } else if datagram.proto() == TCP {
@@ -167,6 +168,8 @@ fn known<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Data
         } else {
             Verdict::PASS
         }
+    } else if earlier::decides(tables, datagram) {
+        Verdict::EARLIER
     } else if serves(tables, &datagram.key) {
         Verdict::OPEN
     } else {
@@ -176,7 +179,7 @@ fn known<P: Packet, T: Tables, A: Ip>(packet: &mut P, tables: T, datagram: &Data
 
 /// Whether any service has the port that a packet without a flow is for.
 #[inline(always)]
-fn serves<T: Tables, A: Address>(tables: T, key: &FlowKey<A>) -> bool {
+pub fn serves<T: Tables, A: Address>(tables: T, key: &FlowKey<A>) -> bool {
     let (word, mask) = port_bit(key.proto, key.dport);
     tables.port_word(word) & mask != 0
 }

@@ -7,7 +7,7 @@ use crate::{
     verdict::{Action, NO_SERVICE, Verdict},
 };
 
-/// Counts a verdict: every packet passes here once, last.
+/// Counts a verdict: every packet passes here once, last (but those of earlier programs, which count by themselves).
 #[inline(always)]
 pub fn finish<T: Tables>(tables: T, verdict: Verdict) -> Verdict {
     let counter = match verdict.action() {
@@ -18,6 +18,8 @@ pub fn finish<T: Tables>(tables: T, verdict: Verdict) -> Verdict {
         Action::Neighbour(_) => Counter::ToNeighbour,
         Action::ToNode | Action::ToNodeByLoopback => Counter::ToNode,
         Action::Again => Counter::FragmentsAgain,
+        // Whoever decides counts.
+        Action::Earlier => return verdict,
         Action::Drop(reason, service) => {
             tables.count_drop(reason);
             count_service_drop(tables, reason, service);

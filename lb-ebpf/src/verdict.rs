@@ -33,6 +33,8 @@ pub enum Action {
     ToNodeByLoopback,
     /// To the same device's ingress once more, untouched: it waits for another packet.
     Again,
+    /// Untouched and not counted: a flow of the maps before these, whose programs decide.
+    Earlier,
     /// Dropped; index of the reason and service id (or [`NO_SERVICE`]).
     Drop(u32, u32),
 }
@@ -42,7 +44,7 @@ const OPEN: u64 = 8;
 /// Kind of [`Verdict::CREATED`].
 const CREATED: u64 = 9;
 /// Kind of [`Verdict::EXISTS`].
-const EXISTS: u64 = 10;
+const EXISTS: u64 = 12;
 /// Bit of [`Verdict::replace`].
 const REPLACES: u64 = 1 << 16;
 
@@ -59,6 +61,8 @@ impl Verdict {
     pub const TO_NODE_BY_LOOPBACK: Self = Self(6);
     /// See [`Action::Again`].
     pub const AGAIN: Self = Self(10);
+    /// See [`Action::Earlier`].
+    pub const EARLIER: Self = Self(11);
     /// Inside the pipeline: a flow must be made, the tuple has none.
     pub const OPEN: Self = Self(OPEN);
     /// Inside the pipeline: the flow is there, the packet is now one of a known flow.
@@ -142,6 +146,7 @@ impl Verdict {
             6 => Action::ToNodeByLoopback,
             7 => Action::Drop((self.0 >> 8) as u32 & 0xff, high),
             10 => Action::Again,
+            11 => Action::Earlier,
             // What is for the inside of the pipeline does not leave it.
             _ => Action::Pass,
         }

@@ -158,7 +158,7 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
         node.output("cat /proc/sys/net/ipv4/ip_local_reserved_ports")
             .contains("16384-32767")
     );
-    let links = || std::fs::read_dir(pin.join("v1/links")).unwrap().count();
+    let links = || std::fs::read_dir(pin.join("v2/links")).unwrap().count();
     // And the tracepoint's.
     assert_eq!(links(), 3 + 2 + 1 + 1);
     let program_before = node.output("ip -d link show up0");
@@ -200,7 +200,7 @@ fn the_network_is_followed_adopted_and_left_as_it_was() {
     // Detach leaves the node as it was.
     let (pin_in, state_in) = (pin.clone(), state.clone());
     let report = node.block_on(async move {
-        let mut maps = KernelMaps::open(&pin_in.join("v1/maps")).unwrap();
+        let mut maps = KernelMaps::open(&pin_in.join("v2/maps")).unwrap();
         for vip in ["198.51.100.10", "2001:db8::10", "192.0.2.80", "10.9.0.1"].map(ip) {
             let value = lb_common::maps::Vip::default();
             maps.apply(&MapOp::PutVip { vip, value }).unwrap();

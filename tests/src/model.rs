@@ -223,7 +223,7 @@ impl Datapath for Model {
         let maps = self.maps();
         let xdp = program == Program::Xdp;
         let (action, to) = match verdict.action() {
-            Action::Pass | Action::ToTc => (if xdp { 2 } else { -1 }, None),
+            Action::Pass | Action::ToTc | Action::Earlier => (if xdp { 2 } else { -1 }, None),
             Action::Transmit if program == Program::Egress => (0, None),
             Action::Transmit => (if xdp { 3 } else { 7 }, Some(ifindex)),
             Action::Redirect(to) => (if xdp { 4 } else { 7 }, Some(to)),

@@ -370,6 +370,54 @@ impl Attacher {
     }
 }
 
+/// Whether a link pin is of XDP.
+pub(super) fn is_xdp_link(path: &Path) -> bool {
+    kind_of(path).is_some_and(|kind| kind.starts_with("xdp"))
+}
+
+fn kind_of(path: &Path) -> Option<&str> {
+    Some(path.file_name()?.to_str()?.rsplit_once('_')?.0)
+}
+
+/// Puts our program in the place of the one that a pinned link holds, whoever pinned it.
+pub(super) fn replace_link(ebpf: &mut Ebpf, path: &Path) -> Result<(), ProgramError> {
+    let other = |what: &'static str| ProgramError::IOError(io::Error::new(io::ErrorKind::NotFound, what));
+    let link = pinned(path).ok_or_else(|| other("no link"))?;
+    let name = match kind_of(path) {
+        Some("tc_ingress") => TC_INGRESS_PROGRAM,
+        Some("tc_egress") => TC_EGRESS_PROGRAM,
+        Some("xdp_native" | "xdp_generic") => XDP_PROGRAM,
+        _ => return Err(other("no kind of link that Weir has")),
+    };
+    match ebpf.program_mut(name) {
+        Some(aya::programs::Program::Xdp(program)) => replace_xdp(program, link),
+        Some(aya::programs::Program::SchedClassifier(program)) => replace_tc(program, link),
+        _ => Err(other(name)),
+    }
+}
+
+/// Puts our programs in the place of our filters on a device, where there are some.
+pub(super) fn replace_filters(ebpf: &mut Ebpf, device: &str) {
+    for (direction, name) in [
+        (TcAttachType::Ingress, TC_INGRESS_PROGRAM),
+        (TcAttachType::Egress, TC_EGRESS_PROGRAM),
+    ] {
+        let Some(aya::programs::Program::SchedClassifier(program)) = ebpf.program_mut(name) else {
+            continue;
+        };
+        let old = SchedClassifierLink::attached(device, direction, FILTER_PRIORITY, FILTER_HANDLE, None)
+            .map_err(ProgramError::IOError);
+        match old
+            .and_then(|old| program.attach_to_link(old))
+            .and_then(|id| program.take_link(id))
+        {
+            // As in `attach_filter`.
+            Ok(link) => std::mem::forget(link),
+            Err(e) => tracing::debug!(device, error = %e, "no filter to replace"),
+        }
+    }
+}
+
 /// The interface index in the name of a link pin.
 pub(super) fn ifindex_of(path: &Path) -> Option<u32> {
     path.file_name()?.to_str()?.rsplit_once('_')?.1.parse().ok()

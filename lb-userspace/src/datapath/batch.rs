@@ -17,13 +17,13 @@ use aya::{Pod, maps::MapData, util::nr_cpus};
 use super::{MapError, shape};
 
 /// `BPF_MAP_LOOKUP_ELEM`.
-const LOOKUP: libc::c_long = 1;
+pub(super) const LOOKUP: libc::c_long = 1;
 /// `BPF_MAP_UPDATE_ELEM`.
-const UPDATE: libc::c_long = 2;
+pub(super) const UPDATE: libc::c_long = 2;
 /// `BPF_MAP_DELETE_ELEM`.
 const DELETE: libc::c_long = 3;
 /// `BPF_MAP_GET_NEXT_KEY`.
-const NEXT_KEY: libc::c_long = 4;
+pub(super) const NEXT_KEY: libc::c_long = 4;
 /// `BPF_OBJ_GET`.
 const OBJECT_GET: libc::c_long = 7;
 /// `BPF_MAP_LOOKUP_BATCH`.
@@ -37,12 +37,12 @@ const POSITION_BYTES: usize = 64;
 
 /// `bpf_attr` of the operations on one element.
 #[repr(C)]
-struct ElementAttr {
-    map_fd: u32,
-    _pad: u32,
-    key: u64,
-    value: u64,
-    flags: u64,
+pub(super) struct ElementAttr {
+    pub(super) map_fd: u32,
+    pub(super) _pad: u32,
+    pub(super) key: u64,
+    pub(super) value: u64,
+    pub(super) flags: u64,
 }
 
 /// `bpf_attr` of the batch operations.
@@ -114,7 +114,7 @@ pub fn run_program(program: BorrowedFd<'_>, packet: &[u8]) -> io::Result<u32> {
 ///
 /// # Safety
 /// Every address in `attr` must be valid for what `command` reads and writes there.
-unsafe fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<i32> {
+pub(super) unsafe fn bpf<A>(command: libc::c_long, attr: &mut A) -> io::Result<i32> {
     // SAFETY: `attr` is a live, initialized prefix of `union bpf_attr` of the size given; the caller answers for the
     // addresses in it.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_mut(attr), size_of::<A>()) };

@@ -217,6 +217,18 @@ impl FlowMaps {
         (found, flow)
     }
 
+    /// Sets bits of the state of a flow, if it is live.
+    pub fn advance<A: Address>(&self, key: &FlowKey<A>, set: u32) {
+        let (found, flow) = self.find(key);
+        if !found.is_live() {
+            return;
+        }
+        let (forward, generation) = flow.forward();
+        let _ended = table::update(self.memory::<A>(), forward, generation, set, 0);
+        let (reverse, generation) = flow.reverse();
+        let _ended = table::update_copy(self.memory::<A>(), reverse, generation, set, 0);
+    }
+
     /// Puts a flow in: keys, bodies and state of both directions; the partners are filled in here. `None` if there is no
     /// room, or the flow is there already.
     pub fn insert<A: Address>(

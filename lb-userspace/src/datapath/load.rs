@@ -1,5 +1,5 @@
 //! Loads the kernel programs against pinned maps: makes the maps, or adopts those of an earlier agent after
-//! comparing them with what this one expects. Pins lie under `<pin>/v<SCHEMA>/{maps,programs,links}`.
+//! comparing them with what this one expects; those of the layout before are copied ([`adopt`](super::adopt)). Pins lie under `<pin>/v<SCHEMA>/{maps,programs,links}`.
 
 use std::{
     fs, io,
@@ -17,8 +17,8 @@ use lb_common::{
 };
 
 use super::{
-    Capacities, MapError,
-    batch::Table,
+    Capacities, MapError, adopt,
+    batch::{Table, open_program, run_program},
     shape::{self, SHAPES},
 };
 
@@ -51,8 +51,12 @@ pub struct Pins {
 impl Pins {
     /// Under `pin` (`/sys/fs/bpf/weir` unless configured).
     pub fn new(pin: &Path) -> Self {
+        Self::of_schema(pin, SCHEMA)
+    }
+    /// Those of another schema.
+    pub(super) fn of_schema(pin: &Path, schema: u32) -> Self {
         Self {
-            root: pin.join(format!("v{SCHEMA}")),
+            root: pin.join(format!("v{schema}")),
         }
     }
     /// The directory of this schema.
@@ -140,6 +144,12 @@ pub struct Loaded {
 /// Makes or adopts the maps and loads the programs of `object` (an ELF file, aligned to 8 bytes). Packets go on being handled by the programs of an earlier
 /// agent until [`super::attach::Attacher`] replaces them.
 pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadError> {
+    load_over(object, pin, sizes, &[])
+}
+
+/// As [`load`]. `filters` are devices that carry programs as filters of a clsact qdisc, which have no pins to be found by
+/// when an earlier layout is adopted.
+pub fn load_over(object: &[u8], pin: &Path, sizes: &Sizes, filters: &[String]) -> Result<Loaded, LoadError> {
     if object.is_empty() {
         return Err(LoadError::NotBuilt);
     }
@@ -151,11 +161,16 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
         })?;
     }
     let adopted = adopt(&pins)?;
+    let earlier = adopt::find(pin)?;
+    let enlarged = match &earlier {
+        Some(earlier) if !adopted => earlier.sizes(sizes)?,
+        _ => *sizes,
+    };
     let mut loader = EbpfLoader::new();
     let maps = pins.maps();
     for shape in SHAPES {
         loader.map_pin_path(shape.name, maps.join(shape.name));
-        if let Some(entries) = shape.size.of(&sizes.limits) {
+        if let Some(entries) = shape.size.of(&enlarged.limits) {
             loader.map_max_entries(shape.name, entries);
         }
     }
@@ -190,7 +205,11 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
         warnings.push(format!("frames that XDP cannot redirect are not counted: {e}"));
     }
     let meta: Table<u32, Meta> = Table::open(&maps, "META")?;
-    let hz = meta.get(&0)?.map_or(0, |m| m.hz);
+    let mut hz = meta.get(&0)?.map_or(0, |m| m.hz);
+    let now = earlier.as_ref().map_or(Ok(0), |_| clock(&pins))?;
+    if let Some(earlier) = earlier.as_ref().filter(|_| !adopted) {
+        hz = earlier.copy_maps(&maps, now)?;
+    }
     // Last of all: a set of maps without this stamp is known to be incomplete.
     meta.put(
         &0,
@@ -201,12 +220,23 @@ pub fn load(object: &[u8], pin: &Path, sizes: &Sizes) -> Result<Loaded, LoadErro
             _pad: 0,
         },
     )?;
+    if let Some(earlier) = &earlier {
+        warnings.extend(earlier.take_over(&mut ebpf, &pins, filters, now)?);
+    }
     Ok(Loaded {
         ebpf,
         pins,
-        adopted,
+        adopted: adopted || earlier.is_some(),
         warnings,
     })
+}
+
+/// The flow clock.
+fn clock(pins: &Pins) -> Result<u32, LoadError> {
+    let path = pins.programs().join(SWEEP_PROGRAM);
+    open_program(&path)
+        .and_then(|program| run_program(std::os::fd::AsFd::as_fd(&program), &[0; 64]))
+        .map_err(|source| LoadError::Pin { path, source })
 }
 
 /// Chooses the key of the flow tables' hash, once for each set of maps: strangers must not know which flows share a bucket.

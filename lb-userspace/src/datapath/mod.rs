@@ -1,6 +1,7 @@
 //! The kernel side as the reconciler sees it: a few map operations behind a trait.
 
 pub mod access;
+pub mod adopt;
 pub mod announce;
 pub mod announcements;
 pub mod attach;

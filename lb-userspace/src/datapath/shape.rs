@@ -121,6 +121,7 @@ pub const SHAPES: &[Shape] = &[
     shape::<u32, maps::Stats>("STATS", MapType::PerCpuArray, Size::Fixed),
     shape::<u32, maps::Drops>("DROPS", MapType::PerCpuArray, Size::Fixed),
     shape::<(), ()>("EVENTS", MapType::RingBuf, Size::Fixed),
+    shape::<u32, u32>("EARLIER", MapType::ProgramArray, Size::Fixed),
     shape::<u32, maps::Meta>("META", MapType::Array, Size::Fixed),
 ];
 

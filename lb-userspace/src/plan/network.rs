@@ -61,7 +61,7 @@ pub(super) fn device_ops(programmed: &Programmed, inputs: &Inputs<'_>) -> Vec<Ma
         snat_port_max,
         event_sample,
         loopback_ifindex,
-        _pad: 0,
+        adopting: maps::adopting::NONE,
         flow_share,
         mark,
         heartbeat: 0,

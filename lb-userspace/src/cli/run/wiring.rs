@@ -69,10 +69,12 @@ pub(super) async fn agent(config: Config) -> anyhow::Result<()> {
     let _only_agent_of_these_pins = PinLock::take(&config.bpf.pin_path)?;
     let mut warnings: Vec<String> = port_overlap(&config).into_iter().collect();
     let state = StateFile::open(&files.state)?;
-    let loaded = load::load(
+    let filters: Vec<String> = state.get().clsact.into_keys().collect();
+    let loaded = load::load_over(
         object::programs()?,
         &config.bpf.pin_path,
         &translate::sizes(&config),
+        &filters,
     )?;
     warnings.extend(loaded.warnings.iter().cloned());
     let pins = loaded.pins.clone();
