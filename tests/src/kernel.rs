@@ -159,7 +159,7 @@ impl Kernel {
             .with_context(|| format!("{}: build it by `cargo xtask build-ebpf`", path.display()))?;
         // The log of a refused program is long and slow to write; `cargo xtask build-ebpf` is the place to read it.
         let mut bpf = EbpfLoader::new()
-            .verifier_log_level(VerifierLogLevel::DISABLE)
+            .verifier_log_level(VerifierLogLevel::STATS)
             .map_max_entries("FLOWS4", flow_buckets(sizes.flows))
             .map_max_entries("FLOWS6", flow_buckets(sizes.flows))
             .map_max_entries("CURSORS", sizes.backends)

@@ -243,6 +243,6 @@ pub fn reading(more: u64) -> Reading {
             );
         }
     }
-    reading.flow_capacity = [131_072, 32_768];
+    reading.flow_capacity = [262_144, 65_536];
     reading
 }
