@@ -250,7 +250,7 @@ impl Planner<'_> {
         }
         // First of all: what any other map holds is in `OURS`, also when the agent stops between two writes.
         let mut shared = Vec::new();
-        if !self.need.is_subset(&self.programmed.ours) {
+        if !self.programmed.filters(&self.need) {
             let mut filter = self.programmed.ours.clone();
             filter.extend(&self.need);
             shared.push(MapOp::PutOurs { filter });

@@ -1,6 +1,6 @@
 //! Reading the maps: the model of what an earlier agent left, and the truth again from time to time.
 
-use std::{collections::BTreeSet, time::Instant};
+use std::{collections::BTreeSet, net::IpAddr, time::Instant};
 
 use lb_common::maps::{ACL_DENY, EVERY_SERVICE, NO_RING, backend_state};
 
@@ -55,7 +55,22 @@ impl Programmed {
             this.put_backend(*id, *backend, now);
         }
         this.ours = this.carried();
+        this.doubtful = this.only_dead();
         this
+    }
+
+    /// Addresses that no record but dead ones has. A filter was written before what needs it and lasts until ids are freed, but
+    /// which dead ones are free no map tells.
+    fn only_dead(&self) -> BTreeSet<IpAddr> {
+        let alive = self
+            .slots
+            .values()
+            .filter(|slot| slot.record.state != backend_state::DEAD);
+        let alive: BTreeSet<IpAddr> = alive.map(|slot| slot.address.ip()).collect();
+        let known = |ip: &&IpAddr| {
+            alive.contains(ip) || self.vips.contains_key(ip) || self.snat.values().any(|snat| snat == *ip)
+        };
+        self.near.keys().filter(|ip| !known(ip)).copied().collect()
     }
 
     /// Takes what was read back for the truth, and keeps what only the agent knows: names, deadlines, freed ids.
@@ -115,6 +130,10 @@ impl Programmed {
             }
         }
         // The filter is not part of a dump: what was written to it before is assumed to be still there.
+        let sure = |ip: &IpAddr| self.ours.addresses.contains(ip) && !self.doubtful.contains(ip);
+        new.doubtful.retain(|ip| !sure(ip));
+        let freed = |ip: &IpAddr| new.doubtful.contains(ip) && !new.near.contains_key(ip);
+        new.ours.addresses.retain(|ip| !freed(ip));
         new.ours.extend(&self.ours);
         *self = new;
     }

@@ -53,6 +53,8 @@ pub struct Programmed {
     pub(super) settings: maps::Settings,
     /// Contents of `OURS`.
     pub(super) ours: Filter,
+    /// Addresses of `ours` that may be missing in the map: those of dead records only, which may have been freed.
+    pub(super) doubtful: BTreeSet<IpAddr>,
     /// How many slots have each LOCAL or NODE address.
     pub(super) near: BTreeMap<IpAddr, usize>,
     /// The epoch given out last.
@@ -188,7 +190,10 @@ impl Programmed {
                 self.acl_entries -= usize::from(old.is_some());
             }
             MapOp::PutRing { row, ring } => drop(self.written.insert(*row, Ring::of(ring))),
-            MapOp::PutOurs { filter } => self.ours = filter.clone(),
+            MapOp::PutOurs { filter } => {
+                self.ours = filter.clone();
+                self.doubtful.clear();
+            }
             MapOp::PutVip { vip, value } => drop(self.vips.insert(*vip, *value)),
             MapOp::DelVip { vip } => drop(self.vips.remove(vip)),
             MapOp::PutService { key, service } => self.put_service(&address_of(key), Some(*service), now),
@@ -286,6 +291,11 @@ impl Programmed {
             addresses: addresses.chain(self.near.keys()).copied().collect(),
             ports: self.services.keys().map(|a| (a.protocol, a.port)).collect(),
         }
+    }
+
+    /// Whether `OURS` is known to have all of it.
+    pub(super) fn filters(&self, need: &Filter) -> bool {
+        need.is_subset(&self.ours) && need.addresses.is_disjoint(&self.doubtful)
     }
 
     fn entry_by_id(&mut self, id: u32) -> Option<&mut Entry> {
