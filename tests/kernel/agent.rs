@@ -67,10 +67,10 @@ impl Agent {
         }
     }
 
-    /// Waits until the topology is as wished.
-    pub async fn until(&mut self, what: &str, wish: impl FnMut(&Topology) -> bool) -> Topology {
+    /// Waits until the topology meets `condition`.
+    pub async fn until(&mut self, what: &str, condition: impl FnMut(&Topology) -> bool) -> Topology {
         let mut topology = self.topology.clone();
-        let found = tokio::time::timeout(PATIENCE, topology.wait_for(wish)).await;
+        let found = tokio::time::timeout(PATIENCE, topology.wait_for(condition)).await;
         match found {
             Ok(topology) => topology.unwrap().clone(),
             Err(_) => {
@@ -80,10 +80,10 @@ impl Agent {
         }
     }
 
-    /// Waits until the report is as wished.
-    pub async fn until_report(&mut self, what: &str, wish: impl FnMut(&NetReport) -> bool) -> NetReport {
+    /// Waits until the report meets `condition`.
+    pub async fn until_report(&mut self, what: &str, condition: impl FnMut(&NetReport) -> bool) -> NetReport {
         let mut report = self.report.clone();
-        let found = tokio::time::timeout(PATIENCE, report.wait_for(wish)).await;
+        let found = tokio::time::timeout(PATIENCE, report.wait_for(condition)).await;
         match found {
             Ok(report) => report.unwrap().clone(),
             Err(_) => panic!("{what}: {:#?}", self.report.borrow()),

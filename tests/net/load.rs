@@ -18,6 +18,7 @@ use crate::talk::Talk;
 pub const LONG_LIVED: usize = 40;
 /// Threads that open one connection after the other.
 const OPENERS: usize = 2;
+
 /// What the clients met.
 #[derive(Debug, Default)]
 pub struct Met {

@@ -1,13 +1,7 @@
 //! Debian packages. Installing: nothing recommended, nothing removed, no service started. Unpacking: into a folder of ours,
 //! whatever is installed.
 
-use std::{
-    fs,
-    os::unix::fs::PermissionsExt,
-    path::{Path, PathBuf},
-    process::Command,
-    sync::Once,
-};
+use std::{fs, os::unix::fs::PermissionsExt, path::Path, process::Command, sync::Once};
 
 use anyhow::{Context, Result, bail};
 
@@ -91,11 +85,9 @@ pub fn closure(package: &str) -> Result<Vec<String>> {
     Ok(packages)
 }
 
-/// Downloads `packages` (`name` or `name=version`) and unpacks them in `folder`, which is made anew. No maintainer script runs.
+/// Downloads `packages` (`name` or `name=version`) and unpacks them in `folder`, whose old content is removed. No maintainer script runs.
 pub fn unpack(step: &str, packages: &[String], folder: &Path) -> Result<()> {
-    if folder.exists() {
-        fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
-    }
+    workspace::remove_folder(folder)?;
     let archives = folder.join("archives");
     fs::create_dir_all(&archives).with_context(|| format!("cannot make {}", archives.display()))?;
     let mut download = apt_get();
@@ -106,20 +98,14 @@ pub fn unpack(step: &str, packages: &[String], folder: &Path) -> Result<()> {
         .args(packages)
         .current_dir(&archives);
     progress::quiet(&format!("{step}: download"), &mut download)?;
-    let files = entries(&archives)?;
+    let files = workspace::entries(&archives)?;
     if files.len() != packages.len() {
         bail!("apt downloaded {} of {} packages", files.len(), packages.len());
     }
     for archive in files {
         process::run(Command::new("dpkg-deb").arg("-x").arg(&archive).arg(folder))?;
     }
-    fs::remove_dir_all(&archives).with_context(|| format!("cannot remove {}", archives.display()))
-}
-
-/// The paths of what is in `folder`.
-pub fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
-    let listing = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
-    listing.map(|entry| Ok(entry?.path())).collect()
+    workspace::remove_folder(&archives)
 }
 
 /// Fails with what the user has to do where there is no apt, or no right to use it.

@@ -301,7 +301,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn status_lines_of_cargo_are_told_from_its_messages() {
+    fn status_lines_of_cargo_are_recognised_among_its_messages() {
         let status = |line| cargo_status(line);
         assert_eq!(
             status("   Compiling hyper v1.8.1").as_deref(),

@@ -117,9 +117,7 @@ impl Build {
     /// Makes the profile and keeps it.
     fn profile(&self) -> Result<()> {
         let counts = workspace::target().join("profile/counts");
-        if counts.exists() {
-            fs::remove_dir_all(&counts).with_context(|| format!("cannot remove {}", counts.display()))?;
-        }
+        workspace::remove_folder(&counts)?;
         let flags = format!("-C profile-generate={}", counts.display());
         let counting = self.compile("lb-l7", "weir-l7", "profile", &flags, &[])?;
         let mut serve = Command::new(agent::build_test_program("weir-bench")?);

@@ -1,9 +1,11 @@
 //! Where things are in the workspace.
 
 use std::{
-    env,
+    env, fs,
     path::{Path, PathBuf},
 };
+
+use anyhow::{Context, Result};
 
 /// The workspace's root: the parent of the folder that this crate is in.
 pub fn root() -> &'static Path {
@@ -25,6 +27,20 @@ pub fn bpf_object() -> PathBuf {
 pub fn host_binary(folder: &str, name: &str) -> PathBuf {
     let target = env::var_os("CARGO_TARGET_DIR").map_or_else(target, |dir| root().join(dir));
     target.join(folder).join(name)
+}
+
+/// The paths of what is in `folder`.
+pub fn entries(folder: &Path) -> Result<Vec<PathBuf>> {
+    let listing = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    listing.map(|entry| Ok(entry?.path())).collect()
+}
+
+/// Removes `folder` with everything in it, if it exists.
+pub fn remove_folder(folder: &Path) -> Result<()> {
+    if folder.exists() {
+        fs::remove_dir_all(folder).with_context(|| format!("cannot remove {}", folder.display()))?;
+    }
+    Ok(())
 }
 
 /// The first executable called `name` on PATH, or in the folders that a non-login shell's PATH may lack.

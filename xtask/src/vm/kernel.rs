@@ -99,7 +99,7 @@ fn unpacked_releases(store: &Path) -> Result<Vec<String>> {
         return Ok(Vec::new());
     }
     let name = |path: PathBuf| Some(path.file_name()?.to_str()?.to_owned());
-    Ok(apt::entries(store)?.into_iter().filter_map(name).collect())
+    Ok(workspace::entries(store)?.into_iter().filter_map(name).collect())
 }
 
 /// Releases that apt could download.

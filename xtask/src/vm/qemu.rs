@@ -125,18 +125,16 @@ fn unpack(store: &Path) -> Result<()> {
     Qemu::Unpacked(unfinished.clone())
         .probe()
         .context("the unpacked QEMU does not work")?;
-    if store.exists() {
-        fs::remove_dir_all(store).with_context(|| format!("cannot remove {}", store.display()))?;
-    }
+    workspace::remove_folder(store)?;
     fs::rename(&unfinished, store).with_context(|| format!("cannot make {}", store.display()))
 }
 
 /// The unpacked program, run by the loader and the libraries unpacked beside it. It looks for its modules and firmware
-/// relative to the executable, which is the loader here, so it is told where they are.
+/// relative to the executable, which is the loader here, so it gets their paths.
 fn unpacked_command(root: &Path) -> Command {
     let libraries = LIBRARIES.map(|folder| root.join(folder));
-    let loader = libraries.iter().map(|folder| folder.join(LOADER));
-    let mut command = Command::new(loader.clone().find(|file| file.exists()).unwrap_or_default());
+    let mut loaders = libraries.iter().map(|folder| folder.join(LOADER));
+    let mut command = Command::new(loaders.find(|file| file.exists()).unwrap_or_default());
     let path: Vec<_> = libraries.iter().map(|folder| folder.to_string_lossy()).collect();
     command
         .env("QEMU_MODULE_DIR", root.join("usr/lib/x86_64-linux-gnu/qemu"))

@@ -28,9 +28,7 @@ pub fn pack(kernel: &Kernel, binaries: &[(&str, PathBuf)], filter: Option<&str>)
     let work = workspace::target()
         .join("vm")
         .join(format!("guest-{}", kernel.release));
-    if work.exists() {
-        fs::remove_dir_all(&work)?;
-    }
+    workspace::remove_folder(&work)?;
     let root = work.join("root");
     for dir in [
         "bin",
